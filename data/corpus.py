@@ -1,0 +1,91 @@
+"""A corpus is a folder: train.bin and val.bin, token ids as uint16, and meta.json beside them."""
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from data.files import replacing
+from data.flags import Mistake
+from data.tokenizer import tokenizer_from_state
+
+DATA = Path(__file__).resolve().parent
+SPLITS = ("train", "val")
+
+
+def write_corpus(name, pieces, tokenizer, source):
+    """Write data/NAME from pieces, (split, text) pairs that are read one at a time.
+
+    All three files appear together at the end, or none does. Returns meta.json's dict.
+    """
+    folder = DATA / name
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
+    digests = {split: hashlib.sha256() for split in SPLITS}
+    with ExitStack() as stack:
+        meta_file, *bins = [
+            stack.enter_context(replacing(folder / file)) for file in ("meta.json", "train.bin", "val.bin")
+        ]
+        files = dict(zip(SPLITS, bins))
+        for split, text in pieces:
+            ids = np.array(tokenizer.encode(text), dtype=np.uint16).tobytes()
+            files[split].write(ids)
+            digests[split].update(ids)
+            counts[split]["tokens"] += len(ids) // 2
+            counts[split]["bytes"] += len(text.encode("utf-8"))
+        for split in SPLITS:
+            if counts[split]["tokens"] == 0:
+                raise Mistake(f"{source}: too little text, its {split} split is empty")
+            counts[split]["sha256"] = digests[split].hexdigest()
+        meta = {"source": str(source), **counts, "tokenizer": tokenizer.state}
+        meta_file.write(json.dumps(meta, indent=1).encode())
+    tokens = ", ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
+    print(f"{folder}: {tokens} tokens")
+    return meta
+
+
+def split_at(pieces, cut):
+    """Turn pieces of text into (split, text) pairs: the first `cut` bytes train, the rest validates.
+
+    A character that straddles the cut goes to validation whole.
+    """
+    seen = 0
+    for text in pieces:
+        data = text.encode("utf-8")
+        head = data[: max(0, cut - seen)].decode("utf-8", errors="ignore")
+        seen += len(data)
+        yield "train", head
+        yield "val", text[len(head) :]
+
+
+def read_pieces(path, size=1 << 20):
+    """Yield the text of a UTF-8 file about a megabyte at a time, ending with a line where one ends."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while text := file.read(size):
+                yield text + file.readline(size)
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path}: not UTF-8 text ({error.reason})") from None
+
+
+def load_corpus(name):
+    """The corpus data/NAME as (train, val, tokenizer, meta); train and val are memory-mapped uint16."""
+    folder = DATA / name
+    if not (folder / "meta.json").exists():
+        ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
+        sentence = f"--data {name}: there is no such corpus; ready are: {', '.join(ready) or 'none'}"
+        if (folder / "prepare.py").exists():
+            sentence += f"; `python data/{name}/prepare.py` makes this one"
+        raise Mistake(sentence)
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        tokenizer = tokenizer_from_state(meta["tokenizer"])
+        train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
+        intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
+    except (ValueError, KeyError, FileNotFoundError):
+        intact = False
+    if not intact:
+        raise Mistake(f"{folder}: not a whole corpus; prepare it again")
+    return train, val, tokenizer, meta

@@ -1,0 +1,35 @@
+"""Tiny Shakespeare, 1.1 MB of plays; the last 10% are for validation, as everywhere in the field."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import DATA
+from data.files import check_sha256, download
+from data.flags import flag, parse, run
+from data.text.prepare import prepare
+from data.tokenizer import tokenizer_by_name
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass
+class PrepareConfig:
+    file: str | None = flag(None, "a copy that is already there, instead of the download")
+    name: str = flag("shakespeare", "folder of data/ to write")
+    tokenizer: str = flag("bytes", "bytes or gpt2")
+
+
+def main():
+    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
+    path = config.file or DATA / "shakespeare" / "input.txt"
+    if config.file is None and not path.exists():
+        download(URL, path, SHA256)
+    check_sha256(path, SHA256)
+    prepare(path, config.name, tokenizer_by_name(config.tokenizer))
+
+
+if __name__ == "__main__":
+    run(main)

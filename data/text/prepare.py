@@ -1,0 +1,46 @@
+"""Any UTF-8 file, or a folder of them, as a corpus; the last 10% of the bytes are for validation.
+
+The text is read a megabyte at a time, so a file may be larger than memory.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.corpus import read_pieces, split_at, write_corpus
+from data.flags import Mistake, argument, flag, parse, run
+from data.tokenizer import tokenizer_by_name
+
+VAL_SHARE = 0.1
+
+
+@dataclass
+class PrepareConfig:
+    path: str = argument("a text file, or a folder whose files are all taken, in order of their paths")
+    name: str = flag(None, "folder of data/ to write (default: the name of the path)")
+    tokenizer: str = flag("bytes", "bytes or gpt2")
+
+
+def prepare(path, name, tokenizer):
+    """Write the corpus data/NAME from the file or folder `path`; the same as the command."""
+    path = Path(path)
+    if not path.exists():
+        raise Mistake(f"{path}: there is no such file or folder")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    size = sum(file.stat().st_size for file in files)
+    if size == 0:
+        raise Mistake(f"{path}: there is no text in it")
+    pieces = (text for file in files for text in read_pieces(file))
+    return write_corpus(name, split_at(pieces, int(size * (1 - VAL_SHARE))), tokenizer, path.name)
+
+
+def main():
+    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
+    name = config.name or Path(config.path).resolve().stem
+    prepare(config.path, name, tokenizer_by_name(config.tokenizer))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,207 @@
+"""The denoiser: one Transformer that sees a canvas with holes and says what belongs in each.
+
+It knows nothing about noise. The masks in the canvas already show the noise level, so it takes no
+time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.07524). With
+`causal=True` the same lines are GPT.
+"""
+
+import dataclasses
+import pickle
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.files import replacing
+from data.flags import Mistake
+from data.tokenizer import tokenizer_from_state
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = 257
+    mask_id: int = 256
+    block_size: int = 256  # longest sequence that the positions are made for
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    dropout: float = 0.0
+    causal: bool = False  # a token sees itself and those to its left, as in GPT
+    norm: str = "pre"  # "pre": normalise what a layer reads; "post": what it has written, as in BERT
+    position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
+
+
+def rotary_angles(T, D, device):
+    """cos and sin of the rotary embedding (2104.09864, eq. 15), each (T, D/2)."""
+    frequency = 10000 ** -(torch.arange(0, D, 2, device=device) / D)  # (D/2,)
+    angle = torch.arange(T, device=device)[:, None] * frequency  # (T, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of channels of x (B, H, T, D) by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.causal, self.dropout = config.n_head, config.causal, config.dropout
+        # Three matrices and not one: Muon orthogonalises each on its own.
+        self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        # Normalised queries and keys bound the attention logits, which Muon would let grow.
+        self.query_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
+        self.key_norm = nn.LayerNorm(config.n_embd // config.n_head, bias=False)
+
+    def forward(self, x, rotation):
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, C // self.n_head)
+        q = self.query_norm(self.query(x).view(heads)).transpose(1, 2)  # (B, H, T, D)
+        k = self.key_norm(self.key(x).view(heads)).transpose(1, 2)
+        v = self.value(x).view(heads).transpose(1, 2)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        y = F.scaled_dot_product_attention(
+            q.type_as(v), k.type_as(v), v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal,
+        )  # fmt: skip
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.pre = config.norm == "pre"
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
+        self.mlp_norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotation):
+        if self.pre:
+            x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, rotation)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, bias=False) if config.norm == "pre" else nn.Identity()
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self.init_weights)
+
+    def init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, idx, where=None):
+        """Logits of the clean token at every position.
+
+        idx: (B, T) int64, with `mask_id` at the holes. Returns (B, T, V) float32; with where, a
+        (B, T) bool, only those positions' logits, (N, V), in row-major order: only holes have a
+        loss, and at a large vocabulary the full logits would be the largest tensor there is.
+        """
+        T = idx.shape[1]
+        x = self.token_embedding(idx)  # (B, T, C)
+        rotation = None
+        if self.config.position == "learned":
+            x = x + self.position_embedding.weight[:T]
+        else:
+            rotation = rotary_angles(T, self.config.n_embd // self.config.n_head, idx.device)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotation)
+        if where is not None:
+            x = x[where]  # (N, C)
+        logits = self.head(self.norm(x)).float()
+        logits[..., self.config.mask_id] = -torch.inf  # SUBS: a hole is never filled with a hole
+        return logits
+
+
+def save_checkpoint(path, model, tokenizer, **more):
+    """Write one file that holds all it takes to sample; `more` is what resuming needs besides.
+
+    OSError when it cannot be written; the file that was there before then stays.
+    """
+    checkpoint = {
+        "config": dataclasses.asdict(model.config),
+        "model": model.state_dict(),
+        "tokenizer": tokenizer.state,
+        **more,
+    }
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read what save_checkpoint wrote: (model in eval mode, tokenizer, the whole dict).
+
+    Nothing in the file is executed (`weights_only`). Mistake when it is not a checkpoint of ours.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = Transformer(ModelConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    except FileNotFoundError:
+        raise Mistake(f"{path}: there is no such checkpoint") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Mistake(f"{path}: truncated, or not a checkpoint of setitem ({reason})") from None
+    return model.to(device).eval(), tokenizer, checkpoint
+
+
+# --- where and in which precision it runs --------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch.device called name; `auto` is cuda, then mps, then cpu. Mistake when it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name.split(":")[0]):
+        raise Mistake(
+            f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}"
+        )
+    return torch.device(name)
+
+
+def autocast(device, dtype="auto"):
+    """Context in which matrix products run in dtype, its `fast_dtype`.
+
+    auto: bfloat16 where the machine multiplies it faster than float32, which a CPU does with AMX or
+    AVX-512 BF16 instructions and otherwise does not; float32 elsewhere.
+    """
+    if dtype == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capable = torch.cpu.get_capabilities()
+            fast = device.type == "cpu" and (capable.get("amx_bf16") or capable.get("avx512_bf16"))
+        dtype = "bfloat16" if fast else "float32"
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

@@ -1,0 +1,182 @@
+"""Write text by denoising: start from a canvas of `<mask>`, propose a token for every hole, set some.
+
+    canvas = prompt + <mask> ... <mask>
+    repeat: logits = model(canvas); propose a token for every open position; choose which to set
+
+An autoregressive model calls `.append(token)`; this one calls `.setitem(i, token)`. An order is the
+rule that chooses where, and `denoise` is the loop they share.
+
+    python sample.py --prompt "def "
+    python sample.py --prompt "def <mask*8>(self):" --order confidence
+"""
+
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from data.flags import Mistake, flag, parse, run
+from model import autocast, load_checkpoint, pick_device
+
+
+@dataclass
+class SampleConfig:
+    ckpt: str = flag("out/ckpt.pt", "checkpoint to sample from")
+    prompt: str = flag("", "text to start from; <mask> is a hole in it and <mask*8> are eight")
+    length: int | None = flag(
+        None,
+        "tokens of the canvas, prompt and all (default: block_size, or the prompt alone if it has holes)",
+    )
+    steps: int = flag(64, "denoising steps", least=1)
+    order: Literal["random", "confidence", "remask"] = flag("random", "which holes are set first")
+    temperature: float = flag(0.8, "divides the logits; 0 takes the likeliest token", least=0)
+    top_k: int = flag(0, "draw from the k likeliest tokens; 0 for all", least=0)
+    top_p: float = flag(
+        1.0, "draw from the likeliest tokens that together have this probability", above=0, most=1
+    )
+    num_samples: int = flag(1, "texts to write, as one batch", least=1)
+    seed: int = flag(0, "the same seed writes the same text")
+    device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
+
+
+# --- proposing tokens ----------------------------------------------------------------------------
+
+
+def keep_top_k(logits, k):
+    """logits (N, V) with all but the k largest of each row at minus infinity."""
+    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (N, 1)
+    return logits.masked_fill(logits < smallest, -torch.inf)
+
+
+def keep_top_p(logits, p):
+    """logits (N, V) with only the likeliest tokens that together reach probability p (1904.09751)."""
+    ordered, index = logits.sort(descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each
+    return logits.scatter(-1, index, ordered.masked_fill(before >= p, -torch.inf))
+
+
+def draw(logits, temperature, top_k, top_p, generator):
+    """One token per row of logits (N, V): (N,) int64.
+
+    By inversion of the cumulative distribution in float64: a float32 draw, by Gumbel noise above
+    all, would truncate the tail and so lower the temperature unseen (2409.02908).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = keep_top_k(logits, top_k)
+    if top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (N, V)
+    u = 1 - torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)  # in (0, 1]
+    # The first token whose cumulative probability reaches u; one of probability 0 never is.
+    return torch.searchsorted(cumulative, u.to(logits.device) * cumulative[:, -1:]).squeeze(-1)
+
+
+# --- orders: a score for every hole, the highest are set -----------------------------------------
+
+
+def random_order(logits, tokens, generator):
+    """Any hole as likely as the next: ancestral sampling (MDLM 2406.07524, MD4 2406.04329)."""
+    return torch.rand(len(tokens), generator=generator).to(tokens.device)
+
+
+def confidence_order(logits, tokens, generator):
+    """The holes whose proposed token has the highest probability (MaskGIT 2202.04200, LLaDA 2502.09992)."""
+    return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+# `remask` chooses as `random` does, but among all open positions, written ones too.
+ORDERS = {"random": random_order, "remask": random_order, "confidence": confidence_order}
+
+
+@torch.no_grad()
+def denoise(model, canvas, steps, order="random", temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
+
+    The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay. After
+    step k of n, round(k/n) of each row's holes are set, so the last canvas has none. With order
+    "remask" every step proposes anew for all of them and masks a random share again, at rates
+    (n-1)/n .. 0 (RoBERTa diffusion, Barry 2025). generator: a CPU torch.Generator.
+    """
+    mask_id = model.config.mask_id
+    open_positions = canvas == mask_id  # (B, T)
+    n_open = open_positions.sum(1, keepdim=True)  # (B, 1)
+    for step in range(1, steps + 1):
+        holes = open_positions if order == "remask" else canvas == mask_id
+        n_set = (n_open * step / steps).round().long() - (n_open - holes.sum(1, keepdim=True))  # (B, 1)
+        if (n_set > 0).any():  # with more steps than holes, some steps set nothing
+            logits = model(canvas, where=holes)  # (N, V)
+            tokens = draw(logits, temperature, top_k, top_p, generator)  # (N,)
+            scores = ORDERS[order](logits, tokens, generator)  # (N,)
+            proposal = canvas.masked_scatter(holes, tokens)
+            ranking = torch.full(canvas.shape, -torch.inf, device=canvas.device)
+            ranking = ranking.masked_scatter(holes, scores.float()).argsort(descending=True).argsort()
+            canvas = torch.where(ranking < n_set, proposal, canvas.masked_fill(holes, mask_id))
+        yield canvas
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def read_prompt(prompt, tokenizer):
+    """Token ids of a prompt in which `<mask>` and `<mask*N>` are holes."""
+    ids, end = [], 0
+    for hole in re.finditer(r"<mask(?:\*(\d+))?>", prompt):
+        ids += tokenizer.encode(prompt[end : hole.start()]) + [tokenizer.mask_id] * int(hole[1] or 1)
+        end = hole.end()
+    return ids + tokenizer.encode(prompt[end:])
+
+
+def make_canvas(prompt, length, tokenizer, block_size):
+    """The (1, T) canvas of a prompt: its tokens, and holes behind them up to `length` tokens.
+
+    Without a length, block_size; a prompt that has holes is then the whole canvas.
+    """
+    ids = read_prompt(prompt, tokenizer)
+    if length is None:
+        length = len(ids) if tokenizer.mask_id in ids else block_size
+    if len(ids) > length:
+        raise Mistake(f"--prompt: it has {len(ids)} tokens, but the canvas only {length}")
+    if length > block_size:
+        raise Mistake(f"--length {length}: this model's canvas has at most {block_size} tokens")
+    return torch.tensor([ids + [tokenizer.mask_id] * (length - len(ids))])
+
+
+def main():
+    config = SampleConfig(**parse(SampleConfig, __doc__.splitlines()[0]))
+    device = pick_device(config.device)
+    if config.ckpt == SampleConfig.ckpt and not os.path.exists(config.ckpt):
+        raise Mistake(f"{config.ckpt}: there is no checkpoint yet; `python train.py` makes one")
+    model, tokenizer, _ = load_checkpoint(config.ckpt, device)
+    canvas = make_canvas(config.prompt, config.length, tokenizer, model.config.block_size)
+    canvas = canvas.repeat(config.num_samples, 1).to(device)  # (B, T)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    start = time.perf_counter()
+    with autocast(device, config.dtype):
+        steps = denoise(
+            model, canvas, config.steps, config.order,
+            config.temperature, config.top_k, config.top_p, generator,
+        )  # fmt: skip
+        for canvas in tqdm(steps, total=config.steps, unit="step", leave=False):
+            pass
+    texts = [tokenizer.decode(row) for row in canvas.tolist()]  # waits for the device
+    seconds = time.perf_counter() - start
+    for i, text in enumerate(texts):
+        if len(texts) > 1:
+            print(f"--- {i + 1} of {len(texts)}", file=sys.stderr, flush=True)
+        print(text, flush=True)
+    rate = canvas.numel() / seconds
+    print(f"{canvas.numel()} tokens in {seconds:.2f} s, {rate:,.0f} tokens per second", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

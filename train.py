@@ -1,0 +1,481 @@
+"""Train a masked text diffusion model: corrupt text with holes, learn to fill them.
+
+A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>` with probability t.
+The model sees the corrupted canvas xt and predicts x0 at the holes. Two choices make the method,
+and each is made in one function here: how t is drawn (`draw_levels`) and what a hole's loss counts
+(`hole_weights`). BERT is t = 0.15; text diffusion draws t from all of (0, 1].
+
+    python train.py                                      # ten minutes on the Python library
+    python train.py --data shakespeare --max_minutes 5
+    python train.py --init_from resume                   # go on after Ctrl-C
+    python train.py --eval_only --init_from out/ckpt.pt
+"""
+
+import csv
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.corpus import DATA, load_corpus
+from data.files import replacing
+from data.flags import Mistake, flag, parse, run
+from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device, save_checkpoint
+from sample import denoise
+
+
+@dataclass
+class TrainConfig:
+    # files
+    data: str = flag("python", "corpus: a folder of data/")
+    out_dir: str = flag("out", "where ckpt.pt (best), last.pt and log.csv go")
+    init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
+    eval_only: bool = flag(False, "print the NELBO of --init_from, write nothing")
+    # noise and objective
+    level: str = flag("bell:0.8", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
+    weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: 1/t, or all the same")
+    prompt_len: str = flag("0:64", "tokens at the start that are never masked: N, or a range M:N")
+    # model
+    n_layer: int = flag(4, "blocks", least=1)
+    n_head: int = flag(4, "attention heads", least=1)
+    n_embd: int = flag(256, "width", least=1)
+    block_size: int = flag(256, "tokens in a training window", least=1)
+    dropout: float = flag(0.0, "dropout probability", least=0, below=1)
+    causal: bool = flag(False, "let a token see only those to its left")
+    norm: Literal["pre", "post"] = flag("pre", "normalise before or after each layer")
+    position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
+    # optimisation
+    batch_size: int = flag(16, "windows per step", least=1)
+    grad_accum: int = flag(
+        1, "pieces that a batch is computed in, one after another, to save memory", least=1
+    )
+    optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the blocks' matrices, AdamW elsewhere")
+    lr: float = flag(3e-3, "highest learning rate", above=0)
+    warmup: float = flag(
+        0.03, "share of the run in which the rate rises; then it falls to 0", least=0, below=1
+    )
+    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices", least=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", least=0)
+    max_iters: int | None = flag(None, "steps to train for", least=1)
+    max_minutes: float | None = flag(
+        None, "minutes to train for (default: 10 if --max_iters is not given)", above=0
+    )
+    # what is shown
+    evals: int = flag(8, "evaluations over the run, evenly spaced", least=1)
+    eval_tokens: int | None = flag(
+        None, "validation tokens scored (default: 65536, with --eval_only all)", least=1
+    )
+    log_every: int = flag(10, "steps between rows of log.csv", least=1)
+    # machine
+    device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
+    compile: bool = flag(False, "torch.compile the model")
+    seed: int = flag(0, "of weights, batches, levels and masks")
+
+
+# The fields that shape the model; one that is loaded has its own.
+SHAPE = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(ModelConfig)}
+
+
+# --- noise ---------------------------------------------------------------------------------------
+
+
+def draw_levels(level, B, generator):
+    """Noise levels of a batch, t (B, 1) in (0, 1], and the density (B, 1) they were drawn with.
+
+    Stratified: t_b = (u + b/B) mod 1 with one u for all, so that every batch covers all levels; the
+    variance of the loss falls and its mean stays. `bell:S` sends these through a normal of scale S
+    and a sigmoid (2605.13026): language is local, so the middle levels teach most. `grid:N` rounds
+    them up to 1/N .. 1 (D3PM's N steps, 2107.03006).
+    """
+    u = 1 - (torch.rand(1, generator=generator) + torch.arange(B)[:, None] / B) % 1  # (B, 1) in (0, 1]
+    kind, _, value = level.partition(":")
+    if kind == "uniform":
+        return u, torch.ones_like(u)
+    if kind == "bell":
+        z = torch.special.ndtri(u.clamp(max=1 - 1e-6))
+        t = torch.sigmoid(float(value) * z)
+        normal = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+        return t, normal / (float(value) * t * (1 - t))
+    if kind == "grid":
+        return (u * int(value)).ceil() / int(value), torch.ones_like(u)
+    return torch.full_like(u, float(kind)), torch.ones_like(u)
+
+
+def draw_holes(t, prompt_len, T, generator):
+    """Which tokens are masked, (B, T) bool: each with probability t, the first prompt_len never.
+
+    t: (B, 1); prompt_len: (B, 1) int64.
+    """
+    holes = torch.rand(len(t), T, generator=generator) < t
+    return holes & (torch.arange(T) >= prompt_len)
+
+
+def hole_weights(weight, t, density, holes, prompt_len):
+    """What each sequence's holes count in the batch's loss, (B, 1), so that the loss is their sum.
+
+    `mean`: the average over the holes of the batch. `elbo`: rate'(t)/rate(t) = 1/t over the number
+    of tokens that could be masked, and over the density t was drawn with, so that the mean of this
+    loss is the bound of 2406.07524 (eq. 11) in nats per token, whatever the levels.
+    """
+    if weight == "mean":
+        return torch.full_like(t, 1 / max(1, holes.sum().item()))
+    return 1 / (t * density * (holes.shape[1] - prompt_len).sum())
+
+
+def hole_nats(model, x0, xt, holes):
+    """Cross-entropy of x0 at each hole given the canvas xt, in nats, (N,)."""
+    return F.cross_entropy(model(xt, where=holes), x0[holes], reduction="none")
+
+
+# --- likelihood ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def nelbo(model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0):
+    """Negative evidence lower bound of tokens (N, T) int64, in nats per token not in the prompt.
+
+    E_t [ 1/t sum over holes of -log p(x_i | xt) ], t uniform (2406.07524, eq. 11): also the mean
+    negative log-likelihood over all orders of generation (2406.03736). `draws` levels per sequence,
+    all stratified together; the same number for the same seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    mask_id = model.config.mask_id
+    N, T = tokens.shape
+    prompt_len = torch.full((N * draws, 1), prompt_len)
+    t, density = draw_levels("uniform", N * draws, generator)
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for rows in torch.arange(N * draws).split(batch_size):
+        x0 = tokens[rows % N].to(device)
+        holes = draw_holes(t[rows], prompt_len[rows], T, generator)
+        weights = (1 / t[rows]).expand_as(holes)[holes]
+        holes = holes.to(device)
+        nats = hole_nats(model, x0, x0.masked_fill(holes, mask_id), holes)
+        total += (weights.to(device) * nats).sum().item()
+    model.train(was_training)
+    return total / (T - prompt_len).sum().item()
+
+
+def windows(split, T, n_tokens):
+    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
+    count = max(1, min(n_tokens, len(split)) // T)
+    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
+    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def parse_prompt_len(text):
+    """`16` or `0:64` as (low, high), both included."""
+    low, _, high = text.partition(":")
+    if not (low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)):
+        raise Mistake(f"--prompt_len {text}: a number of tokens such as 16, or a range such as 0:64")
+    return int(low), int(high or low)
+
+
+def check(config):
+    """Mistake for values that cannot work, before anything is loaded or written."""
+    kind, _, value = config.level.partition(":")
+    try:
+        known = {
+            "uniform": lambda: not value,
+            "bell": lambda: 0 < float(value) < math.inf,
+            "grid": lambda: int(value) >= 1,
+        }.get(kind, lambda: 0 < float(config.level) <= 1)()
+    except ValueError:
+        known = False
+    if not known:
+        raise Mistake(f"--level {config.level}: uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
+    if config.weight == "elbo" and kind not in ("uniform", "bell", "grid"):
+        raise Mistake(f"--level {config.level}: a single level gives no bound; it needs --weight mean")
+    if config.batch_size % config.grad_accum:
+        raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
+    if config.n_embd % (2 * config.n_head):
+        raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
+    if parse_prompt_len(config.prompt_len)[1] >= config.block_size:
+        raise Mistake(f"--prompt_len {config.prompt_len}: a window has only {config.block_size} tokens")
+    if config.eval_only and config.init_from == "scratch":
+        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
+
+
+def make_optimizers(model, config):
+    """Muon (2502.16982) on the blocks' matrices and AdamW on the rest, or AdamW on all.
+
+    Muon's update is scaled to the size of AdamW's, so one learning rate serves both.
+    """
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    if config.optimizer == "adamw":
+        matrices = []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
+    if matrices:
+        decay = config.weight_decay
+        optimizers += [
+            torch.optim.Muon(matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        ]
+    return optimizers
+
+
+def draw_batch(split, config, generator):
+    """A corrupted batch: x0 (B, T) int64, holes (B, T) bool and what each hole counts (B, 1)."""
+    B, T = config.batch_size, config.block_size
+    starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
+    x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
+    t, density = draw_levels(config.level, B, generator)
+    low, high = parse_prompt_len(config.prompt_len)
+    prompt_len = torch.randint(low, high + 1, (B, 1), generator=generator)
+    holes = draw_holes(t, prompt_len, T, generator)
+    return x0, holes, hole_weights(config.weight, t, density, holes, prompt_len)
+
+
+class Run:
+    """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
+
+    def __init__(self, config, model, device):
+        self.config, self.model, self.device = config, model, device
+        self.precision = autocast(device, config.dtype)
+        self.optimizers = make_optimizers(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
+        self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
+        self.step, self.minutes, self.best = 0, 0.0, math.inf
+
+    def state(self):
+        random = {"batches": self.generator.get_state(), "cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "train": asdict(self.config),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+            **{name: getattr(self, name) for name in ("step", "minutes", "best")},
+        }
+
+    def restore(self, state):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["random"]["batches"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.step, self.minutes, self.best = state["step"], state["minutes"], state["best"]
+
+    def progress(self):
+        """How far the run is, in [0, 1], by the limit that will end it: steps or minutes."""
+        by_steps = self.step / (self.config.max_iters or math.inf)
+        default = math.inf if self.config.max_iters else 10
+        by_minutes = self.minutes / (self.config.max_minutes or default)
+        return min(1.0, max(by_steps, by_minutes))
+
+    def evals_due(self):
+        """How many of the run's evaluations should have been made by now."""
+        return int(self.progress() * self.config.evals)
+
+    def learning_rate(self):
+        """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
+        warmup, progress = self.config.warmup, self.progress()
+        rise = progress / warmup if progress < warmup else 1.0
+        return self.config.lr * min(rise, (1 - progress) / (1 - warmup))
+
+    def update(self, batch):
+        """One optimizer step on a batch, in grad_accum pieces. Returns its loss, in nats per hole
+        or per token as --weight says, and its gradient's norm; if either is not finite, the
+        weights stay as they were.
+        """
+        loss = 0.0
+        for x0, holes, weights in zip(*(tensor.chunk(self.config.grad_accum) for tensor in batch)):
+            weights = weights.expand_as(holes)[holes].to(self.device)  # (N,)
+            x0, holes = x0.to(self.device), holes.to(self.device)
+            with self.precision:
+                xt = x0.masked_fill(holes, self.model.config.mask_id)
+                piece = (weights * hole_nats(self.model, x0, xt, holes)).sum()
+            self.scaler.scale(piece).backward()
+            loss += piece.item()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+        limit = self.config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        # float16 overflows now and then: its scaler skips that step and lowers the scale.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, norm
+
+    def evaluate(self, val_tokens, val_counts):
+        """NELBO of val_tokens (N, T) in nats per token, and the same in bits per byte of text."""
+        with self.precision:
+            nats = nelbo(self.model, val_tokens, seed=self.config.seed)
+        return nats, nats * val_counts["tokens"] / val_counts["bytes"] / math.log(2)
+
+    def sample(self, tokenizer):
+        """A short text written from an empty canvas."""
+        canvas = torch.full((1, self.config.block_size), tokenizer.mask_id, device=self.device)
+        self.model.eval()
+        with self.precision:
+            *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.8, generator=torch.Generator())
+        self.model.train()
+        return tokenizer.decode(canvas[0].tolist())
+
+
+class Log:
+    """log.csv, a row per log point; resuming drops the rows that come after the step resumed from."""
+
+    columns = "step minutes loss lr grad_norm tokens_per_second val_nats_per_token val_bits_per_byte".split()
+
+    def __init__(self, path, step):
+        rows = [self.columns]
+        if step and path.exists():
+            with open(path, newline="") as file:
+                rows += [row for row in csv.reader(file) if row[0].isdecimal() and int(row[0]) <= step]
+        self.file = open(path, "w", newline="", buffering=1)  # a line at a time, to be watched
+        self.writer = csv.writer(self.file)
+        self.writer.writerows(rows)
+
+    def write(self, *row):
+        self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
+
+
+def train(run, tokenizer, corpus):
+    """Train until the run is complete or Ctrl-C; writes log.csv, last.pt, and ckpt.pt at the best NELBO."""
+    config, out_dir = run.config, Path(run.config.out_dir)
+    train_split, val_split, meta = corpus
+    val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(out_dir / "log.csv", run.step)
+    last, best = out_dir / "last.pt", out_dir / "ckpt.pt"
+
+    interrupted = []
+
+    def interrupt(*_):  # let the step under way finish; a second Ctrl-C ends it at once
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupt)
+    start = time.perf_counter() - 60 * run.minutes
+    layout = "{percentage:3.0f}%|{bar:20}| {desc}"
+    pace = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings
+    with tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace) as bar:
+        while run.progress() < 1 and not interrupted:
+            before, lr, evals_done = time.perf_counter(), run.learning_rate(), run.evals_due()
+            batch = draw_batch(train_split, config, run.generator)
+            loss, norm = run.update(batch)
+            now = time.perf_counter()
+            run.minutes = (now - start) / 60
+            speed = batch[0].numel() / (now - before)
+            evaluating = run.evals_due() > evals_done
+            nats, bits = run.evaluate(val_tokens, meta["val"]) if evaluating else (None, None)
+            if not all(
+                math.isfinite(number or 0) for number in (loss, run.scaler.is_enabled() or norm, nats)
+            ):
+                kept = f"{last} is from before" if last.exists() else "nothing was saved"
+                raise Mistake(
+                    f"step {run.step}: the loss is {loss:.3g}, its gradient's norm {norm:.3g}; "
+                    f"a smaller --lr may help ({kept})"
+                )
+            if evaluating or run.step % config.log_every == 0:
+                log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
+            if evaluating:
+                better, run.best = nats < run.best, min(nats, run.best)
+                save_checkpoint(last, run.model, tokenizer, **run.state())
+                if better:
+                    with open(last, "rb") as source, replacing(best) as file:
+                        shutil.copyfileobj(source, file)
+                bar.write(
+                    f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation NELBO "
+                    f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n"
+                    + textwrap.indent(run.sample(tokenizer), "  | ", lambda line: True)
+                )
+            left = run.minutes / run.progress() * (1 - run.progress())
+            text = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
+            bar.set_description_str(text, refresh=False)
+            bar.update(run.progress() - bar.n)
+    if interrupted:
+        save_checkpoint(last, run.model, tokenizer, **run.state())
+        print(f"stopped at step {run.step}; --init_from resume goes on from {last}", file=sys.stderr)
+        sys.exit(130)
+
+
+def open_corpus(config):
+    """load_corpus, after making data/python if that is what is missing."""
+    if config.data == "python" and not (DATA / "python" / "meta.json").exists():
+        print("data/python is not there yet: making it from this Python's standard library", flush=True)
+        subprocess.run([sys.executable, DATA / "python" / "prepare.py"], check=True)
+    corpus = load_corpus(config.data)
+    for name, split in zip(("train", "val"), corpus):
+        if len(split) < config.block_size:
+            raise Mistake(
+                f"--data {config.data}: its {name} split has {len(split)} tokens, "
+                f"fewer than one --block_size of {config.block_size}"
+            )
+    return corpus
+
+
+def main():
+    given = parse(TrainConfig, __doc__.splitlines()[0])
+    config = TrainConfig(**given)
+    device = pick_device(config.device)
+    checkpoint = None
+    if config.init_from != "scratch":
+        path = Path(config.out_dir) / "last.pt" if config.init_from == "resume" else config.init_from
+        model, tokenizer, checkpoint = load_checkpoint(path, device)
+        if config.init_from == "resume":
+            config = TrainConfig(**{**checkpoint["train"], **given})
+        for name in SHAPE:  # the model is what it is
+            value = getattr(model.config, name)
+            if given.get(name, value) != value:
+                raise Mistake(f"--{name} {given[name]}: the model in {path} has {value}")
+            setattr(config, name, value)
+    check(config)
+    *splits, corpus_tokenizer, meta = open_corpus(config)
+    if checkpoint is None:
+        torch.manual_seed(config.seed)
+        tokenizer = corpus_tokenizer
+        shape = {name: getattr(config, name) for name in SHAPE}
+        model = Transformer(ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape)).to(device)
+    elif tokenizer.state != corpus_tokenizer.state:
+        raise Mistake(f"--data {config.data}: its tokenizer is not the one that {path} was trained with")
+    if config.compile:
+        model.compile()
+    run = Run(config, model, device)
+    if config.eval_only:
+        tokens = windows(splits[1], config.block_size, config.eval_tokens or len(splits[1]))
+        nats, bits = run.evaluate(tokens, meta["val"])
+        print(f"NELBO {nats:.4f} nats per token, {bits:.4f} bits per byte ({tokens.numel():,} tokens)")
+        return
+    if config.init_from == "resume":
+        run.restore(checkpoint)
+        if run.progress() >= 1:
+            raise Mistake(f"{path}: that run is complete; a larger --max_iters or --max_minutes goes on")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {len(splits[0]):,} tokens, on {device} in {run.precision.fast_dtype}")
+    train(run, tokenizer, (*splits, meta))
+
+
+if __name__ == "__main__":
+    run(main)
