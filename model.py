@@ -27,6 +27,7 @@ class ModelConfig:
     n_head: int = 4
     n_embd: int = 256
     dropout: float = 0.0
+    conv: int = 5  # neighbours that a block's convolution mixes, the token itself included; 0: none
     causal: bool = False  # a token sees itself and those to its left, as in GPT
     norm: str = "pre"  # "pre": normalise what a layer reads; "post": what it has written, as in BERT
     position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
@@ -84,10 +85,30 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class Convolution(nn.Module):
+    """Adds to each token a weighted sum of its neighbours, channel by channel.
+
+    Most of what tells a character is next to it, and this is the cheapest way to look there: a
+    short depthwise convolution as in Primer (2109.08668), here on the residual stream.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))
+        left = config.conv - 1 if config.causal else config.conv // 2
+        self.padding = (left, config.conv - 1 - left)
+
+    def forward(self, x):
+        # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied.
+        image = F.pad(x, (0, 0, *self.padding)).transpose(1, 2).unsqueeze(2)  # (B, C, 1, T + conv - 1)
+        return x + F.conv2d(image, self.weight, groups=x.shape[2]).squeeze(2).transpose(1, 2)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.pre = config.norm == "pre"
+        self.convolution = Convolution(config) if config.conv else nn.Identity()
         self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(config.n_embd, bias=False)
         self.mlp = MLP(config)
@@ -95,6 +116,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotation):
+        x = self.convolution(x)
         if self.pre:
             x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))

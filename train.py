@@ -52,6 +52,7 @@ class TrainConfig:
     n_embd: int = flag(256, "width", least=1)
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
+    conv: int = flag(5, "neighbours that each block's convolution mixes; 0 for none", least=0)
     causal: bool = flag(False, "let a token see only those to its left")
     norm: Literal["pre", "post"] = flag("pre", "normalise before or after each layer")
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
@@ -144,30 +145,33 @@ def hole_nats(model, x0, xt, holes):
 
 @torch.no_grad()
 def nelbo(model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0):
-    """Negative evidence lower bound of tokens (N, T) int64, in nats per token not in the prompt.
+    """Negative evidence lower bound of tokens (N, T) int64, in nats per token behind the prompt.
 
-    E_t [ 1/t sum over holes of -log p(x_i | xt) ], t uniform (2406.07524, eq. 11): also the mean
-    negative log-likelihood over all orders of generation (2406.03736). `draws` levels per sequence,
-    all stratified together; the same number for the same seed.
+    E_t [ 1/t sum over holes of -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524), is also the
+    mean negative log-likelihood over all orders of generation (2406.03736). Integrating over t
+    leaves M tokens with every number of holes from 1 to M equally often, each hole counting M over
+    that number (2502.09992, eq. 6). This is what is drawn here: the same bound, but no 1/t that
+    blows up. `draws` hole counts per sequence, all stratified; the same seed gives the same number.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    mask_id = model.config.mask_id
     N, T = tokens.shape
-    prompt_len = torch.full((N * draws, 1), prompt_len)
-    t, density = draw_levels("uniform", N * draws, generator)
+    u, _ = draw_levels("uniform", N * draws, generator)
+    n_holes = (u * (T - prompt_len)).ceil()  # (N * draws, 1), uniform in 1..M
     was_training = model.training
     model.eval()
     total = 0.0
     for rows in torch.arange(N * draws).split(batch_size):
         x0 = tokens[rows % N].to(device)
-        holes = draw_holes(t[rows], prompt_len[rows], T, generator)
-        weights = (1 / t[rows]).expand_as(holes)[holes]
+        keys = torch.rand(x0.shape, generator=generator)
+        keys[:, :prompt_len] = torch.inf
+        holes = keys.argsort(1).argsort(1) < n_holes[rows]  # (B, T)
+        weights = (1 / n_holes[rows]).expand_as(holes)[holes].to(device)
         holes = holes.to(device)
-        nats = hole_nats(model, x0, x0.masked_fill(holes, mask_id), holes)
-        total += (weights.to(device) * nats).sum().item()
+        xt = x0.masked_fill(holes, model.config.mask_id)
+        total += (weights * hole_nats(model, x0, xt, holes)).sum().item()
     model.train(was_training)
-    return total / (T - prompt_len).sum().item()
+    return total / (N * draws)
 
 
 def windows(split, T, n_tokens):

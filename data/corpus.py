@@ -21,7 +21,6 @@ def write_corpus(name, pieces, tokenizer, source):
     All three files appear together at the end, or none does. Returns meta.json's dict.
     """
     folder = DATA / name
-    folder.mkdir(parents=True, exist_ok=True)
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     with ExitStack() as stack:

@@ -14,15 +14,23 @@ from data.flags import Mistake
 
 @contextmanager
 def replacing(path):
-    """Open a binary file that takes path's place when the block ends, and leaves nothing if it fails."""
+    """Open a binary file that takes path's place when the block ends.
+
+    If the block fails, path stays as it was, and a folder that was made for it goes again.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        if made:
+            path.parent.rmdir()
+        raise
 
 
 def check_sha256(path, sha256):

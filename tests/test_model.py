@@ -1,0 +1,113 @@
+"""What the network promises, whatever its weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import tiny_model
+
+from model import autocast, rotary_angles, rotate
+
+SHAPES = [
+    {"norm": norm, "position": position, "conv": conv}
+    for norm in ("pre", "post")
+    for position in ("rope", "learned")
+    for conv in (0, 5)
+]
+
+
+@pytest.fixture
+def canvas(device):
+    return torch.randint(0, 6, (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_gives_the_same_logits_as_the_full_pass(shape, canvas, device):
+    model = tiny_model(V=5, T=8, **shape).to(device)
+    where = canvas == model.config.mask_id
+    assert where.any()
+    torch.testing.assert_close(model(canvas, where=where), model(canvas)[where])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mask_is_never_predicted(shape, canvas, device):
+    model = tiny_model(V=5, T=8, **shape).to(device)
+    logits = model(canvas)
+    assert logits.dtype == torch.float32
+    assert logits.softmax(-1)[..., model.config.mask_id].eq(0).all()
+    assert logits[..., : model.config.mask_id].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_causal_tokens_see_nothing_to_their_right_and_others_see_all(shape, canvas, device):
+    changed = canvas.clone()
+    changed[:, 5] = (canvas[:, 5] + 1) % 5
+    for causal in (True, False):
+        model = tiny_model(V=5, T=8, causal=causal, **shape).to(device)
+        moved = (model(canvas) - model(changed))[..., :5].abs().amax(-1)  # (B, T)
+        assert moved[:, 5:].gt(0).all()
+        assert moved[:, :5].gt(1e-5).all() != causal
+        assert not causal or moved[:, :5].max() < 1e-5
+
+
+def test_learned_positions_tell_order_apart_and_rotary_ones_only_distance():
+    same = torch.zeros(1, 8, dtype=torch.int64)  # equal tokens: only positions can differ
+    rope = tiny_model(V=5, T=8, conv=0)(same)[..., :5]
+    learned = tiny_model(V=5, T=8, conv=0, position="learned")(same)[..., :5]
+    torch.testing.assert_close(rope, rope[:, :1].expand_as(rope))
+    assert (learned - learned[:, :1])[:, 1:].abs().amax(-1).gt(1e-3).all()
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    q, k = (rotate(x.expand(1, 1, 10, 16), *rotary_angles(10, 16, "cpu")) for x in (q, k))
+    products = (q @ k.mT)[0, 0]  # (T, T)
+    for distance in range(-9, 10):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+
+
+def test_attention_is_softmax_of_scaled_products(canvas):
+    model = tiny_model(V=5, T=8, position="learned")
+    attention = model.blocks[0].attention
+    x = torch.randn(3, 8, 16)
+    q, k, v = (f(x).view(3, 8, 2, 8) for f in (attention.query, attention.key, attention.value))
+    q, k = attention.query_norm(q), attention.key_norm(k)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(8)
+    mixed = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(3, 8, 16)
+    torch.testing.assert_close(attention(x, None), attention.out(mixed))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_convolution_is_a_weighted_sum_of_neighbours(causal):
+    model = tiny_model(conv=5, causal=causal)
+    layer = model.blocks[0].convolution
+    x = torch.randn(2, 7, 16)
+    w = layer.weight[:, 0, 0]  # (C, 5)
+    expected = x.clone()
+    for i in range(7):
+        for tap in range(5):
+            j = i + tap - (4 if causal else 2)
+            if 0 <= j < 7:
+                expected[:, i] += w[:, tap] * x[:, j]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_post_norm_normalises_what_a_block_writes():
+    for norm, unit in (("pre", False), ("post", True)):
+        model = tiny_model(V=5, T=8, norm=norm)
+        for p in [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]:
+            torch.nn.init.ones_(p.weight)
+        out = model.blocks[0](torch.randn(1, 8, 16), rotary_angles(8, 8, "cpu"))
+        normalised = torch.allclose(out, F.layer_norm(out, (16,)), atol=1e-3)
+        assert normalised == unit
+
+
+def test_autocast_asks_the_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    for capability, dtype in (("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capability=capability: {capability: True})
+        context = autocast(cpu, "auto")
+        assert (context.fast_dtype if context._enabled else None) == dtype
+    assert autocast(cpu, "float16").fast_dtype == torch.float16

@@ -1,0 +1,345 @@
+"""Noise, objective and likelihood: the facts that the method rests on."""
+
+import math
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import Conditionals, all_texts, tiny_model
+
+from model import ModelConfig
+from train import (
+    Run,
+    TrainConfig,
+    draw_batch,
+    draw_holes,
+    draw_levels,
+    hole_nats,
+    hole_weights,
+    nelbo,
+    windows,
+)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def nats_of_mask(model, x0, holes):
+    """-log p of each text's tokens at the holes (T,), together, given the rest: (N,)."""
+    xt = x0.masked_fill(holes, model.config.mask_id)
+    nats = F.cross_entropy(model(xt).flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
+    return (nats * holes).sum(-1)
+
+
+def mean_nats_over_all_orders(model, x0):
+    """Nats per token of each text, by the chain rule, averaged over every order of generation: (N,)."""
+    T = x0.shape[1]
+    orders = list(permutations(range(T)))
+    total = torch.zeros(len(x0))
+    for order in orders:
+        holes = torch.ones(T, dtype=torch.bool)
+        for i in order:
+            alone = torch.zeros(T, dtype=torch.bool)
+            alone[i] = True
+            xt = x0.masked_fill(holes, model.config.mask_id)
+            nats = F.cross_entropy(model(xt).flatten(0, 1), x0.flatten(), reduction="none").view(x0.shape)
+            total += (nats * alone).sum(-1)
+            holes[i] = False
+    return total / len(orders) / T
+
+
+# --- the bound -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_nelbo_equals_mean_over_all_orders(device):
+    """2406.03736 and 2110.02037: the bound is the likelihood under a random order."""
+    model = tiny_model(V=3, T=3)
+    x0 = all_texts(3, 3)[[1, 5, 10, 15, 26]]
+    exact = mean_nats_over_all_orders(model, x0).mean().item()
+    estimate = nelbo(model.to(device), x0, draws=20_000, batch_size=20_000)
+    assert estimate == pytest.approx(exact, rel=0.01)
+
+
+@torch.no_grad()
+def test_nelbo_equals_the_integral_over_levels():
+    """Each set of k holes has probability t^k (1-t)^(T-k); with weight 1/t that integrates to a beta."""
+    model = tiny_model(V=3, T=4)
+    x0 = all_texts(3, 4)[[7, 40]]
+    exact = 0.0
+    for holes in product((False, True), repeat=4):
+        if k := sum(holes):
+            beta = math.gamma(k) * math.gamma(5 - k) / math.gamma(5)
+            exact += beta * nats_of_mask(model, x0, torch.tensor(holes)).mean().item() / 4
+    assert mean_nats_over_all_orders(model, x0).mean().item() == pytest.approx(exact, rel=1e-5)
+    assert nelbo(model, x0, draws=50_000, batch_size=50_000) == pytest.approx(exact, rel=0.01)
+
+
+def test_nelbo_of_the_perfect_denoiser_is_the_entropy():
+    """No bound is tighter: every order of the true conditionals gives the text's own probability."""
+    joint = torch.rand(2, 2, 2, generator=rng(3)) + 0.05
+    model = Conditionals(joint)
+    texts = all_texts(2, 3)
+    nats = torch.tensor([nelbo(model, text[None], draws=3000, batch_size=3000) for text in texts])
+    probability = model.joint.flatten()
+    entropy = -(probability * probability.log()).sum().item() / 3
+    assert (probability * nats).sum().item() == pytest.approx(entropy, rel=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("N", [1, 2, 4])
+def test_grid_with_elbo_is_the_d3pm_bound(N):
+    """2107.03006: sum over the N steps of KL(q(x_{n-1} | x_n, x0) || p(x_{n-1} | x_n)), enumerated."""
+    V, T = 3, 3
+    model = tiny_model(V, T)
+    x0 = all_texts(V, T)[[5]]
+    d3pm, ours = 0.0, 0.0
+    for n in range(1, N + 1):
+        t, s = n / N, (n - 1) / N
+        for pattern in product((False, True), repeat=T):
+            holes = torch.tensor(pattern)[None]
+            k = int(holes.sum())
+            if k == 0 or t**k * (1 - t) ** (T - k) == 0:
+                continue
+            chance = t**k * (1 - t) ** (T - k)
+            p = model(x0.masked_fill(holes, V)).softmax(-1)[0]  # (T, V + 1)
+            for i in holes[0].nonzero().flatten():
+                stay = s / t  # the chance that a hole at step n was one at n - 1
+                q_step = (1 - stay) * F.one_hot(x0[0, i], V + 1) + stay * F.one_hot(torch.tensor(V), V + 1)
+                p_step = (1 - stay) * p[i] + stay * F.one_hot(torch.tensor(V), V + 1)
+                d3pm += chance * torch.special.xlogy(q_step, q_step / p_step).nansum().item()
+            weight = hole_weights("elbo", torch.tensor([[t]]), torch.ones(1, 1), holes, torch.zeros(1, 1))
+            nats = hole_nats(model, x0, x0.masked_fill(holes, V), holes)
+            ours += chance / N * (weight * nats).sum().item() * T
+    assert ours == pytest.approx(d3pm, rel=1e-5)
+    levels, _ = draw_levels(f"grid:{N}", 10 * N, rng())
+    values, counts = levels.unique(return_counts=True)
+    torch.testing.assert_close(values, torch.arange(1, N + 1) / N)
+    assert counts.tolist() == [10] * N
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["uniform", "bell:1.6", "grid:1000"])
+def test_elbo_weight_makes_every_level_the_same_bound(level):
+    """Levels drawn otherwise are weighted by their density; many grid steps approach the uniform."""
+    model = tiny_model(V=3, T=3)
+    x0 = all_texts(3, 3)[[5]].expand(200_000, -1)
+    t, density = draw_levels(level, len(x0), rng())
+    none = torch.zeros(len(x0), 1, dtype=torch.int64)
+    holes = draw_holes(t, none, 3, rng(1))
+    weights = hole_weights("elbo", t, density, holes, none).expand_as(holes)[holes]
+    loss = (weights * hole_nats(model, x0, x0.masked_fill(holes, 3), holes)).sum().item()
+    assert loss == pytest.approx(mean_nats_over_all_orders(model, x0[:1]).item(), rel=0.02)
+
+
+def test_nelbo_repeats_itself_and_leaves_the_model_as_it_was():
+    model = tiny_model().train()
+    texts = all_texts(3, 3)
+    assert nelbo(model, texts, seed=4) == nelbo(model, texts, seed=4) != nelbo(model, texts, seed=5)
+    assert model.training
+
+
+def test_nelbo_does_not_depend_on_how_it_is_batched():
+    model, texts = tiny_model(), all_texts(3, 3)
+    assert nelbo(model, texts, batch_size=1) == pytest.approx(nelbo(model, texts, batch_size=100), rel=1e-5)
+
+
+def test_prompt_is_not_counted_by_nelbo():
+    """Given its first two tokens, a text of three has one way to be written: left to right."""
+    model, text = tiny_model(V=3, T=3), all_texts(3, 3)[[11]]
+    last = nats_of_mask(model, text, torch.tensor([False, False, True])).item()
+    assert nelbo(model, text, prompt_len=2, draws=50_000, batch_size=50_000) == pytest.approx(last, rel=0.02)
+
+
+# --- levels, holes, weights ----------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=50)
+def test_uniform_levels_are_stratified(B, seed):
+    """One level in each of B intervals of length 1/B, whatever the draw."""
+    t, density = draw_levels("uniform", B, rng(seed))
+    assert t.shape == (B, 1)
+    assert ((t > 0) & (t <= 1)).all()
+    gaps = t.flatten().sort().values.diff()
+    assert B == 1 or (gaps - 1 / B).abs().max() < 1e-5
+    assert density.eq(1).all()
+
+
+class SurerWithMoreToSee(torch.nn.Module):
+    """Gives token 0 the larger probability the fewer masks there are, as any good denoiser does."""
+
+    config = ModelConfig(vocab_size=4, mask_id=3)
+
+    def forward(self, idx, where):
+        masked = (idx == 3).float().mean(1, keepdim=True)  # (B, 1)
+        right = (1 - masked * 2 / 3)[..., None].expand(*idx.shape, 1)
+        wrong = (1 - right) / 2
+        return torch.cat((right, wrong, wrong, torch.zeros_like(right)), -1).log()[where]
+
+
+def test_stratified_levels_lower_the_variance_of_the_loss():
+    """The same mean as independent levels, and a third of the variance or less, at a batch of 16."""
+    generator, n_batches = rng(), 500
+    x0 = torch.zeros(n_batches * 16, 64, dtype=torch.int64)
+
+    def losses(draw):
+        t = torch.cat([draw() for _ in range(n_batches)])
+        holes = draw_holes(t, torch.zeros_like(t), 64, generator)
+        nats = hole_nats(SurerWithMoreToSee(), x0, x0.masked_fill(holes, 3), holes)
+        return (torch.zeros(holes.shape).masked_scatter(holes, nats) / t).view(n_batches, -1).mean(1)
+
+    stratified = losses(lambda: draw_levels("uniform", 16, generator)[0])
+    independent = losses(lambda: 1 - torch.rand(16, 1, generator=generator))
+    assert stratified.var() < independent.var() / 3
+    assert stratified.mean() == pytest.approx(independent.mean().item(), rel=0.02)
+
+
+def test_bell_levels_are_the_sigmoid_of_a_normal():
+    """2605.13026; the density is the derivative of the distribution function."""
+    t, density = draw_levels("bell:0.8", 100_000, rng())
+    normal = torch.distributions.Normal(0.0, 0.8)
+    for level in (0.05, 0.3, 0.5, 0.9):
+        below = normal.cdf(torch.logit(torch.tensor(level))).item()
+        assert (t < level).float().mean().item() == pytest.approx(below, abs=1e-4)
+    t, density = t.flatten().double().sort().values, density.flatten()[t.flatten().argsort()].double()
+    assert torch.trapezoid(density, t).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("level", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})]
+)
+def test_levels_of_a_grid_and_fixed_levels(level, values):
+    t, density = draw_levels(level, 64, rng())
+    assert set(t.flatten().tolist()) == values
+    assert density.eq(1).all()
+
+
+@given(st.floats(0.01, 1), st.integers(0, 20), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=50)
+def test_prompt_is_never_masked(t, prompt_len, seed):
+    holes = draw_holes(torch.full((50, 1), t), torch.full((50, 1), prompt_len), 20, rng(seed))
+    assert not holes[:, :prompt_len].any()
+    assert t < 1 or holes[:, prompt_len:].all()
+
+
+def test_each_token_is_masked_with_the_probability_of_its_level():
+    t = torch.tensor([[0.1], [0.5], [0.9]])
+    holes = torch.stack([draw_holes(t, torch.zeros(3, 1), 100, rng(i)) for i in range(400)]).float()
+    torch.testing.assert_close(holes.mean((0, 2))[:, None], t, atol=0.01, rtol=0)
+    pairs = (holes[..., ::2] * holes[..., 1::2]).mean((0, 2))[:, None]  # independent of its neighbour
+    torch.testing.assert_close(pairs, t**2, atol=0.01, rtol=0)
+
+
+def test_weights_of_holes():
+    t = torch.tensor([[0.25], [1.0]])
+    holes = torch.tensor([[False, True, False, False], [False, True, True, True]])
+    prompt_len = torch.tensor([[0], [1]])
+    mean = hole_weights("mean", t, torch.ones(2, 1), holes, prompt_len).expand_as(holes)
+    assert mean[holes].tolist() == [0.25] * 4  # an average: the weights add up to 1
+    elbo = hole_weights("elbo", t, torch.ones(2, 1), holes, prompt_len)
+    torch.testing.assert_close(elbo, 1 / t / 7)  # 4 + 3 tokens could have been masked
+    doubled = hole_weights("elbo", t, torch.full((2, 1), 2.0), holes, prompt_len)
+    torch.testing.assert_close(doubled, elbo / 2)  # levels drawn twice as often count half
+    nothing = hole_weights("mean", t, torch.ones(2, 1), torch.zeros_like(holes), prompt_len)
+    assert nothing.isfinite().all()
+
+
+def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
+    corpus = np.arange(1000, dtype=np.uint16)
+    config = TrainConfig(batch_size=400, block_size=16, prompt_len="2:5", level="1")
+    x0, holes, weights = draw_batch(corpus, config, rng())
+    assert (x0.diff(dim=1) == 1).all()
+    assert x0.min() < 20
+    assert x0.max() > 980
+    assert set((~holes).sum(1).tolist()) == {2, 3, 4, 5}
+    assert weights.shape == (400, 1)
+
+
+def test_windows_cover_the_split_once():
+    tokens = windows(np.arange(103, dtype=np.uint16), 10, 10**9)
+    assert tokens.shape == (10, 10)
+    assert len(tokens.unique()) == 100
+    assert windows(np.arange(103, dtype=np.uint16), 10, 35).shape == (3, 10)
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_training_overfits_one_batch(optimizer, device):
+    torch.manual_seed(0)
+    config = TrainConfig(
+        batch_size=4,
+        block_size=16,
+        level="0.5",
+        lr=0.01,
+        max_iters=60,
+        warmup=0,
+        optimizer=optimizer,
+        prompt_len="0",
+    )
+    model = tiny_model(V=8, T=16, n_embd=32).to(device)
+    run = Run(config, model.train(), device)
+    batch = draw_batch(np.arange(200, dtype=np.uint16) * 7 % 8, config, rng())
+    losses = [run.update(batch)[0] for _ in range(60)]
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.1
+
+
+def test_accumulated_pieces_have_the_gradient_of_the_whole_batch():
+    """With `mean` too, where pieces have different numbers of holes."""
+    corpus = torch.randint(0, 3, (500,), generator=rng()).numpy().astype(np.uint16)
+    gradients = []
+    for pieces in (1, 4):
+        model = tiny_model(V=3, T=8)
+        config = TrainConfig(
+            batch_size=8,
+            block_size=8,
+            grad_accum=pieces,
+            prompt_len="0:3",
+            dtype="float32",
+            grad_clip=0,
+            max_iters=9,
+        )
+        run = Run(config, model, torch.device("cpu"))
+        run.model.zero_grad = lambda **_: None  # keep them to be compared
+        run.update(draw_batch(corpus, config, rng()))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    model = tiny_model()
+    adamw, muon = Run(TrainConfig(max_iters=1), model, torch.device("cpu")).optimizers
+    matrices = {id(p) for p in muon.param_groups[0]["params"]}
+    assert matrices == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+    decayed, not_decayed = adamw.param_groups
+    assert not_decayed["weight_decay"] == 0
+    assert all(p.ndim == 1 for p in not_decayed["params"])
+    assert len(decayed["params"]) + len(not_decayed["params"]) + len(matrices) == len(
+        list(model.parameters())
+    )
+
+
+def test_learning_rate_follows_the_limit_that_binds():
+    run = Run(
+        TrainConfig(max_iters=100, max_minutes=10, lr=1.0, warmup=0.1), tiny_model(), torch.device("cpu")
+    )
+    for step, minutes, progress in ((5, 0.1, 0.05), (5, 5.5, 0.55), (55, 0.1, 0.55), (10, 10, 1.0)):
+        run.step, run.minutes = step, minutes
+        assert run.progress() == progress
+        assert run.learning_rate() == pytest.approx(min(progress / 0.1, (1 - progress) / 0.9))
+
+
+def test_a_run_is_bounded_by_ten_minutes_unless_steps_are_given():
+    minutes = {"max_iters": None, "max_minutes": None}
+    for flags, expected in (({}, 0.5), ({"max_minutes": 50}, 0.1), ({"max_iters": 10}, 0.0)):
+        run = Run(TrainConfig(**{**minutes, **flags}), tiny_model(), torch.device("cpu"))
+        run.minutes = 5
+        assert run.progress() == expected
