@@ -7,6 +7,7 @@ time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.075
 
 import dataclasses
 import pickle
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -186,7 +187,11 @@ def load_checkpoint(path, device="cpu"):
     Nothing in the file is executed (`weights_only`). Mistake when it is not a checkpoint of ours.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError("it holds no dict")
         model = Transformer(ModelConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])

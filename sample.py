@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data.flags import Mistake, flag, parse, run
+from data.flags import Mistake, command, flag, parse
 from model import autocast, load_checkpoint, pick_device
 
 
@@ -31,6 +31,7 @@ class SampleConfig:
     length: int | None = flag(
         None,
         "tokens of the canvas, prompt and all (default: block_size, or the prompt alone if it has holes)",
+        least=1,
     )
     steps: int = flag(64, "denoising steps", least=1)
     order: Literal["random", "confidence", "remask"] = flag("random", "which holes are set first")
@@ -126,13 +127,17 @@ def denoise(model, canvas, steps, order="random", temperature=1.0, top_k=0, top_
 # --- the command ---------------------------------------------------------------------------------
 
 
-def read_prompt(prompt, tokenizer):
-    """Token ids of a prompt in which `<mask>` and `<mask*N>` are holes."""
+def read_prompt(prompt, tokenizer, limit):
+    """Token ids of a prompt in which `<mask>` and `<mask*N>` are holes; Mistake if more than limit."""
     ids, end = [], 0
     for hole in re.finditer(r"<mask(?:\*(\d+))?>", prompt):
-        ids += tokenizer.encode(prompt[end : hole.start()]) + [tokenizer.mask_id] * int(hole[1] or 1)
+        ids += tokenizer.encode(prompt[end : hole.start()])
+        ids += [tokenizer.mask_id] * min(int(hole[1] or 1), limit + 1)
         end = hole.end()
-    return ids + tokenizer.encode(prompt[end:])
+    ids += tokenizer.encode(prompt[end:])
+    if len(ids) > limit:
+        raise Mistake(f"--prompt: it is longer than the canvas of {limit} tokens")
+    return ids
 
 
 def make_canvas(prompt, length, tokenizer, block_size):
@@ -140,43 +145,42 @@ def make_canvas(prompt, length, tokenizer, block_size):
 
     Without a length, block_size; a prompt that has holes is then the whole canvas.
     """
-    ids = read_prompt(prompt, tokenizer)
+    if (length or 0) > block_size:
+        raise Mistake(f"--length {length}: the canvas of this model has at most {block_size} tokens")
+    ids = read_prompt(prompt, tokenizer, length or block_size)
     if length is None:
         length = len(ids) if tokenizer.mask_id in ids else block_size
-    if len(ids) > length:
-        raise Mistake(f"--prompt: it has {len(ids)} tokens, but the canvas only {length}")
-    if length > block_size:
-        raise Mistake(f"--length {length}: this model's canvas has at most {block_size} tokens")
     return torch.tensor([ids + [tokenizer.mask_id] * (length - len(ids))])
 
 
 def main():
     config = SampleConfig(**parse(SampleConfig, __doc__.splitlines()[0]))
-    device = pick_device(config.device)
     if config.ckpt == SampleConfig.ckpt and not os.path.exists(config.ckpt):
         raise Mistake(f"{config.ckpt}: there is no checkpoint yet; `python train.py` makes one")
+    if re.search("[\ud800-\udfff]", config.prompt):  # what Python makes of bytes that are no text
+        raise Mistake("--prompt: it is not UTF-8")
+    device = pick_device(config.device)
     model, tokenizer, _ = load_checkpoint(config.ckpt, device)
     canvas = make_canvas(config.prompt, config.length, tokenizer, model.config.block_size)
     canvas = canvas.repeat(config.num_samples, 1).to(device)  # (B, T)
+    written = (canvas == tokenizer.mask_id).sum().item()
     generator = torch.Generator().manual_seed(config.seed)
 
     start = time.perf_counter()
     with autocast(device, config.dtype):
-        steps = denoise(
+        canvases = denoise(
             model, canvas, config.steps, config.order,
             config.temperature, config.top_k, config.top_p, generator,
         )  # fmt: skip
-        for canvas in tqdm(steps, total=config.steps, unit="step", leave=False):
-            pass
+        *_, canvas = tqdm(canvases, total=config.steps, unit="step", leave=False)
     texts = [tokenizer.decode(row) for row in canvas.tolist()]  # waits for the device
     seconds = time.perf_counter() - start
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts, 1):
         if len(texts) > 1:
-            print(f"--- {i + 1} of {len(texts)}", file=sys.stderr, flush=True)
+            print(f"--- {i} of {len(texts)}", file=sys.stderr, flush=True)
         print(text, flush=True)
-    rate = canvas.numel() / seconds
-    print(f"{canvas.numel()} tokens in {seconds:.2f} s, {rate:,.0f} tokens per second", file=sys.stderr)
+    print(f"{written} tokens in {seconds:.2f} s: {written / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data.corpus import DATA, load_corpus
 from data.files import replacing
-from data.flags import Mistake, flag, parse, run
+from data.flags import Mistake, command, flag, parse
 from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device, save_checkpoint
 from sample import denoise
 
@@ -45,7 +45,7 @@ class TrainConfig:
     # noise and objective
     level: str = flag("bell:0.8", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: 1/t, or all the same")
-    prompt_len: str = flag("0:64", "tokens at the start that are never masked: N, or a range M:N")
+    prompt_len: str = flag("0:16", "tokens at the start that are never masked: N, or a range M:N")
     # model
     n_layer: int = flag(4, "blocks", least=1)
     n_head: int = flag(4, "attention heads", least=1)
@@ -211,7 +211,7 @@ def check(config):
         raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
     if config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
-    if parse_prompt_len(config.prompt_len)[1] >= config.block_size:
+    if not config.eval_only and parse_prompt_len(config.prompt_len)[1] >= config.block_size:
         raise Mistake(f"--prompt_len {config.prompt_len}: a window has only {config.block_size} tokens")
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
@@ -374,6 +374,9 @@ def train(run, tokenizer, corpus):
     log = Log(out_dir / "log.csv", run.step)
     last, best = out_dir / "last.pt", out_dir / "ckpt.pt"
 
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{parameters:,} parameters on {run.device} in {run.precision.fast_dtype}")
+
     interrupted = []
 
     def interrupt(*_):  # let the step under way finish; a second Ctrl-C ends it at once
@@ -381,6 +384,7 @@ def train(run, tokenizer, corpus):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, interrupt)
+    run.model.train()
     start = time.perf_counter() - 60 * run.minutes
     layout = "{percentage:3.0f}%|{bar:20}| {desc}"
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings
@@ -448,7 +452,7 @@ def main():
     if config.init_from != "scratch":
         path = Path(config.out_dir) / "last.pt" if config.init_from == "resume" else config.init_from
         model, tokenizer, checkpoint = load_checkpoint(path, device)
-        if config.init_from == "resume":
+        if config.init_from == "resume" and not config.eval_only:
             config = TrainConfig(**{**checkpoint["train"], **given})
         for name in SHAPE:  # the model is what it is
             value = getattr(model.config, name)
@@ -476,10 +480,8 @@ def main():
         run.restore(checkpoint)
         if run.progress() >= 1:
             raise Mistake(f"{path}: that run is complete; a larger --max_iters or --max_minutes goes on")
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(splits[0]):,} tokens, on {device} in {run.precision.fast_dtype}")
     train(run, tokenizer, (*splits, meta))
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

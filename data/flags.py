@@ -71,7 +71,7 @@ def parse(config_class, description):
     return given
 
 
-def run(main):
+def command(main):
     """Call main(). A Mistake, or a refusal of the system such as a full disk, ends the process
     with one sentence on stderr and exit code 2; anything else is a bug and keeps its traceback.
     """

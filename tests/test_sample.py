@@ -174,9 +174,9 @@ def test_same_seed_same_text():
 
 def test_holes_in_a_prompt():
     tokenizer = ByteTokenizer()
-    ids = read_prompt("é<mask*3>b<mask>", tokenizer)
+    ids = read_prompt("é<mask*3>b<mask>", tokenizer, 16)
     assert ids == [*"é".encode(), 256, 256, 256, ord("b"), 256]
-    assert read_prompt("<mask*>", tokenizer) == list(b"<mask*>")
+    assert read_prompt("<mask*>", tokenizer, 16) == list(b"<mask*>")
 
 
 def test_canvas_of_a_prompt():

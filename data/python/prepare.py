@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import write_corpus
-from data.flags import Mistake, flag, parse, run
+from data.flags import Mistake, command, flag, parse
 from data.tokenizer import tokenizer_by_name
 
 SKIPPED_FOLDERS = {
@@ -69,4 +69,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

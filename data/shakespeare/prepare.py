@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import DATA
 from data.files import check_sha256, download
-from data.flags import flag, parse, run
+from data.flags import command, flag, parse
 from data.text.prepare import prepare
 from data.tokenizer import tokenizer_by_name
 
@@ -32,4 +32,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import read_pieces, split_at, write_corpus
-from data.flags import Mistake, argument, flag, parse, run
+from data.flags import Mistake, argument, command, flag, parse
 from data.tokenizer import tokenizer_by_name
 
 VAL_SHARE = 0.1
@@ -43,4 +43,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

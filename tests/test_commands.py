@@ -1,0 +1,475 @@
+"""The commands as a user runs them: from text to samples, and every mistake in one sentence."""
+
+import csv
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import tiny_model
+
+import data.corpus
+import sample
+import train
+from data.corpus import write_corpus
+from data.flags import Mistake, command
+from data.text.prepare import prepare
+from data.tokenizer import BPETokenizer, ByteTokenizer
+from model import Transformer, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 32 --batch_size 4 --prompt_len 0:8 --eval_tokens 512"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a corpus and a checkpoint trained on it."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.corpus, "DATA", folder / "data")
+        (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(600)))
+        prepare(folder / "book.txt", "book", ByteTokenizer())
+        run_train(patch, f"--data book --out_dir {folder}/out --max_iters 4 --evals 2 {SMALL}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_world(world, monkeypatch):
+    monkeypatch.setattr(data.corpus, "DATA", world / "data")
+    monkeypatch.setattr(train, "DATA", world / "data")
+    monkeypatch.chdir(world)
+
+
+def run_train(patch, flags):
+    patch.setattr(sys, "argv", ["train.py", *flags.split()])
+    train.main()
+
+
+def run_process(*arguments, **kwargs):
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **kwargs)
+
+
+def state_of(folder):
+    """Every file below folder with its content."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- from text to samples ------------------------------------------------------------------------
+
+
+def test_from_a_text_to_samples_as_a_user_would(tmp_path):
+    (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
+    corpus = tmp_path / "poem"
+    prepared = run_process(ROOT / "data/text/prepare.py", tmp_path / "poem.txt", "--name", corpus)
+    assert prepared.returncode == 0, prepared.stderr
+    flags = f"--data {corpus} --out_dir {tmp_path}/out --max_iters 60 --evals 2 {SMALL}".split()
+    trained = run_process(ROOT / "train.py", *flags)
+    assert trained.returncode == 0, trained.stderr
+    assert "nats per token" in trained.stdout
+    assert "bits per byte" in trained.stdout
+    assert "tokens/s" in trained.stderr
+    with open(tmp_path / "out" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert float(rows[-1]["val_nats_per_token"]) < 4.5 < float(rows[0]["loss"])
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    sampled = run_process(
+        ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the <mask*5> fox", "--num_samples", 2, cwd="/"
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    assert "tokens/s" in sampled.stderr
+    assert sampled.stdout.count("the ") >= 2
+    assert "<mask>" not in sampled.stdout
+    assert "--- 2 of 2" in sampled.stderr
+
+
+def test_sampling_repeats_itself_and_stdout_is_text_alone(world, monkeypatch, capsys):
+    outputs = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(sys, "argv", f"sample.py --prompt line --length 30 --seed {seed}".split())
+        sample.main()
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0].startswith("line")
+
+
+def test_a_checkpoint_needs_nothing_beside_it(world, tmp_path):
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes((world / "out" / "ckpt.pt").read_bytes())
+    result = run_process(ROOT / "sample.py", "--ckpt", alone, "--length", 20, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_eval_only_prints_the_same_number_and_writes_nothing(world, monkeypatch, capsys):
+    before = state_of(world)
+    numbers = []
+    for init_from in ("out/ckpt.pt", "out/ckpt.pt", "resume"):
+        run_train(monkeypatch, f"--eval_only --init_from {init_from} --data book")
+        numbers.append(capsys.readouterr().out)
+    assert numbers[0] == numbers[1] == numbers[2]
+    assert "nats per token" in numbers[0]
+    assert state_of(world) == before
+
+
+def test_python_corpus_is_made_when_it_is_missing(tmp_path):
+    """In a copy of the project: a fresh clone has no corpus."""
+    for name in ("model.py", "train.py", "sample.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "data").rglob("*.py"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    result = run_process("train.py", "--max_iters", 1, *SMALL.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "data/python is not there yet" in result.stdout
+    assert (tmp_path / "data/python/train.bin").stat().st_size > 8_000_000
+    assert (tmp_path / "out/ckpt.pt").exists()
+
+
+# --- reproducible, resumable ---------------------------------------------------------------------
+
+
+def weights(path):
+    checkpoint = load_checkpoint(path)[2]
+    return checkpoint["step"], checkpoint["model"], checkpoint["optimizers"]
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.equal(b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        [assert_same(a[key], b[key]) for key in a]
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        [assert_same(*pair) for pair in zip(a, b)]
+    else:
+        assert a == b
+
+
+def test_a_run_is_reproducible_to_the_bit(tmp_path, monkeypatch):
+    for name in "ab":
+        run_train(monkeypatch, f"--data book --out_dir {tmp_path / name} --max_iters 5 --dropout 0.1 {SMALL}")
+    assert_same(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
+
+
+def test_resume_is_bitwise_identical(tmp_path, monkeypatch):
+    """A run stopped by Ctrl-C after some steps and resumed equals one that was never stopped."""
+    flags = f"--data book --max_iters 12 --evals 3 --log_every 1 --dropout 0.1 {SMALL}"
+    run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/whole")
+    update, steps = train.Run.update, []
+
+    def update_then_interrupt(run, batch):
+        steps.append(run.step)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "update", update_then_interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run_train(patch, f"{flags} --out_dir {tmp_path}/halves")
+    assert stopped.value.code == 130
+    assert weights(tmp_path / "halves" / "last.pt")[0] == 7
+    run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}/halves")
+    assert_same(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "halves" / "last.pt"))
+    assert_same(weights(tmp_path / "whole" / "ckpt.pt"), weights(tmp_path / "halves" / "ckpt.pt"))
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "halves")]
+    steps_and_losses = [[(row.split(",")[0], row.split(",")[2]) for row in log] for log in logs]
+    assert steps_and_losses[0] == steps_and_losses[1]
+
+
+def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_twice(tmp_path, monkeypatch):
+    flags = f"--data book --max_iters 12 --evals 3 --log_every 1 {SMALL} --out_dir {tmp_path}/out"
+    update = train.Run.update
+
+    def update_or_die(run, batch):
+        if run.step == 6:
+            raise RuntimeError("killed")
+        return update(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "update", update_or_die)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_train(patch, flags)
+    run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}/out")
+    with open(tmp_path / "out" / "log.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 13))
+
+
+def test_minutes_bound_a_run_and_its_learning_rate(tmp_path, monkeypatch):
+    run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_minutes 0.03 --log_every 1 {SMALL}")
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert 0.03 <= float(rows[-1]["minutes"]) < 0.2
+    rates = [float(row["lr"]) for row in rows]
+    assert rates[-1] < 0.2 * max(rates)
+    assert max(rates) > 0.5 * train.TrainConfig.lr
+
+
+def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
+    flags = (
+        f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --block_size 32"
+    )
+    run_train(monkeypatch, f"{flags} --batch_size 2 --prompt_len 0 --weight_decay 0")
+    assert_same(weights(tmp_path / "last.pt")[1], weights(world / "out" / "ckpt.pt")[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optimizer adamw --norm post --position learned --conv 0",
+        "--causal --level uniform --weight elbo --grad_accum 2",
+    ],
+)
+def test_every_precision_and_variant_trains(dtype, flags, tmp_path, monkeypatch, capsys):
+    run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_iters 3 --dtype {dtype} {flags} {SMALL}")
+    assert "nats per token" in capsys.readouterr().out
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def mistake(main, arguments, monkeypatch, capsys):
+    """The sentence that a command ends with, which must be one line, with exit code 2."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("script.py: ")
+    return lines[0]
+
+
+TRAIN_MISTAKES = {
+    "--nonsense 1": "--nonsense",
+    "--max_iter 5": "--max_iter",  # no abbreviations either
+    "--batch_size two": "two",
+    "--norm middle": "pre",
+    "--data nope": "ready are: book",
+    "--data book --block_size 1000000": "fewer than one --block_size",
+    "--level grid:0": "grid:N",
+    "--level grid:x": "grid:N",
+    "--level bell:0": "bell:S",
+    "--level bell": "bell:S",
+    "--level 1.5": "1.5",
+    "--level 0": "(0, 1]",
+    "--level uniform:3": "uniform",
+    "--level nan": "nan",
+    "--level 0.15 --weight elbo": "--weight mean",
+    "--prompt_len 5:2": "0:64",
+    "--prompt_len x": "0:64",
+    "--prompt_len -1": "--prompt_len",
+    "--prompt_len 256": "256",
+    "--batch_size 6 --grad_accum 4": "--batch_size 6",
+    "--n_embd 30 --n_head 4": "--n_head 4",
+    "--n_layer 0": "at least 1",
+    "--lr 0": "above 0",
+    "--lr nan": "above 0",
+    "--dropout 1": "below 1",
+    "--max_minutes 0": "above 0",
+    "--eval_only": "--init_from",
+    "--init_from nope.pt --data book": "no such checkpoint",
+    "--init_from resume --out_dir nowhere": "no such checkpoint",
+    "--init_from out/ckpt.pt --n_layer 3 --data book": "has 1",
+    "--init_from resume": "complete",
+    "--data book --out_dir book.txt --block_size 32 --prompt_len 0": "book.txt",
+    "--data book --out_dir book.txt/below --block_size 32 --prompt_len 0": "book.txt",
+    "--device nonsense": "nonsense",
+}
+
+
+@pytest.mark.parametrize("flags", TRAIN_MISTAKES)
+def test_train_mistakes(flags, world, monkeypatch, capsys):
+    before = state_of(world)
+    assert TRAIN_MISTAKES[flags] in mistake(train.main, flags.split(), monkeypatch, capsys)
+    assert state_of(world) == before
+
+
+SAMPLE_MISTAKES = {
+    ("--steps", "0"): "at least 1",
+    ("--temperature", "-1"): "at least 0",
+    ("--top_p", "2"): "at most 1",
+    ("--top_p", "0"): "above 0",
+    ("--top_k", "-3"): "at least 0",
+    ("--num_samples", "0"): "at least 1",
+    ("--order", "upward"): "confidence",
+    ("--length", "33"): "at most 32",
+    ("--prompt", "x" * 33): "longer than the canvas",
+    ("--prompt", "hello", "--length", "4"): "longer than the canvas",
+    ("--prompt", "<mask*999999999999>"): "longer than the canvas",
+    ("--prompt", "\udcff"): "UTF-8",
+    ("--ckpt", "nope.pt"): "no such checkpoint",
+    ("--ckpt", "book.txt"): "not a checkpoint",
+    ("--ckpt", "data"): "data",
+}
+
+
+@pytest.mark.parametrize("flags", SAMPLE_MISTAKES)
+def test_sample_mistakes(flags, monkeypatch, capsys):
+    assert SAMPLE_MISTAKES[flags] in mistake(sample.main, flags, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device")
+def test_a_device_that_is_not_there(main, monkeypatch, capsys):
+    assert "--device cuda" in mistake(main, ["--device", "cuda"], monkeypatch, capsys)
+
+
+def test_without_a_checkpoint_sample_says_what_to_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "python train.py" in mistake(sample.main, [], monkeypatch, capsys)
+
+
+class Malicious:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_files_that_are_no_checkpoints(world, tmp_path, monkeypatch, capsys):
+    """Truncated, empty, of another program, or a pickle that would run code: which it does not."""
+    monkeypatch.chdir(tmp_path)
+    good = (world / "out" / "ckpt.pt").read_bytes()
+    config = load_checkpoint(world / "out" / "ckpt.pt")[2]["config"]
+    files = {
+        "empty.pt": b"",
+        "truncated.pt": good[: len(good) // 2],
+        "nearly_whole.pt": good[:-100],
+        "pickle.pt": pickle.dumps(Malicious()),
+    }
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    for name, content in {
+        "malicious.pt": {"config": Malicious()},
+        "tensor.pt": torch.zeros(3),
+        "other_keys.pt": {"state_dict": {}},
+        "other_config.pt": {"config": {"width": 3}, "model": {}, "tokenizer": {"kind": "bytes"}},
+        "other_weights.pt": {"config": config, "model": {}, "tokenizer": {"kind": "bytes"}},
+    }.items():
+        torch.save(content, name)
+    with zipfile.ZipFile("zip.pt", "w") as archive:
+        archive.writestr("hello", "world")
+    for path in sorted(Path().glob("*.pt")):
+        assert path.name in mistake(sample.main, ["--ckpt", path.name], monkeypatch, capsys)
+        for flags in (f"--init_from {path} --data book", f"--eval_only --init_from {path} --data book"):
+            assert path.name in mistake(train.main, flags.split(), monkeypatch, capsys)
+    assert not Path("executed").exists()
+    with pytest.raises(Mistake):
+        load_checkpoint("malicious.pt")
+
+
+def test_a_checkpoint_of_another_tokenizer(monkeypatch, capsys):
+    tokenizer = BPETokenizer([chr(i) for i in range(256)], r"\S+|\s+")
+    write_corpus("bpe", [("train", "some text " * 50), ("val", "more text " * 50)], tokenizer, "test")
+    capsys.readouterr()
+    flags = "--init_from out/ckpt.pt --data bpe --prompt_len 0"
+    assert "tokenizer" in mistake(train.main, flags.split(), monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "script", ["data/text/prepare.py", "data/python/prepare.py", "data/shakespeare/prepare.py"]
+)
+def test_prepare_mistakes(script, tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9" * 100)
+    (tmp_path / "empty").touch()
+    good = tmp_path / "good"
+    good.write_text("text " * 100)
+    cases = [["--nonsense"], ["--tokenizer", "klingon"], ["--name", good / "below"]]
+    if "text" in script:
+        cases = [[good, *case] for case in cases] + [
+            [],
+            [tmp_path / "none"],
+            [tmp_path / "latin"],
+            [tmp_path / "empty"],
+        ]
+    if "shakespeare" in script:
+        cases = [["--file", good, *case] for case in cases] + [["--file", tmp_path / "none"]]
+    processes = [
+        subprocess.Popen([sys.executable, ROOT / script, *map(str, case)], stderr=-1, stdout=-1, text=True)
+        for case in cases
+    ]
+    before = state_of(tmp_path)
+    for process in processes:
+        out, err = process.communicate()
+        assert (process.returncode, out) == (2, "")
+        assert err.startswith("prepare.py: ")
+        assert len(err.strip().splitlines()) == 1, err
+    assert state_of(tmp_path) == before
+
+
+def test_no_space_left_keeps_the_checkpoint_that_was_there(tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails half-way."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, tiny_model(), ByteTokenizer())
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):  # noqa: PT011
+            save_checkpoint(path, tiny_model(seed=1), ByteTokenizer())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
+    forward, calls = Transformer.forward, []
+
+    def explode_later(model, idx, where=None):
+        calls.append(model.training)
+        return forward(model, idx, where) * (torch.nan if sum(calls) > 6 else 1)
+
+    monkeypatch.setattr(Transformer, "forward", explode_later)
+    flags = f"--data book --out_dir {tmp_path} --max_iters 8 --evals 2 {SMALL}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        command(train.main)
+    assert ended.value.code == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 7" in sentence
+    assert "last.pt" in sentence
+    step, model, _ = weights(tmp_path / "last.pt")
+    assert step == 4
+    assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+def test_help_shows_every_flag_with_its_default(monkeypatch, capsys):
+    for main, config in ((train.main, train.TrainConfig), (sample.main, sample.SampleConfig)):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            command(main)
+        text = " ".join(capsys.readouterr().out.split())
+        assert ended.value.code == 0
+        for name, value in vars(config()).items():
+            assert f"--{name}" in text
+            assert value is None or f"default: {value}" in text
+
+
+def test_a_reader_that_leaves_is_no_mistake(world):
+    script = f"{sys.executable} {ROOT}/sample.py --num_samples 2 --length 30 | head -c 1"
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True, cwd=world
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_corpora_larger_than_memory_are_mapped(world):
+    train_split, val_split, _, _ = data.corpus.load_corpus("book")
+    assert isinstance(train_split, np.memmap)
+    assert isinstance(val_split, np.memmap)
