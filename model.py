@@ -228,7 +228,7 @@ def autocast(device, dtype="auto"):
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capable = torch.cpu.get_capabilities()
+            capable = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot say
             fast = device.type == "cpu" and (capable.get("amx_bf16") or capable.get("avx512_bf16"))
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

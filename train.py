@@ -128,7 +128,7 @@ def hole_weights(weight, t, density, holes, prompt_len):
 
     `mean`: the average over the holes of the batch. `elbo`: rate'(t)/rate(t) = 1/t over the number
     of tokens that could be masked, and over the density t was drawn with, so that the mean of this
-    loss is the bound of 2406.07524 (eq. 11) in nats per token, whatever the levels.
+    loss is the bound (2502.09992, eq. 3) in nats per token, however the levels are drawn.
     """
     if weight == "mean":
         return torch.full_like(t, 1 / max(1, holes.sum().item()))
