@@ -25,8 +25,8 @@ class ModelConfig:
     mask_id: int = 256
     block_size: int = 256  # longest sequence that the positions are made for
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
+    n_head: int = 2
+    n_embd: int = 128
     dropout: float = 0.0
     conv: int = 5  # neighbours that a block's convolution mixes, the token itself included; 0: none
     causal: bool = False  # a token sees itself and those to its left, as in GPT
@@ -42,8 +42,9 @@ def rotary_angles(T, D, device):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels of x (B, H, T, D) by its position's angle."""
+    """Turn channels i and i + D/2 of x (B, T, H, D) together, by the angle of the position."""
     a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].type_as(x), sin[:, None].type_as(x)  # (T, 1, D/2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
@@ -51,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.causal, self.dropout = config.n_head, config.causal, config.dropout
-        # Three matrices and not one: Muon orthogonalises each on its own.
+        # Three matrices and not one, because Muon orthogonalises each on its own.
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.key = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.value = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -62,14 +63,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation):
         B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q = self.query_norm(self.query(x).view(heads)).transpose(1, 2)  # (B, H, T, D)
-        k = self.key_norm(self.key(x).view(heads)).transpose(1, 2)
-        v = self.value(x).view(heads).transpose(1, 2)
+        weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))  # one product is faster
+        q, k, v = F.linear(x, weight).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, D)
+        q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         y = F.scaled_dot_product_attention(
-            q.type_as(v), k.type_as(v), v,
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=self.causal,
         )  # fmt: skip
@@ -96,13 +96,13 @@ class Convolution(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))
-        left = config.conv - 1 if config.causal else config.conv // 2
-        self.padding = (left, config.conv - 1 - left)
+        self.padding = config.conv - 1 if config.causal else config.conv // 2
 
     def forward(self, x):
         # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied.
-        image = F.pad(x, (0, 0, *self.padding)).transpose(1, 2).unsqueeze(2)  # (B, C, 1, T + conv - 1)
-        return x + F.conv2d(image, self.weight, groups=x.shape[2]).squeeze(2).transpose(1, 2)
+        image = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
+        mixed = F.conv2d(image, self.weight, padding=(0, self.padding), groups=x.shape[2])
+        return x + mixed.squeeze(2).transpose(1, 2)[:, : x.shape[1]]
 
 
 class Block(nn.Module):

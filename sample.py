@@ -70,6 +70,9 @@ def draw(logits, temperature, top_k, top_p, generator):
     """
     if temperature == 0:
         return logits.argmax(-1)
+    device = logits.device
+    if device.type == "mps":  # it has no float64
+        logits = logits.cpu()
     logits = logits / temperature
     if top_k:
         logits = keep_top_k(logits, top_k)
@@ -78,7 +81,7 @@ def draw(logits, temperature, top_k, top_p, generator):
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (N, V)
     u = 1 - torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)  # in (0, 1]
     # The first token whose cumulative probability reaches u; one of probability 0 never is.
-    return torch.searchsorted(cumulative, u.to(logits.device) * cumulative[:, -1:]).squeeze(-1)
+    return torch.searchsorted(cumulative, u.to(cumulative.device) * cumulative[:, -1:]).squeeze(-1).to(device)
 
 
 # --- orders: a score for every hole, the highest are set -----------------------------------------

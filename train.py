@@ -48,8 +48,8 @@ class TrainConfig:
     prompt_len: str = flag("0:16", "tokens at the start that are never masked: N, or a range M:N")
     # model
     n_layer: int = flag(4, "blocks", least=1)
-    n_head: int = flag(4, "attention heads", least=1)
-    n_embd: int = flag(256, "width", least=1)
+    n_head: int = flag(2, "attention heads", least=1)
+    n_embd: int = flag(128, "width", least=1)
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "neighbours that each block's convolution mixes; 0 for none", least=0)
@@ -62,7 +62,7 @@ class TrainConfig:
         1, "pieces that a batch is computed in, one after another, to save memory", least=1
     )
     optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the blocks' matrices, AdamW elsewhere")
-    lr: float = flag(3e-3, "highest learning rate", above=0)
+    lr: float = flag(0.01, "highest learning rate", above=0)
     warmup: float = flag(
         0.03, "share of the run in which the rate rises; then it falls to 0", least=0, below=1
     )
@@ -222,21 +222,17 @@ def make_optimizers(model, config):
 
     Muon's update is scaled to the size of AdamW's, so one learning rate serves both.
     """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    if config.optimizer == "adamw":
-        matrices = []
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
+    decay = {"weight_decay": config.weight_decay}
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], **decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        decay = config.weight_decay
-        optimizers += [
-            torch.optim.Muon(matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        ]
+        optimizers += [torch.optim.Muon(matrices, lr=config.lr, **decay, adjust_lr_fn="match_rms_adamw")]
     return optimizers
 
 
@@ -433,7 +429,8 @@ def open_corpus(config):
     """load_corpus, after making data/python if that is what is missing."""
     if config.data == "python" and not (DATA / "python" / "meta.json").exists():
         print("data/python is not there yet: making it from this Python's standard library", flush=True)
-        subprocess.run([sys.executable, DATA / "python" / "prepare.py"], check=True)
+        if subprocess.run([sys.executable, DATA / "python" / "prepare.py"]).returncode:
+            sys.exit(2)  # it has said why
     corpus = load_corpus(config.data)
     for name, split in zip(("train", "val"), corpus):
         if len(split) < config.block_size:
