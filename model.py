@@ -26,7 +26,7 @@ class ModelConfig:
     block_size: int = 256  # longest sequence that the positions are made for
     n_layer: int = 4
     n_head: int = 2
-    n_embd: int = 128
+    n_embd: int = 192
     dropout: float = 0.0
     conv: int = 5  # neighbours that a block's convolution mixes, the token itself included; 0: none
     causal: bool = False  # a token sees itself and those to its left, as in GPT

@@ -49,7 +49,7 @@ class TrainConfig:
     # model
     n_layer: int = flag(4, "blocks", least=1)
     n_head: int = flag(2, "attention heads", least=1)
-    n_embd: int = flag(128, "width", least=1)
+    n_embd: int = flag(192, "width", least=1)
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "neighbours that each block's convolution mixes; 0 for none", least=0)
