@@ -43,7 +43,7 @@ class TrainConfig:
     init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
     eval_only: bool = flag(False, "print the NELBO of --init_from, write nothing")
     # noise and objective
-    level: str = flag("bell:0.8", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
+    level: str = flag("bell:1.2", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: 1/t, or all the same")
     prompt_len: str = flag("0:16", "tokens at the start that are never masked: N, or a range M:N")
     # model
