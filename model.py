@@ -6,7 +6,7 @@ time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.075
 """
 
 import dataclasses
-import pickle
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -178,28 +178,35 @@ def save_checkpoint(path, model, tokenizer, **more):
         **more,
     }
     with replacing(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # how torch reports that the file could not be written
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", **changes):
     """Read what save_checkpoint wrote: (model in eval mode, tokenizer, the whole dict).
 
-    Nothing in the file is executed (`weights_only`). Mistake when it is not a checkpoint of ours.
+    changes: fields of the config to be set otherwise, such as dropout. Nothing in the file is
+    executed (`weights_only`). Raises Mistake when it is not a checkpoint of ours.
     """
+    if not os.path.exists(path):
+        raise Mistake(f"{path}: there is no such checkpoint")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
-            raise TypeError("it holds no dict")
-        model = Transformer(ModelConfig(**checkpoint["config"]))
+            raise TypeError
+    except Exception as error:  # torch raises a different one for every way to be no checkpoint
+        raise Mistake(f"{path}: truncated, or not a checkpoint ({type(error).__name__})") from None
+    try:
+        model = Transformer(ModelConfig(**{**checkpoint["config"], **changes}))
         model.load_state_dict(checkpoint["model"])
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-    except FileNotFoundError:
-        raise Mistake(f"{path}: there is no such checkpoint") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Mistake(f"{path}: truncated, or not a checkpoint of setitem ({reason})") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Mistake(f"{path}: not a checkpoint of setitem ({reason})") from None
     return model.to(device).eval(), tokenizer, checkpoint
 
 
@@ -211,11 +218,14 @@ def pick_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
-    if not there.get(name.split(":")[0]):
-        raise Mistake(
-            f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}"
-        )
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        if there[device.type]:
+            torch.empty(0, device=device)  # fails for a number that is not there, as in cuda:9
+            return device
+    except (RuntimeError, KeyError):
+        pass
+    raise Mistake(f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}")
 
 
 def autocast(device, dtype="auto"):

@@ -1,7 +1,7 @@
 """Write text by denoising: start from a canvas of `<mask>`, propose a token for every hole, set some.
 
     canvas = prompt + <mask> ... <mask>
-    repeat: logits = model(canvas); propose a token for every open position; choose which to set
+    repeat: logits = model(canvas); propose a token for every hole; choose which to set
 
 An autoregressive model calls `.append(token)`; this one calls `.setitem(i, token)`. An order is the
 rule that chooses where, and `denoise` is the loop they share.
@@ -29,19 +29,15 @@ class SampleConfig:
     ckpt: str = flag("out/ckpt.pt", "checkpoint to sample from")
     prompt: str = flag("", "text to start from; <mask> is a hole in it and <mask*8> are eight")
     length: int | None = flag(
-        None,
-        "tokens of the canvas, prompt and all (default: block_size, or the prompt alone if it has holes)",
-        least=1,
+        None, "tokens of the canvas (block_size; a prompt with holes: its own)", least=1
     )
-    steps: int = flag(64, "denoising steps", least=1)
+    steps: int = flag(128, "denoising steps", least=1)
     order: Literal["random", "confidence", "remask"] = flag("random", "which holes are set first")
-    temperature: float = flag(0.8, "divides the logits; 0 takes the likeliest token", least=0)
+    temperature: float = flag(0.7, "divides the logits; 0 takes the likeliest token", least=0, most=1e6)
     top_k: int = flag(0, "draw from the k likeliest tokens; 0 for all", least=0)
-    top_p: float = flag(
-        1.0, "draw from the likeliest tokens that together have this probability", above=0, most=1
-    )
+    top_p: float = flag(1.0, "draw from the likeliest that together reach this", above=0, most=1)
     num_samples: int = flag(1, "texts to write, as one batch", least=1)
-    seed: int = flag(0, "the same seed writes the same text")
+    seed: int = flag(0, "the same seed writes the same text", least=0, most=2**32)
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
 
@@ -50,7 +46,7 @@ class SampleConfig:
 
 
 def keep_top_k(logits, k):
-    """logits (N, V) with all but the k largest of each row at minus infinity."""
+    """logits (N, V) with all below the k-th largest of each row at minus infinity."""
     smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (N, 1)
     return logits.masked_fill(logits < smallest, -torch.inf)
 
@@ -58,7 +54,8 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """logits (N, V) with only the likeliest tokens that together reach probability p (1904.09751)."""
     ordered, index = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens ahead of each
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the tokens ahead of each
     return logits.scatter(-1, index, ordered.masked_fill(before >= p, -torch.inf))
 
 
@@ -68,12 +65,12 @@ def draw(logits, temperature, top_k, top_p, generator):
     By inversion of the cumulative distribution in float64: a float32 draw, by Gumbel noise above
     all, would truncate the tail and so lower the temperature unseen (2409.02908).
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     device = logits.device
     if device.type == "mps":  # it has no float64
         logits = logits.cpu()
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow at any temperature
     if top_k:
         logits = keep_top_k(logits, top_k)
     if top_p < 1:
@@ -84,20 +81,21 @@ def draw(logits, temperature, top_k, top_p, generator):
     return torch.searchsorted(cumulative, u.to(cumulative.device) * cumulative[:, -1:]).squeeze(-1).to(device)
 
 
-# --- orders: a score for every hole, the highest are set -----------------------------------------
+# --- orders: a score for every position, the highest are set -------------------------------------
 
 
-def random_order(logits, tokens, generator):
-    """Any hole as likely as the next: ancestral sampling (MDLM 2406.07524, MD4 2406.04329)."""
-    return torch.rand(len(tokens), generator=generator).to(tokens.device)
+def random_order(holes, logits, tokens, generator):
+    """Any position as likely as the next: ancestral sampling (MDLM 2406.07524, MD4 2406.04329)."""
+    return torch.rand(holes.shape, generator=generator).to(holes.device)  # (B, T)
 
 
-def confidence_order(logits, tokens, generator):
-    """The holes whose proposed token has the highest probability (MaskGIT 2202.04200, LLaDA 2502.09992)."""
-    return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+def confidence_order(holes, logits, tokens, generator):
+    """The proposed token's probability, highest first (MaskGIT 2202.04200, LLaDA 2502.09992)."""
+    probabilities = logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)  # (N,)
+    return torch.zeros(holes.shape, device=holes.device).masked_scatter(holes, probabilities)  # (B, T)
 
 
-# `remask` chooses as `random` does, but among all open positions, written ones too.
+# `remask` chooses as `random` does, but among all open positions, so that written ones are holes again.
 ORDERS = {"random": random_order, "remask": random_order, "confidence": confidence_order}
 
 
@@ -106,24 +104,26 @@ def denoise(model, canvas, steps, order="random", temperature=1.0, top_k=0, top_
     """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
 
     The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay. After
-    step k of n, round(k/n) of each row's holes are set, so the last canvas has none. With order
-    "remask" every step proposes anew for all of them and masks a random share again, at rates
-    (n-1)/n .. 0 (RoBERTa diffusion, Barry 2025). generator: a CPU torch.Generator.
+    step k of n, round(k/n) of each row's holes are set, so the last canvas has none. With the order
+    "remask" every step fills all holes and masks a random share of the whole text again, at rates
+    (n-1)/n .. 0, so that early mistakes are written over (RoBERTa diffusion, Barry 2025).
+    generator: a torch.Generator on the CPU.
     """
     mask_id = model.config.mask_id
     open_positions = canvas == mask_id  # (B, T)
     n_open = open_positions.sum(1, keepdim=True)  # (B, 1)
     for step in range(1, steps + 1):
-        holes = open_positions if order == "remask" else canvas == mask_id
-        n_set = (n_open * step / steps).round().long() - (n_open - holes.sum(1, keepdim=True))  # (B, 1)
-        if (n_set > 0).any():  # with more steps than holes, some steps set nothing
+        holes = canvas == mask_id
+        candidates = open_positions if order == "remask" else holes
+        n_kept = n_open - candidates.sum(1, keepdim=True)
+        n_set = (n_open * step / steps).round().long() - n_kept  # (B, 1)
+        if holes.any() and (n_set > 0).any():  # with more steps than holes, some steps set nothing
             logits = model(canvas, where=holes)  # (N, V)
             tokens = draw(logits, temperature, top_k, top_p, generator)  # (N,)
-            scores = ORDERS[order](logits, tokens, generator)  # (N,)
+            scores = ORDERS[order](holes, logits, tokens, generator).masked_fill(~candidates, -torch.inf)
+            ranks = scores.argsort(descending=True).argsort()  # (B, T), 0 for the highest score
             proposal = canvas.masked_scatter(holes, tokens)
-            ranking = torch.full(canvas.shape, -torch.inf, device=canvas.device)
-            ranking = ranking.masked_scatter(holes, scores.float()).argsort(descending=True).argsort()
-            canvas = torch.where(ranking < n_set, proposal, canvas.masked_fill(holes, mask_id))
+            canvas = torch.where(ranks < n_set, proposal, canvas.masked_fill(candidates, mask_id))
         yield canvas
 
 
@@ -133,7 +133,7 @@ def denoise(model, canvas, steps, order="random", temperature=1.0, top_k=0, top_
 def read_prompt(prompt, tokenizer, limit):
     """Token ids of a prompt in which `<mask>` and `<mask*N>` are holes; Mistake if more than limit."""
     ids, end = [], 0
-    for hole in re.finditer(r"<mask(?:\*(\d+))?>", prompt):
+    for hole in re.finditer(r"<mask(?:\*(\d{1,9}))?>", prompt):
         ids += tokenizer.encode(prompt[end : hole.start()])
         ids += [tokenizer.mask_id] * min(int(hole[1] or 1), limit + 1)
         end = hole.end()
@@ -175,7 +175,8 @@ def main():
             model, canvas, config.steps, config.order,
             config.temperature, config.top_k, config.top_p, generator,
         )  # fmt: skip
-        *_, canvas = tqdm(canvases, total=config.steps, unit="step", leave=False)
+        for canvas in tqdm(canvases, total=config.steps, unit="step", leave=False):
+            pass
     texts = [tokenizer.decode(row) for row in canvas.tolist()]  # waits for the device
     seconds = time.perf_counter() - start
     for i, text in enumerate(texts, 1):

@@ -1,9 +1,9 @@
 """Train a masked text diffusion model: corrupt text with holes, learn to fill them.
 
 A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>` with probability t.
-The model sees the corrupted canvas xt and predicts x0 at the holes. Two choices make the method,
-and each is made in one function here: how t is drawn (`draw_levels`) and what a hole's loss counts
-(`hole_weights`). BERT is t = 0.15; text diffusion draws t from all of (0, 1].
+The model sees the corrupted canvas xt and predicts x0 at the holes. What tells the methods apart
+has one place each: how t is drawn (`draw_levels`), which tokens it masks (`draw_holes`), and what a
+hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion draws t from all of (0, 1].
 
     python train.py                                      # ten minutes on the Python library
     python train.py --data shakespeare --max_minutes 5
@@ -19,7 +19,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,7 @@ class TrainConfig:
     data: str = flag("python", "corpus: a folder of data/")
     out_dir: str = flag("out", "where ckpt.pt (best), last.pt and log.csv go")
     init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
-    eval_only: bool = flag(False, "print the NELBO of --init_from, write nothing")
+    eval_only: bool = flag(False, "print the NELBO of --init_from and stop")
     # noise and objective
     level: str = flag("bell:1.2", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: 1/t, or all the same")
@@ -58,60 +59,49 @@ class TrainConfig:
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
     # optimisation
     batch_size: int = flag(16, "windows per step", least=1)
-    grad_accum: int = flag(
-        1, "pieces that a batch is computed in, one after another, to save memory", least=1
-    )
+    grad_accum: int = flag(1, "pieces that a batch is computed in, to save memory", least=1)
     optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the blocks' matrices, AdamW elsewhere")
     lr: float = flag(0.01, "highest learning rate", above=0)
-    warmup: float = flag(
-        0.03, "share of the run in which the rate rises; then it falls to 0", least=0, below=1
-    )
+    warmup: float = flag(0.03, "share of the run in which lr rises; then it falls to 0", least=0, below=1)
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", least=0)
     max_iters: int | None = flag(None, "steps to train for", least=1)
-    max_minutes: float | None = flag(
-        None, "minutes to train for (default: 10 if --max_iters is not given)", above=0
-    )
+    max_minutes: float | None = flag(None, "minutes to train for (10, without --max_iters)", above=0)
     # what is shown
     evals: int = flag(8, "evaluations over the run, evenly spaced", least=1)
-    eval_tokens: int | None = flag(
-        None, "validation tokens scored (default: 65536, with --eval_only all)", least=1
-    )
+    eval_tokens: int | None = flag(None, "validation tokens scored (65536; --eval_only: all)", least=1)
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
     compile: bool = flag(False, "torch.compile the model")
-    seed: int = flag(0, "of weights, batches, levels and masks")
+    seed: int = flag(0, "of weights, batches, levels and masks", least=0, most=2**32)
 
 
-# The fields that shape the model; one that is loaded has its own.
-SHAPE = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(ModelConfig)}
+# The fields that shape the model; a model that is loaded has its own.
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "conv", "causal", "norm", "position")
 
 
 # --- noise ---------------------------------------------------------------------------------------
 
 
 def draw_levels(level, B, generator):
-    """Noise levels of a batch, t (B, 1) in (0, 1], and the density (B, 1) they were drawn with.
+    """Noise levels of a batch: t (B, 1) in (0, 1].
 
     Stratified: t_b = (u + b/B) mod 1 with one u for all, so that every batch covers all levels; the
     variance of the loss falls and its mean stays. `bell:S` sends these through a normal of scale S
     and a sigmoid (2605.13026): language is local, so the middle levels teach most. `grid:N` rounds
-    them up to 1/N .. 1 (D3PM's N steps, 2107.03006).
+    them up to 1/N .. 1 (D3PM's N steps, 2107.03006). A number is itself, for every sequence.
     """
     u = 1 - (torch.rand(1, generator=generator) + torch.arange(B)[:, None] / B) % 1  # (B, 1) in (0, 1]
     kind, _, value = level.partition(":")
     if kind == "uniform":
-        return u, torch.ones_like(u)
+        return u
     if kind == "bell":
-        z = torch.special.ndtri(u.clamp(max=1 - 1e-6))
-        t = torch.sigmoid(float(value) * z)
-        normal = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-        return t, normal / (float(value) * t * (1 - t))
+        return torch.sigmoid(float(value) * torch.special.ndtri(u.clamp(max=1 - 1e-6)))
     if kind == "grid":
-        return (u * int(value)).ceil() / int(value), torch.ones_like(u)
-    return torch.full_like(u, float(kind)), torch.ones_like(u)
+        return (u * int(value)).ceil() / int(value)
+    return torch.full_like(u, float(kind))
 
 
 def draw_holes(t, prompt_len, T, generator):
@@ -123,16 +113,16 @@ def draw_holes(t, prompt_len, T, generator):
     return holes & (torch.arange(T) >= prompt_len)
 
 
-def hole_weights(weight, t, density, holes, prompt_len):
-    """What each sequence's holes count in the batch's loss, (B, 1), so that the loss is their sum.
+def hole_weights(weight, t, holes, prompt_len):
+    """What each hole of a sequence counts in the loss, (B, 1); the loss is the sum over all holes.
 
-    `mean`: the average over the holes of the batch. `elbo`: rate'(t)/rate(t) = 1/t over the number
-    of tokens that could be masked, and over the density t was drawn with, so that the mean of this
-    loss is the bound (2502.09992, eq. 3) in nats per token, however the levels are drawn.
+    `mean`: an average over the holes of the batch. `elbo`: rate'(t)/rate(t) = 1/t, over the number
+    of tokens that could be masked; the expectation of this loss is the bound in nats per token
+    (2502.09992, eq. 3) for uniform levels, and D3PM's N-step bound for grid:N.
     """
     if weight == "mean":
         return torch.full_like(t, 1 / max(1, holes.sum().item()))
-    return 1 / (t * density * (holes.shape[1] - prompt_len).sum())
+    return 1 / (t * (holes.shape[1] - prompt_len).sum())
 
 
 def hole_nats(model, x0, xt, holes):
@@ -156,7 +146,7 @@ def nelbo(model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     N, T = tokens.shape
-    u, _ = draw_levels("uniform", N * draws, generator)
+    u = draw_levels("uniform", N * draws, generator)
     n_holes = (u * (T - prompt_len)).ceil()  # (N * draws, 1), uniform in 1..M
     was_training = model.training
     model.eval()
@@ -193,7 +183,7 @@ def parse_prompt_len(text):
 
 
 def check(config):
-    """Mistake for values that cannot work, before anything is loaded or written."""
+    """Raise Mistake for flags that cannot work together, before anything is written."""
     kind, _, value = config.level.partition(":")
     try:
         known = {
@@ -205,14 +195,15 @@ def check(config):
         known = False
     if not known:
         raise Mistake(f"--level {config.level}: uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
-    if config.weight == "elbo" and kind not in ("uniform", "bell", "grid"):
-        raise Mistake(f"--level {config.level}: a single level gives no bound; it needs --weight mean")
+    if config.weight == "elbo" and kind not in ("uniform", "grid"):
+        # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
+        raise Mistake(f"--level {config.level}: it goes with --weight mean; elbo needs uniform or grid:N")
     if config.batch_size % config.grad_accum:
         raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
     if config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
     if not config.eval_only and parse_prompt_len(config.prompt_len)[1] >= config.block_size:
-        raise Mistake(f"--prompt_len {config.prompt_len}: a window has only {config.block_size} tokens")
+        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
 
@@ -241,11 +232,11 @@ def draw_batch(split, config, generator):
     B, T = config.batch_size, config.block_size
     starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
     x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
-    t, density = draw_levels(config.level, B, generator)
+    t = draw_levels(config.level, B, generator)
     low, high = parse_prompt_len(config.prompt_len)
     prompt_len = torch.randint(low, high + 1, (B, 1), generator=generator)
     holes = draw_holes(t, prompt_len, T, generator)
-    return x0, holes, hole_weights(config.weight, t, density, holes, prompt_len)
+    return x0, holes, hole_weights(config.weight, t, holes, prompt_len)
 
 
 class Run:
@@ -300,7 +291,7 @@ class Run:
 
     def update(self, batch):
         """One optimizer step on a batch, in grad_accum pieces. Returns its loss, in nats per hole
-        or per token as --weight says, and its gradient's norm; if either is not finite, the
+        or per token as --weight says, and its gradient's norm; if that is not finite, the
         weights stay as they were.
         """
         loss = 0.0
@@ -318,11 +309,10 @@ class Run:
                 group["lr"] = self.learning_rate()
         limit = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        # float16 overflows now and then: its scaler skips that step and lowers the scale.
-        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        if math.isfinite(norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
-            self.scaler.update()
+        self.scaler.update()  # in float16 gradients overflow now and then: it lowers their scale
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         return loss, norm
@@ -338,7 +328,7 @@ class Run:
         canvas = torch.full((1, self.config.block_size), tokenizer.mask_id, device=self.device)
         self.model.eval()
         with self.precision:
-            *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.8, generator=torch.Generator())
+            *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.7, generator=torch.Generator())
         self.model.train()
         return tokenizer.decode(canvas[0].tolist())
 
@@ -361,6 +351,33 @@ class Log:
         self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
 
 
+@contextmanager
+def ctrl_c():
+    """A list that is no longer empty after Ctrl-C, so that the step under way is finished; a second
+    Ctrl-C ends the program at once."""
+    came = []
+
+    def note(*_):
+        came.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def save(run, tokenizer, nats=math.inf):
+    """Write last.pt, and ckpt.pt as well if its NELBO, in nats per token, is the best so far."""
+    best, run.best = nats < run.best, min(nats, run.best)
+    last = Path(run.config.out_dir) / "last.pt"
+    save_checkpoint(last, run.model, tokenizer, **run.state())
+    if best:
+        with open(last, "rb") as source, replacing(last.with_name("ckpt.pt")) as file:
+            shutil.copyfileobj(source, file)
+
+
 def train(run, tokenizer, corpus):
     """Train until the run is complete or Ctrl-C; writes log.csv, last.pt, and ckpt.pt at the best NELBO."""
     config, out_dir = run.config, Path(run.config.out_dir)
@@ -368,48 +385,36 @@ def train(run, tokenizer, corpus):
     val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)
     out_dir.mkdir(parents=True, exist_ok=True)
     log = Log(out_dir / "log.csv", run.step)
-    last, best = out_dir / "last.pt", out_dir / "ckpt.pt"
-
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"{parameters:,} parameters on {run.device} in {run.precision.fast_dtype}")
 
-    interrupted = []
-
-    def interrupt(*_):  # let the step under way finish; a second Ctrl-C ends it at once
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, interrupt)
     run.model.train()
     start = time.perf_counter() - 60 * run.minutes
     layout = "{percentage:3.0f}%|{bar:20}| {desc}"
     pace = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings
-    with tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace) as bar:
-        while run.progress() < 1 and not interrupted:
+    bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace)
+    with ctrl_c() as stopped, bar:
+        while run.progress() < 1 and not stopped:
             before, lr, evals_done = time.perf_counter(), run.learning_rate(), run.evals_due()
             batch = draw_batch(train_split, config, run.generator)
             loss, norm = run.update(batch)
             now = time.perf_counter()
             run.minutes = (now - start) / 60
             speed = batch[0].numel() / (now - before)
-            evaluating = run.evals_due() > evals_done
-            nats, bits = run.evaluate(val_tokens, meta["val"]) if evaluating else (None, None)
-            if not all(
-                math.isfinite(number or 0) for number in (loss, run.scaler.is_enabled() or norm, nats)
-            ):
-                kept = f"{last} is from before" if last.exists() else "nothing was saved"
+            nats = bits = None
+            if run.evals_due() > evals_done:
+                nats, bits = run.evaluate(val_tokens, meta["val"])
+            finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
+            if not finite or not math.isfinite(nats or 0):
+                kept = f"{out_dir / 'last.pt'} is from before" if run.best < math.inf else "nothing was saved"
                 raise Mistake(
-                    f"step {run.step}: the loss is {loss:.3g}, its gradient's norm {norm:.3g}; "
+                    f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}, validation NELBO {nats}; "
                     f"a smaller --lr may help ({kept})"
                 )
-            if evaluating or run.step % config.log_every == 0:
+            if nats or run.step % config.log_every == 0:
                 log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
-            if evaluating:
-                better, run.best = nats < run.best, min(nats, run.best)
-                save_checkpoint(last, run.model, tokenizer, **run.state())
-                if better:
-                    with open(last, "rb") as source, replacing(best) as file:
-                        shutil.copyfileobj(source, file)
+            if nats:
+                save(run, tokenizer, nats)
                 bar.write(
                     f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation NELBO "
                     f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n"
@@ -419,9 +424,9 @@ def train(run, tokenizer, corpus):
             text = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
             bar.set_description_str(text, refresh=False)
             bar.update(run.progress() - bar.n)
-    if interrupted:
-        save_checkpoint(last, run.model, tokenizer, **run.state())
-        print(f"stopped at step {run.step}; --init_from resume goes on from {last}", file=sys.stderr)
+    if run.progress() < 1:
+        save(run, tokenizer)
+        print(f"stopped at step {run.step}; --init_from resume goes on from there", file=sys.stderr)
         sys.exit(130)
 
 
@@ -441,43 +446,68 @@ def open_corpus(config):
     return corpus
 
 
+def load_model(config, given):
+    """The model of --init_from, its tokenizer and the checkpoint, with config brought in line with it."""
+    resume = config.init_from == "resume"
+    path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
+    if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
+        raise Mistake(f"--init_from {path}: --out_dir {config.out_dir} would overwrite it; name another")
+    dropout = {"dropout": given["dropout"]} if "dropout" in given else {}
+    model, tokenizer, checkpoint = load_checkpoint(path, **dropout)
+    saved = checkpoint.get("train", {})
+    if resume and not config.eval_only:
+        try:
+            config = TrainConfig(**{**saved, **given, "out_dir": config.out_dir})
+        except TypeError as error:
+            raise Mistake(f"{path}: cannot be resumed ({error})") from None
+    elif config.eval_only:  # what it was trained on, unless --data names another
+        config.data = given.get("data", saved.get("data", config.data))
+    for name in SHAPE:
+        value = getattr(model.config, name)
+        if given.get(name, value) != value:
+            raise Mistake(f"--{name} {given[name]}: the model in {path} has {value}")
+        setattr(config, name, value)
+    return model, tokenizer, checkpoint, config
+
+
 def main():
     given = parse(TrainConfig, __doc__.splitlines()[0])
     config = TrainConfig(**given)
-    device = pick_device(config.device)
     checkpoint = None
     if config.init_from != "scratch":
-        path = Path(config.out_dir) / "last.pt" if config.init_from == "resume" else config.init_from
-        model, tokenizer, checkpoint = load_checkpoint(path, device)
-        if config.init_from == "resume" and not config.eval_only:
-            config = TrainConfig(**{**checkpoint["train"], **given})
-        for name in SHAPE:  # the model is what it is
-            value = getattr(model.config, name)
-            if given.get(name, value) != value:
-                raise Mistake(f"--{name} {given[name]}: the model in {path} has {value}")
-            setattr(config, name, value)
+        model, tokenizer, checkpoint, config = load_model(config, given)
     check(config)
-    *splits, corpus_tokenizer, meta = open_corpus(config)
+    device = pick_device(config.device)
+    train_split, val_split, corpus_tokenizer, meta = open_corpus(config)
     if checkpoint is None:
         torch.manual_seed(config.seed)
         tokenizer = corpus_tokenizer
-        shape = {name: getattr(config, name) for name in SHAPE}
-        model = Transformer(ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape)).to(device)
+        shape = {name: getattr(config, name) for name in (*SHAPE, "dropout")}
+        model = Transformer(ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape))
     elif tokenizer.state != corpus_tokenizer.state:
-        raise Mistake(f"--data {config.data}: its tokenizer is not the one that {path} was trained with")
+        raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")
+    model.to(device)
     if config.compile:
         model.compile()
     run = Run(config, model, device)
     if config.eval_only:
-        tokens = windows(splits[1], config.block_size, config.eval_tokens or len(splits[1]))
+        tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
         nats, bits = run.evaluate(tokens, meta["val"])
-        print(f"NELBO {nats:.4f} nats per token, {bits:.4f} bits per byte ({tokens.numel():,} tokens)")
+        print(f"{config.data}: NELBO {nats:.4f} nats per token, {bits:.4f} bits per byte", end="")
+        print(f" ({tokens.numel():,} validation tokens)")
         return
     if config.init_from == "resume":
-        run.restore(checkpoint)
+        try:
+            run.restore(checkpoint)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise Mistake(
+                f"--init_from resume: not with these flags ({str(error).splitlines()[0]})"
+            ) from None
         if run.progress() >= 1:
-            raise Mistake(f"{path}: that run is complete; a larger --max_iters or --max_minutes goes on")
-    train(run, tokenizer, (*splits, meta))
+            raise Mistake(
+                "--init_from resume: that run is complete; a larger --max_iters or --max_minutes goes on"
+            )
+    train(run, tokenizer, (train_split, val_split, meta))
 
 
 if __name__ == "__main__":

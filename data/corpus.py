@@ -18,7 +18,7 @@ SPLITS = ("train", "val")
 def write_corpus(name, pieces, tokenizer, source):
     """Write data/NAME from pieces, (split, text) pairs that are read one at a time.
 
-    All three files appear together at the end, or none does. Returns meta.json's dict.
+    The files take their names at the end, meta.json last; on an error none does. Returns its dict.
     """
     folder = DATA / name
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
@@ -83,7 +83,7 @@ def load_corpus(name):
         tokenizer = tokenizer_from_state(meta["tokenizer"])
         train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
         intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
-    except (ValueError, KeyError, FileNotFoundError):
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
         intact = False
     if not intact:
         raise Mistake(f"{folder}: not a whole corpus; prepare it again")

@@ -1,10 +1,10 @@
-"""Files that are either whole or not there: atomic writes and checked downloads."""
+"""Files that appear only when they are complete: writes that replace, and checked downloads."""
 
 import hashlib
 import os
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,7 +29,8 @@ def replacing(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         if made:
-            path.parent.rmdir()
+            with suppress(OSError):  # something else has been put there since
+                path.parent.rmdir()
         raise
 
 
@@ -39,7 +40,7 @@ def check_sha256(path, sha256):
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if (found := digest.hexdigest()) != sha256:
-        raise Mistake(f"{path}: its sha256 is {found}, but {sha256} was expected")
+        raise Mistake(f"{path}: its sha256 is {found}, but {sha256} was expected; get another copy")
 
 
 def download(url, path, sha256):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import operator
 import os
 import sys
@@ -13,7 +14,7 @@ class Mistake(ValueError):
     """What the user asked for cannot be done; the message is the sentence that says why."""
 
 
-# What a bound of flag() demands of a value, and how to say so. A NaN keeps none of them.
+# What a bound of flag() demands of a value, and how to say so.
 BOUNDS = {
     "least": (operator.ge, "at least"),
     "most": (operator.le, "at most"),
@@ -63,6 +64,9 @@ def parse(config_class, description):
         text += "" if field.default is None else f" (default: {field.default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
     given = vars(parser.parse_args())
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: must be a finite number")
     for field in dataclasses.fields(config_class):
         for bound, limit in field.metadata["bounds"].items():
             value, (holds, words) = given.get(field.name), BOUNDS[bound]
@@ -75,6 +79,7 @@ def command(main):
     """Call main(). A Mistake, or a refusal of the system such as a full disk, ends the process
     with one sentence on stderr and exit code 2; anything else is a bug and keeps its traceback.
     """
+    sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show must not end a run
     try:
         main()
         sys.stdout.flush()

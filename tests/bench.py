@@ -6,19 +6,20 @@
 Every speed is the best of several passes, and a ratio's two sides are timed in turn.
 """
 
-import argparse
+import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from data.flags import command, flag, parse
 from model import ModelConfig, Transformer, autocast, pick_device
 from sample import denoise
 from train import Run, TrainConfig, draw_batch
@@ -70,11 +71,10 @@ def training_speed(device, **flags):
     return batch[0].numel() / seconds, step_flops(model, config) / seconds / peak, peak
 
 
-def sampling_cost(device, B=16, T=256, steps=64):
+def sampling_cost(device, B=16, T=256, steps=64, **shape):
     """Seconds of denoising and of as many bare forward passes of the same batch."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{k: getattr(TrainConfig, k) for k in ("n_layer", "n_head", "n_embd")}))
-    model = model.to(device).eval()
+    model = Transformer(ModelConfig(**shape)).to(device).eval()
     canvas = torch.full((B, T), model.config.mask_id, device=device)
 
     def sample():
@@ -93,50 +93,45 @@ def training_run(*flags):
     """Minutes, peak memory in GB and final NELBO of a training run, and the NELBO of all its val split."""
     with tempfile.TemporaryDirectory() as out_dir:
         start = time.perf_counter()
-        train = [sys.executable, ROOT / "train.py", "--out_dir", out_dir, *flags]
-        subprocess.run(train, check=True, stdout=sys.stderr)
+        train = [sys.executable, str(ROOT / "train.py"), "--out_dir", out_dir, *flags]
+        _, status, usage = os.wait4(subprocess.Popen(train, stdout=sys.stderr).pid, 0)
         minutes = (time.perf_counter() - start) / 60
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        score = [
-            sys.executable,
-            ROOT / "train.py",
-            "--eval_only",
-            "--init_from",
-            f"{out_dir}/ckpt.pt",
-            *flags[:2],
-        ]
+        score = [sys.executable, ROOT / "train.py", "--eval_only", "--init_from", f"{out_dir}/ckpt.pt"]
         printed = subprocess.run(score, check=True, capture_output=True, text=True).stdout
-    return minutes, memory, float(re.search(r"NELBO ([\d.]+)", printed)[1])
+    return minutes, usage.ru_maxrss / 2**20, float(re.search(r"NELBO ([\d.]+)", printed)[1])
+
+
+@dataclass
+class BenchConfig:
+    runs: bool = flag(False, "train.py on python and on shakespeare too")
+    device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", action="store_true", help="train.py on python and shakespeare too")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args()
-    device = pick_device(options.device)
+    config = BenchConfig(**parse(BenchConfig, __doc__.splitlines()[0]))
+    device = pick_device(config.device)
+    large = {"n_layer": 6, "n_head": 6, "n_embd": 384}
     rows = []
-
-    large = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64}
-    for name, flags in (("auto", {}), ("float32", {"dtype": "float32"})):
-        speed, share, peak = training_speed(device, **large, **flags)
-        rows.append((f"training step, 6 layers of 384, batch 64 x 256, {name}", f"{speed:,.0f} tokens/s",
-                     f"{share:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a bare matrix product"))  # fmt: skip
-    speed, share, peak = training_speed(device)
-    rows.append(
-        ("training step, default model and batch", f"{speed:,.0f} tokens/s", f"{share:.0%} of the same")
-    )
-    sample, passes = sampling_cost(device)
-    rows.append(("sampling 16 x 256 in 64 steps", f"{sample:.2f} s",
-                 f"{sample / passes:.2f} x the {passes:.2f} s of 64 bare forward passes"))  # fmt: skip
-    if options.runs:
+    for name, flags in (
+        ("6 layers, 6 heads, width 384, batch 64", {**large, "batch_size": 64}),
+        ("the same in float32", {**large, "batch_size": 64, "dtype": "float32"}),
+        ("the default", {}),
+    ):
+        speed, share, peak = training_speed(device, **flags)
+        measure = f"{share:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a bare matrix product"
+        rows.append((f"training step, {name}", f"{speed:,.0f} tokens/s", measure))
+    for name, shape in (("6 layers, 6 heads, width 384", large), ("the default", {})):
+        sample, passes = sampling_cost(device, **shape)
+        measure = f"{sample / passes:.2f} x the {passes:.2f} s of 64 bare forward passes"
+        rows.append((f"sampling 16 x 256 in 64 steps, {name}", f"{sample:.2f} s", measure))
+    if config.runs:
         for flags in (["--data", "python"], ["--data", "shakespeare", "--max_minutes", "5"]):
             minutes, memory, nats = training_run(*flags)
-            rows.append((f"train.py {' '.join(flags)}", f"{nats:.3f} nats per token",
-                         f"{minutes:.1f} minutes, {memory:.2f} GB"))  # fmt: skip
+            measure = f"{minutes:.1f} minutes, {memory:.2f} GB"
+            rows.append((f"train.py {' '.join(flags)}", f"{nats:.3f} nats per token", measure))
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -113,26 +113,26 @@ def test_grid_with_elbo_is_the_d3pm_bound(N):
                 q_step = (1 - stay) * F.one_hot(x0[0, i], V + 1) + stay * F.one_hot(torch.tensor(V), V + 1)
                 p_step = (1 - stay) * p[i] + stay * F.one_hot(torch.tensor(V), V + 1)
                 d3pm += chance * torch.special.xlogy(q_step, q_step / p_step).nansum().item()
-            weight = hole_weights("elbo", torch.tensor([[t]]), torch.ones(1, 1), holes, torch.zeros(1, 1))
+            weight = hole_weights("elbo", torch.tensor([[t]]), holes, torch.zeros(1, 1))
             nats = hole_nats(model, x0, x0.masked_fill(holes, V), holes)
             ours += chance / N * (weight * nats).sum().item() * T
     assert ours == pytest.approx(d3pm, rel=1e-5)
-    levels, _ = draw_levels(f"grid:{N}", 10 * N, rng())
+    levels = draw_levels(f"grid:{N}", 10 * N, rng())
     values, counts = levels.unique(return_counts=True)
     torch.testing.assert_close(values, torch.arange(1, N + 1) / N)
     assert counts.tolist() == [10] * N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("level", ["uniform", "bell:1.6", "grid:1000"])
-def test_elbo_weight_makes_every_level_the_same_bound(level):
-    """Levels drawn otherwise are weighted by their density; many grid steps approach the uniform."""
+@pytest.mark.parametrize("level", ["uniform", "grid:1000"])
+def test_the_elbo_loss_is_the_bound(level):
+    """In expectation; D3PM's bound meets it when its steps are many."""
     model = tiny_model(V=3, T=3)
     x0 = all_texts(3, 3)[[5]].expand(200_000, -1)
-    t, density = draw_levels(level, len(x0), rng())
+    t = draw_levels(level, len(x0), rng())
     none = torch.zeros(len(x0), 1, dtype=torch.int64)
     holes = draw_holes(t, none, 3, rng(1))
-    weights = hole_weights("elbo", t, density, holes, none).expand_as(holes)[holes]
+    weights = hole_weights("elbo", t, holes, none).expand_as(holes)[holes]
     loss = (weights * hole_nats(model, x0, x0.masked_fill(holes, 3), holes)).sum().item()
     assert loss == pytest.approx(mean_nats_over_all_orders(model, x0[:1]).item(), rel=0.02)
 
@@ -163,12 +163,11 @@ def test_prompt_is_not_counted_by_nelbo():
 @settings(deadline=None, max_examples=50)
 def test_uniform_levels_are_stratified(B, seed):
     """One level in each of B intervals of length 1/B, whatever the draw."""
-    t, density = draw_levels("uniform", B, rng(seed))
+    t = draw_levels("uniform", B, rng(seed))
     assert t.shape == (B, 1)
     assert ((t > 0) & (t <= 1)).all()
     gaps = t.flatten().sort().values.diff()
     assert B == 1 or (gaps - 1 / B).abs().max() < 1e-5
-    assert density.eq(1).all()
 
 
 class SurerWithMoreToSee(torch.nn.Module):
@@ -194,30 +193,26 @@ def test_stratified_levels_lower_the_variance_of_the_loss():
         nats = hole_nats(SurerWithMoreToSee(), x0, x0.masked_fill(holes, 3), holes)
         return (torch.zeros(holes.shape).masked_scatter(holes, nats) / t).view(n_batches, -1).mean(1)
 
-    stratified = losses(lambda: draw_levels("uniform", 16, generator)[0])
+    stratified = losses(lambda: draw_levels("uniform", 16, generator))
     independent = losses(lambda: 1 - torch.rand(16, 1, generator=generator))
     assert stratified.var() < independent.var() / 3
     assert stratified.mean() == pytest.approx(independent.mean().item(), rel=0.02)
 
 
 def test_bell_levels_are_the_sigmoid_of_a_normal():
-    """2605.13026; the density is the derivative of the distribution function."""
-    t, density = draw_levels("bell:0.8", 100_000, rng())
+    """2605.13026."""
+    t = draw_levels("bell:0.8", 100_000, rng())
     normal = torch.distributions.Normal(0.0, 0.8)
     for level in (0.05, 0.3, 0.5, 0.9):
         below = normal.cdf(torch.logit(torch.tensor(level))).item()
         assert (t < level).float().mean().item() == pytest.approx(below, abs=1e-4)
-    t, density = t.flatten().double().sort().values, density.flatten()[t.flatten().argsort()].double()
-    assert torch.trapezoid(density, t).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("level", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})]
 )
 def test_levels_of_a_grid_and_fixed_levels(level, values):
-    t, density = draw_levels(level, 64, rng())
-    assert set(t.flatten().tolist()) == values
-    assert density.eq(1).all()
+    assert set(draw_levels(level, 64, rng()).flatten().tolist()) == values
 
 
 @given(st.floats(0.01, 1), st.integers(0, 20), st.integers(0, 10**6))
@@ -240,13 +235,11 @@ def test_weights_of_holes():
     t = torch.tensor([[0.25], [1.0]])
     holes = torch.tensor([[False, True, False, False], [False, True, True, True]])
     prompt_len = torch.tensor([[0], [1]])
-    mean = hole_weights("mean", t, torch.ones(2, 1), holes, prompt_len).expand_as(holes)
+    mean = hole_weights("mean", t, holes, prompt_len).expand_as(holes)
     assert mean[holes].tolist() == [0.25] * 4  # an average: the weights add up to 1
-    elbo = hole_weights("elbo", t, torch.ones(2, 1), holes, prompt_len)
+    elbo = hole_weights("elbo", t, holes, prompt_len)
     torch.testing.assert_close(elbo, 1 / t / 7)  # 4 + 3 tokens could have been masked
-    doubled = hole_weights("elbo", t, torch.full((2, 1), 2.0), holes, prompt_len)
-    torch.testing.assert_close(doubled, elbo / 2)  # levels drawn twice as often count half
-    nothing = hole_weights("mean", t, torch.ones(2, 1), torch.zeros_like(holes), prompt_len)
+    nothing = hole_weights("mean", t, torch.zeros_like(holes), prompt_len)
     assert nothing.isfinite().all()
 
 
@@ -312,6 +305,35 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole_batch():
         run.update(draw_batch(corpus, config, rng()))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_update_with_a_gradient_that_is_not_finite_changes_no_weight(dtype):
+    """One parameter of Muon's alone is enough, though AdamW's gradients are finite."""
+    model = tiny_model(V=3, T=8)
+    config = TrainConfig(batch_size=4, block_size=8, prompt_len="0", dtype=dtype, max_iters=9)
+    run = Run(config, model, torch.device("cpu"))
+    before = [p.clone() for p in model.parameters()]
+    model.blocks[0].mlp.up.weight.register_hook(lambda gradient: gradient * torch.inf)
+    _, norm = run.update(draw_batch(np.arange(100, dtype=np.uint16) % 3, run.config, rng()))
+    assert not math.isfinite(norm)
+    assert all(p.equal(q) for p, q in zip(model.parameters(), before))
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
+    corpus = np.arange(100, dtype=np.uint16) % 3
+    norms = {}
+    for clip in (0, 1e-3):
+        model = tiny_model(V=3, T=8)
+        config = TrainConfig(
+            batch_size=4, block_size=8, prompt_len="0", grad_clip=clip, max_iters=9, dtype="float32"
+        )
+        run = Run(config, model, torch.device("cpu"))
+        run.model.zero_grad = lambda **_: None
+        _, norm = run.update(draw_batch(corpus, config, rng()))
+        norms[clip] = norm, torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert norms[0][0] == pytest.approx(norms[1e-3][0]) == pytest.approx(norms[0][1])
+    assert norms[1e-3][1] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():

@@ -18,7 +18,7 @@ VAL_SHARE = 0.1
 @dataclass
 class PrepareConfig:
     path: str = argument("a text file, or a folder whose files are all taken, in order of their paths")
-    name: str = flag(None, "folder of data/ to write (default: the name of the path)")
+    name: str | None = flag(None, "folder of data/ to write (default: the name of the path)")
     tokenizer: str = flag("bytes", "bytes or gpt2")
 
 
