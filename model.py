@@ -159,9 +159,13 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotation)
-        if where is not None:
-            x = x[where]  # (N, C)
-        logits = self.head(self.norm(x)).float()
+        if where is None:
+            logits = self.head(self.norm(x)).float()
+        else:
+            # Padded to a multiple of 256: a CPU's matrix kernels are made, and kept, for each shape.
+            rows = where.flatten().nonzero().squeeze(1)  # (N,)
+            x = x.flatten(0, 1).index_select(0, F.pad(rows, (0, -len(rows) % 256)))
+            logits = self.head(self.norm(x))[: len(rows)].float()
         logits[..., self.config.mask_id] = -torch.inf  # SUBS: a hole is never filled with a hole
         return logits
 
