@@ -14,12 +14,10 @@ hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion draws t fr
 import csv
 import math
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from data.corpus import DATA, load_corpus
 from data.files import replacing
-from data.flags import Mistake, command, flag, parse
+from data.flags import Mistake, command, ctrl_c, flag, parse
 from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device, save_checkpoint
 from sample import denoise
 
@@ -264,6 +262,8 @@ class Run:
 
     def restore(self, state):
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            for group, ours in zip(saved["param_groups"], optimizer.param_groups):
+                group["weight_decay"] = ours["weight_decay"]  # a flag may have changed it
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["random"]["batches"])
@@ -349,23 +349,6 @@ class Log:
 
     def write(self, *row):
         self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
-
-
-@contextmanager
-def ctrl_c():
-    """A list that is no longer empty after Ctrl-C, so that the step under way is finished; a second
-    Ctrl-C ends the program at once."""
-    came = []
-
-    def note(*_):
-        came.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def save(run, tokenizer, nats=math.inf):

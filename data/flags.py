@@ -1,12 +1,14 @@
-"""The command line of every script: flags from a dataclass, and mistakes told in one sentence."""
+"""What every script shares: flags from a dataclass, Ctrl-C, and mistakes told in one sentence."""
 
 import argparse
 import dataclasses
 import math
 import operator
 import os
+import signal
 import sys
 import types
+from contextlib import contextmanager
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -73,6 +75,23 @@ def parse(config_class, description):
             if value is not None and not holds(value, limit):
                 parser.error(f"--{field.name} {value}: must be {words} {limit}")
     return given
+
+
+@contextmanager
+def ctrl_c():
+    """A list that is no longer empty after Ctrl-C, so that the step under way is finished; a second
+    Ctrl-C ends the program at once."""
+    came = []
+
+    def note(*_):
+        came.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def command(main):

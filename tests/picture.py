@@ -16,7 +16,7 @@ from data.flags import command, flag, parse
 from model import autocast, load_checkpoint, pick_device
 from sample import denoise, make_canvas
 
-COLUMNS, LINES, STEPS, MOMENTS = 46, 13, 64, (1, 8, 20, 32, 48, 64)
+COLUMNS, LINES, STEPS, MOMENTS = 46, 11, 64, (1, 8, 20, 32, 48, 64)
 CHAR, LINE, PAD = 7.25, 16, 14  # pixels
 STYLE = """
   text { font: 12px ui-monospace, Menlo, Consolas, monospace; white-space: pre; fill: #57606a }
