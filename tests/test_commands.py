@@ -1,6 +1,7 @@
 """The commands as a user runs them: from text to samples, and every mistake in one sentence."""
 
 import csv
+import itertools
 import os
 import pickle
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,13 +207,17 @@ def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_tw
 
 
 def test_minutes_bound_a_run_and_its_learning_rate(tmp_path, monkeypatch):
-    run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_minutes 0.03 --log_every 1 {SMALL}")
+    """On a clock that moves 3 seconds each time it is read, which is twice a step."""
+    ticks = itertools.count(step=3.0)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_minutes 1 --log_every 1 {SMALL}")
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
-    assert 0.03 <= float(rows[-1]["minutes"]) < 0.2
-    rates = [float(row["lr"]) for row in rows]
-    assert rates[-1] < 0.2 * max(rates)
-    assert max(rates) > 0.5 * train.TrainConfig.lr
+    assert [float(row["minutes"]) for row in rows] == pytest.approx([0.1 * step for step in range(1, 11)])
+    whole = train.TrainConfig.lr / (1 - train.TrainConfig.warmup)
+    assert [float(row["lr"]) for row in rows[1:]] == pytest.approx(
+        [whole * (1 - 0.1 * step) for step in range(1, 10)], rel=1e-4
+    )
 
 
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
