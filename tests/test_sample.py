@@ -49,6 +49,9 @@ def test_draw_resolves_probabilities_of_1e_12(monkeypatch):
     u = [1e-13, 0.9e-12, 1.1e-12, 2.9e-12, 3.1e-12, 0.9e-9, 1.1e-9, 0.4, 0.6, 1.0]
     tokens = draw(probabilities.log().float().expand(len(u), -1), 1.0, 0, 1.0, None)
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    u = [1 - value for value in (1e-13, 0.9e-12, 1.1e-12, 2.9e-12, 3.1e-12, 0.9e-9, 1.1e-9, 0.4, 0.6)]
+    tokens = draw(probabilities.flip(0).log().float().expand(len(u), -1), 1.0, 0, 1.0, None)
+    assert tokens.tolist() == [4, 4, 3, 3, 2, 2, 1, 1, 0]  # where the cumulative sum is nearly 1
 
 
 def test_draw_never_takes_a_token_of_probability_zero():
