@@ -8,6 +8,7 @@ time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.075
 import dataclasses
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -222,13 +223,11 @@ def pick_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in there if there[kind])
-    try:
+    with suppress(RuntimeError, KeyError):
         device = torch.device(name)
         if there[device.type]:
             torch.empty(0, device=device)  # fails for a number that is not there, as in cuda:9
             return device
-    except (RuntimeError, KeyError):
-        pass
     raise Mistake(f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}")
 
 
