@@ -262,10 +262,15 @@ def save_checkpoint(path, model, tokenizer, **more):
         **more,
     }
     with replacing(path) as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # how torch reports that the file could not be written
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        save(checkpoint, file)
+
+
+def save(content, file):
+    """torch.save; OSError when it cannot be written, which torch reports as a RuntimeError."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def read_checkpoint(path):

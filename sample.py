@@ -119,9 +119,7 @@ def denoise(
     generator: a torch.Generator on the CPU.
     """
     mask_id = model.config.mask_id
-    special_ids = torch.tensor(
-        getattr(model.config, "special_ids", ()), dtype=torch.int64, device=canvas.device
-    )
+    special_ids = torch.tensor(model.config.special_ids, dtype=torch.int64, device=canvas.device)
     open_positions = canvas == mask_id  # (B, T)
     n_open = open_positions.sum(1, keepdim=True)  # (B, 1)
     if order == "threshold":

@@ -43,7 +43,7 @@ class TrainConfig:
     level: str = flag("bell:1.2", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     one_level: bool = flag(False, "draw one t for the whole batch, not one a sequence")
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: 1/t, or all the same")
-    prompt_len: str = flag("0:16", "tokens at the start that are never masked: N, or a range M:N")
+    prompt_len: str = flag("0:16", "tokens at the start that stay: N, or a range M:N; 0 for --eval_only")
     # model
     n_layer: int = flag(4, "blocks", least=1)
     n_head: int = flag(2, "attention heads", least=1)
@@ -59,6 +59,7 @@ class TrainConfig:
     grad_accum: int = flag(1, "pieces that a batch is computed in, to save memory", least=1)
     optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the blocks' matrices, AdamW elsewhere")
     lr: float = flag(0.01, "highest learning rate", above=0)
+    beta2: float = flag(0.95, "AdamW: decay of the squared gradients' mean", above=0, below=1)
     warmup: float = flag(0.03, "share of the run in which lr rises; then it falls to 0", least=0, below=1)
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", least=0)
@@ -110,12 +111,12 @@ def maskable(x0, prompt_len, special_ids):
     return text & (torch.arange(x0.shape[1]) >= prompt_len)
 
 
-def draw_holes(t, maskable, generator):
-    """Which tokens are masked, (B, T) bool: each that may be, with probability t (B, 1)."""
-    return maskable & (torch.rand(maskable.shape, generator=generator) < t)
+def draw_holes(t, text, generator):
+    """Which tokens are masked, (B, T) bool: each of text (B, T), what may be, with probability t (B, 1)."""
+    return text & (torch.rand(text.shape, generator=generator) < t)
 
 
-def hole_weights(weight, t, holes, maskable):
+def hole_weights(weight, t, holes, text):
     """What each hole of a sequence counts in the loss, (B, 1); the loss is the sum over all holes.
 
     `mean`: an average over the holes of the batch. `elbo`: rate'(t)/rate(t) = 1/t, over the number
@@ -124,7 +125,7 @@ def hole_weights(weight, t, holes, maskable):
     """
     if weight == "mean":
         return torch.full_like(t, 1 / max(1, holes.sum().item()))
-    return 1 / (t * max(1, maskable.sum().item()))
+    return 1 / (t * max(1, text.sum().item()))
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -182,7 +183,7 @@ def nelbo(model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0):
     total = n_text = 0
     for rows in torch.arange(len(u)).split(batch_size):
         x0 = tokens[rows % len(tokens)]
-        text = maskable(x0, prompt_len, getattr(model.config, "special_ids", ()))
+        text = maskable(x0, prompt_len, model.config.special_ids)
         M = text.sum(1, keepdim=True)  # (B, 1)
         n_holes = (u[rows] * M).ceil()  # uniform in 1..M
         keys = torch.rand(x0.shape, generator=generator).masked_fill(~text, torch.inf)
@@ -234,7 +235,7 @@ def check(config):
         raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
     if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
-    if not config.eval_only and parse_prompt_len(config.prompt_len)[1] >= config.block_size:
+    if parse_prompt_len(config.prompt_len)[1] >= config.block_size:
         raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
@@ -253,7 +254,7 @@ def make_optimizers(model, config):
         {"params": [p for p in rest if p.ndim >= 2], **decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
     if matrices:
         optimizers += [torch.optim.Muon(matrices, lr=config.lr, **decay, adjust_lr_fn="match_rms_adamw")]
     return optimizers
@@ -277,8 +278,10 @@ class Run:
 
     def __init__(self, config, model, device, train_tokens=0):
         self.config, self.model, self.device = config, model, device
-        steps = (config.epochs or math.inf) * train_tokens / (config.batch_size * config.block_size)
-        self.max_iters = min(config.max_iters or math.inf, math.ceil(steps) if config.epochs else math.inf)
+        self.max_iters = config.max_iters or math.inf
+        if config.epochs:
+            steps = config.epochs * train_tokens / (config.batch_size * config.block_size)
+            self.max_iters = min(self.max_iters, math.ceil(steps))
         self.precision = autocast(device, config.dtype)
         self.optimizers = make_optimizers(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
@@ -354,10 +357,10 @@ class Run:
         self.step += 1
         return loss, norm
 
-    def evaluate(self, val_tokens, val_counts):
+    def evaluate(self, val_tokens, val_counts, prompt_len=0):
         """NELBO of val_tokens (N, T) in nats per token, and the same in bits per byte of text."""
         with self.precision:
-            nats = nelbo(self.model, val_tokens, seed=self.config.seed)
+            nats = nelbo(self.model, val_tokens, prompt_len, seed=self.config.seed)
         text = maskable(val_tokens, 0, self.model.config.special_ids).float().mean().item()
         return nats, nats * text * val_counts["tokens"] / val_counts["bytes"] / math.log(2)
 
@@ -467,6 +470,7 @@ def load_model(config, given):
             raise Mistake(f"{path}: cannot be resumed ({error})") from None
     elif config.eval_only:  # what it was trained on, unless --data names another
         config.data = given.get("data", saved.get("data", config.data))
+        config.prompt_len = given.get("prompt_len", "0")
     longest = model.config.block_size
     config.block_size = given.get("block_size", saved.get("block_size", longest))
     if config.block_size > longest:
@@ -502,7 +506,7 @@ def main():
     run = Run(config, model, device, len(train_split))
     if config.eval_only:
         tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
-        nats, bits = run.evaluate(tokens, meta["val"])
+        nats, bits = run.evaluate(tokens, meta["val"], parse_prompt_len(config.prompt_len)[1])
         print(f"{config.data}: NELBO {nats:.4f} nats per token, {bits:.4f} bits per byte", end="")
         print(f" ({tokens.numel():,} validation tokens)")
         return
@@ -515,7 +519,7 @@ def main():
             ) from None
         if run.progress() >= 1:
             raise Mistake(
-                "--init_from resume: that run is complete; a larger --max_iters or --max_minutes goes on"
+                "--init_from resume: that run is complete; more --max_iters, --epochs or --max_minutes go on"
             )
     train(run, tokenizer, (train_split, val_split, meta))
 

@@ -94,7 +94,10 @@ class WordPieceTokenizer(Tokenizer):
     no space stands between them.
     """
 
-    special_pattern = re.compile(r"[\[<](/?s|pad|unk|cls|sep|eos|bos|mask|unused ?\d*|null_\d)[\]>]", re.I)
+    # Not `[S]`, which is sulphur.
+    special_pattern = re.compile(
+        r"</?s>|<(pad|unk|cls|sep|eos|bos|mask|null_\d)>|\[(PAD|UNK|CLS|SEP|EOS|BOS|MASK|[Uu]nused ?\d*)\]"
+    )
     # Where BERT takes a word to end; its other control characters vanish.
     space = re.compile(r"[\t\n\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
@@ -128,7 +131,7 @@ class WordPieceTokenizer(Tokenizer):
         if self.state["lowercase"]:
             word = word.lower()
         if not self.mark:
-            return self.longest_matches(word, one_by_one=True)
+            return self.longest_matches(word)
         # Punctuation and Chinese characters are words of their own.
         pieces = "".join(f" {c} " if self.stands_alone(c) else c for c in word).split()
         return [i for piece in pieces for i in self.longest_matches(piece)]
@@ -139,8 +142,10 @@ class WordPieceTokenizer(Tokenizer):
             ascii_symbol or unicodedata.category(c)[0] == "P" or (self.state["split_chinese"] and chinese(c))
         )
 
-    def longest_matches(self, word, one_by_one=False):
-        """Greedy, from the left; a word in which that fails is unknown, or one_by_one its character."""
+    def longest_matches(self, word):
+        """Greedy, from the left; a word in which that fails is unknown, and in an alphabet its character."""
+        if self.mark and len(word) > 100:  # as BERT has it
+            return [self.unknown]
         ids, start = [], 0
         while start < len(word):
             mark = self.mark if start else ""
@@ -148,12 +153,12 @@ class WordPieceTokenizer(Tokenizer):
                 if (i := self.id_of.get(mark + word[start:end])) is not None:
                     break
             else:
-                if not one_by_one:
+                if self.mark:
                     return [self.unknown]
                 i, end = self.unknown, start + 1
             ids.append(i)
             start = end
-        return ids if one_by_one or len(word) <= 100 else [self.unknown]  # as BERT has it
+        return ids
 
 
 def chinese(c):

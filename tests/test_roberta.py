@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -29,6 +30,7 @@ import data.corpus
 import data.roberta.prepare as prepare
 import data.wikitext2.prepare as wikitext_prepare
 import sample
+import train
 from data.corpus import load_corpus
 from data.flags import Mistake, command
 from data.tokenizer import ByteTokenizer
@@ -379,7 +381,12 @@ def test_of_two_biases_that_differ_the_decoder_s_is_in_use(merges, tmp_path):
 
 UNUSED = {
     "roberta": ("roberta.pooler.dense.weight", "classifier.out_proj.bias", "roberta.embeddings.position_ids"),
-    "bert": ("bert.pooler.dense.bias", "cls.seq_relationship.weight", "bert.embeddings.position_ids"),
+    "bert": (
+        "bert.pooler.dense.bias",
+        "cls.seq_relationship.weight",
+        "cls.species.bias",
+        "bert.embeddings.position_ids",
+    ),
 }
 
 
@@ -495,17 +502,33 @@ def same_vocabulary(a, b):
     return ids[0] == ids[1] and lines[0] == lines[1]
 
 
-def test_a_fine_tuned_model_is_exported_with_its_new_weights(originals, run, tmp_path):
-    run(originals["roberta"][0], "--out", tmp_path / "a.pt")
-    model, tokenizer, _ = load_checkpoint(tmp_path / "a.pt")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    save_checkpoint(tmp_path / "tuned.pt", model, tokenizer, step=3)
-    run(tmp_path / "tuned.pt", "--export", tmp_path / "exported")
+def recipes():
+    """The flags of the README's lines that fine-tune RoBERTa, without those that name files."""
+    lines = re.findall(r"^python train.py (.*--epochs.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return [re.sub(r"--(init_from|data|out_dir) \S+", "", line).split() for line in lines]
+
+
+@pytest.mark.parametrize("flags", recipes(), ids=["post", "ours"])
+def test_fine_tuned_from_conversion_to_export(flags, originals, run, tmp_path):
+    """The README's recipe, on a small model and corpus; what is exported is what was trained."""
+    folder, original = originals["roberta"]
+    run(folder, "--out", tmp_path / "a.pt")
+    text = library_text()[:20_000]
+    for name in ("wiki.train.raw", "wiki.valid.raw"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    arguments = ["--file", tmp_path, "--tokenizer", tmp_path / "a.pt"]
+    run(*arguments, main=wikitext_prepare.main)
+    size = ["--block_size", 20, "--prompt_len", "0:4", "--evals", 1, "--epochs", 0.5]
+    out_dir = tmp_path / "out"
+    files = ["--init_from", tmp_path / "a.pt", "--data", "wikitext2", "--out_dir", out_dir]
+    run(*flags, *size, *files, main=train.main)
+    train_split, *_ = load_corpus("wikitext2")
+    model, _, checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    assert checkpoint["step"] == math.ceil(0.5 * len(train_split) / (16 * 20))
+    run(out_dir / "ckpt.pt", "--export", tmp_path / "exported")
     reference = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "exported").eval()
     assert largest_difference(model, reference, [2, 20], [20]) < 1e-4
-    assert largest_difference(model, originals["roberta"][1], [20], []) > 0.1
+    assert largest_difference(model, original, [20], []) > 1e-3
 
 
 def test_only_a_roberta_is_exported_and_only_to_a_folder_without_a_model(
@@ -516,7 +539,7 @@ def test_only_a_roberta_is_exported_and_only_to_a_folder_without_a_model(
     save_checkpoint(tmp_path / "bytes.pt", Transformer(ModelConfig(n_embd=16, n_layer=1)), ByteTokenizer())
     for name in ("bert.pt", "bytes.pt"):
         assert "not a RoBERTa" in mistake(tmp_path / name, "--export", tmp_path / "new")
-    assert "a model in it already" in mistake(tmp_path / "roberta.pt", "--export", roberta)
+    assert "in it already" in mistake(tmp_path / "roberta.pt", "--export", roberta)
     assert "--out" in mistake(tmp_path / "roberta.pt", "--export", tmp_path / "new", "--out", "x.pt")
     assert "no such checkpoint" in mistake(tmp_path / "none.pt", "--export", tmp_path / "new")
 
@@ -573,7 +596,9 @@ def test_tokens_are_those_of_the_reference_and_hold_the_text(vocabulary, mixed_l
 
 
 def test_writing_a_vocabulary_is_the_inverse_of_reading_it(vocabulary, tmp_path):
-    prepare.write_bpe(tmp_path, prepare.read_bpe(*vocabulary))
+    texts = prepare.bpe_files(prepare.read_bpe(*vocabulary))
+    for name, text in zip(("vocab.json", "merges.txt"), texts):
+        (tmp_path / name).write_text(text, encoding="utf-8")
     assert same_vocabulary(tmp_path, vocabulary[0])
 
 
@@ -811,8 +836,10 @@ def test_a_word_vocabulary_that_lacks_a_token(token, reason, originals, mistake,
     folder = shutil.copytree(originals["bert"][0], tmp_path / "model")
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
     kept = [f"x{token}" if line == token else line for line in lines] if token else lines[:-1]
-    (folder / "vocab.txt").write_text("\n".join(kept), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join([*kept, ""]), encoding="utf-8")
     assert reason in mistake(folder, "--out", tmp_path / "new" / "out.pt")
+    (folder / "vocab.txt").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    assert "vocab.txt: truncated" in mistake(folder, "--out", tmp_path / "new" / "out.pt")
 
 
 def test_a_vocabulary_whose_ids_have_a_gap(roberta, mistake, tmp_path):

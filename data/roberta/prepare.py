@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from data.corpus import DATA
 from data.files import download, replacing
 from data.flags import Mistake, argument, command, flag, parse
 from data.tokenizer import BPETokenizer, WordPieceTokenizer
-from model import ModelConfig, Transformer, load_checkpoint, save_checkpoint
+from model import ModelConfig, Transformer, load_checkpoint, save, save_checkpoint
 
 HUB = "https://huggingface.co"
 REPOSITORIES = {
@@ -45,8 +46,9 @@ class PrepareConfig:
 
 # --- settings ------------------------------------------------------------------------------------
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
-ALIASES = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+# Their names of an activation, and ours; the first of several is the one that is exported.
+OUR_ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+OUR_ACTIVATION |= {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 # What the files leave out when it is this.
 DEFAULTS = {
     "hidden_size": 768,
@@ -94,11 +96,9 @@ def read_config(path):
             fits = type(value) is type(default)
         if not fits:
             raise Mistake(f"{path}: {name} cannot be {value}; {default} is usual")
-    theirs["hidden_act"] = ALIASES.get(theirs["hidden_act"], theirs["hidden_act"])
-    if theirs["hidden_act"] not in ACTIVATIONS:
-        raise Mistake(
-            f"{path}: hidden_act {theirs['hidden_act']} cannot be represented; {', '.join(ACTIVATIONS)} can"
-        )
+    if theirs["hidden_act"] not in OUR_ACTIVATION:
+        known = ", ".join(OUR_ACTIVATION)
+        raise Mistake(f"{path}: hidden_act {theirs['hidden_act']} cannot be represented; {known} can")
     if theirs["hidden_size"] % theirs["num_attention_heads"]:
         raise Mistake(f"{path}: hidden_size is not a multiple of num_attention_heads")
     return theirs
@@ -108,7 +108,7 @@ def our_config(theirs, tokenizer, tied):
     """The ModelConfig of their config."""
     roberta = theirs["model_type"] == "roberta"
     first_position = theirs["pad_token_id"] + 1 if roberta else 0
-    activation = ACTIVATIONS[theirs["hidden_act"]]
+    activation = OUR_ACTIVATION[theirs["hidden_act"]]
     return ModelConfig(
         vocab_size=theirs["vocab_size"],
         mask_id=tokenizer.mask_id,
@@ -144,7 +144,7 @@ def their_config(config, tokenizer):
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "intermediate_size": config.mlp_width,
-        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation],
+        "hidden_act": next(name for name, ours in OUR_ACTIVATION.items() if ours == config.activation),
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
         "max_position_embeddings": config.block_size + config.first_position,
@@ -188,7 +188,7 @@ HEADS = {
     },
 }
 # Parts of a file that masked-language modelling does not use: other heads, and a table of 0, 1, 2...
-UNUSED = ("pooler.", "cls.seq_relationship.", "classifier.", "qa_outputs.", "embeddings.position_ids")
+UNUSED = re.compile(r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids")
 
 
 def their_name(name, kind):
@@ -248,20 +248,23 @@ def plain_tensor(tensor):
     return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
 
 
-def convert(theirs, tokenizer, path, tensors):
-    """Our model with their tensors, and the names of those that it has no use for."""
-    kind = theirs["model_type"]
+def by_plain_name(tensors, kind, path):
+    """The tensors by their plain names; Mistake if two that differ share one."""
     found = {}
     # The head's bias may be there under two names; where they differ the decoder's is the one in use.
     for name, tensor in sorted(tensors.items(), key=lambda item: "decoder.bias" in item[0]):
         plain = plain_name(name, kind)
-        if (
-            plain in found
-            and plain != their_name("head.bias", kind)
-            and not torch.equal(found[plain], tensor)
-        ):
+        twice = plain in found and plain != their_name("head.bias", kind)
+        if twice and not torch.equal(found[plain], tensor):
             raise Mistake(f"{path}: {name} is there twice, with different values")
         found[plain] = tensor
+    return found
+
+
+def convert(theirs, tokenizer, path, tensors):
+    """Our model with their tensors, and the names of those that it has no use for."""
+    kind = theirs["model_type"]
+    found = by_plain_name(tensors, kind, path)
     embedding, decoder = (
         found.get(their_name(name, kind)) for name in ("token_embedding.weight", "head.weight")
     )
@@ -284,10 +287,9 @@ def convert(theirs, tokenizer, path, tensors):
             raise Mistake(f"{path}: {their} is of {found[their].dtype}, and no weight is")
         ours[name] = found[their]
     used = {their_name(name, kind) for name in ours}
-    rest = [name for name in tensors if plain_name(name, kind) not in used]
-    skipped = [name for name in rest if plain_name(name, kind).startswith(UNUSED)]
-    if len(skipped) < len(rest):
-        unknown = sorted(set(rest) - set(skipped))
+    skipped = [name for name in tensors if plain_name(name, kind) not in used]
+    unknown = sorted(name for name in skipped if not UNUSED.match(plain_name(name, kind)))
+    if unknown:
         raise Mistake(f"{path}: {', '.join(unknown[:3])} ({len(unknown)} in all) fit nowhere in this model")
     model.load_state_dict({name: tensor.float() for name, tensor in ours.items()}, assign=True)
     model.tie()
@@ -321,16 +323,16 @@ def read_bpe(folder, vocab_size):
     ids = read_json(vocab_path)
     lines = read_text(merges_path).split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
+    if not all(type(i) is int for i in ids.values()) or {*ids.values()} != {*range(len(ids))}:
+        raise Mistake(f"{vocab_path}: its ids are not the numbers from 0 to {len(ids) - 1}")
     symbols = byte_symbols()
     tokens = list(dict.fromkeys([*symbols, *(merge.replace(" ", "") for merge in merges)]))
     missing = [token for token in tokens if token not in ids]
-    if missing or any(merge.count(" ") != 1 for merge in merges):
+    if missing or any(merge.count(" ") != 1 for merge in merges) or not {*"".join(tokens)} <= {*symbols}:
         raise Mistake(
             f"{folder}: vocab.json and merges.txt do not belong together"
             + (f"; the first has no {missing[0]!r}, {len(missing)} such in all" if missing else "")
         )
-    if {*ids.values()} != {*range(len(ids))}:
-        raise Mistake(f"{vocab_path}: its ids are not the numbers from 0 to {len(ids) - 1}")
     byte_of = {symbol: chr(byte) for byte, symbol in enumerate(symbols)}
     text = set(tokens)
     special = {name: i for name, i in ids.items() if name not in text}
@@ -343,8 +345,11 @@ def read_bpe(folder, vocab_size):
     return BPETokenizer(latin, GPT2_PATTERN, [ids[token] for token in tokens], special)
 
 
-def write_bpe(folder, tokenizer):
-    """The inverse of read_bpe. The merges are found by merging each token's bytes again."""
+def bpe_files(tokenizer):
+    """The inverse of read_bpe: the texts of vocab.json and merges.txt.
+
+    The merges are found by merging each token's bytes again.
+    """
     symbols = byte_symbols()
     tokens = ["".join(symbols[ord(c)] for c in token) for token in tokenizer.state["tokens"]]
     rank = {token: i for i, token in enumerate(tokens)}
@@ -358,13 +363,15 @@ def write_bpe(folder, tokenizer):
         lines.append(" ".join(parts))
     ids = dict(zip(tokens, tokenizer.ids)) | tokenizer.special
     ids = dict(sorted(ids.items(), key=lambda item: item[1]))
-    write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
-    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    return json.dumps(ids, ensure_ascii=False), "\n".join(lines) + "\n"
 
 
 def read_wordpiece(folder, vocab_size):
     """The tokenizer of vocab.txt, cased or not as tokenizer_config.json says or else as it shows itself."""
-    tokens = read_text(folder / "vocab.txt").rstrip("\n").split("\n")
+    text = read_text(folder / "vocab.txt")
+    tokens = text.rstrip("\n").split("\n")
+    if len(tokens) < vocab_size and not text.endswith("\n"):
+        raise Mistake(f"{folder / 'vocab.txt'}: truncated, it has {len(tokens)} of {vocab_size} tokens")
     tokens += [f"[unused{i}]" for i in padding_ids(len(tokens), vocab_size)]
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.exists() else {}
@@ -383,12 +390,19 @@ def read_tokenizer(folder, theirs):
     read = read_bpe if theirs["model_type"] == "roberta" else read_wordpiece
     tokenizer = read(folder, theirs["vocab_size"])
     if tokenizer.mask_id is None:
-        raise Mistake(f"{folder}: its vocabulary has no <mask>")
+        raise Mistake(f"{folder}: its vocabulary has no <mask> or [MASK]")
     if read is read_wordpiece and tokenizer.unknown is None:
         raise Mistake(f"{folder}: its vocabulary has no [UNK]")
     if tokenizer.vocab_size != theirs["vocab_size"]:
         count = f"{tokenizer.vocab_size} tokens in the vocabulary, {theirs['vocab_size']} in config.json"
         raise Mistake(f"{folder}: {count}")
+    pad_id = tokenizer.first("<pad>", "[PAD]")
+    if read is read_wordpiece:  # nothing else depends on it, and files leave it out
+        theirs["pad_token_id"] = pad_id
+    if theirs["pad_token_id"] != pad_id:
+        raise Mistake(
+            f"{folder}: pad_token_id {theirs['pad_token_id']}, but the vocabulary's <pad> is {pad_id}"
+        )
     return tokenizer
 
 
@@ -413,11 +427,6 @@ def read_json(path):
         raise Mistake(f"{path}: truncated, or not what JSON should hold here") from None
 
 
-def write_text(path, text):
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
-
-
 def fetch(name):
     """The folder with the files of a model of the hub, downloaded unless they are there."""
     folder = DATA / "roberta" / name
@@ -434,18 +443,26 @@ def export(path, folder):
     config = model.config
     if not isinstance(tokenizer, BPETokenizer) or not config.first_position:
         raise Mistake(f"{path}: it is not a RoBERTa, and only that can be exported")
-    if (Path(folder) / "config.json").exists():
-        raise Mistake(f"--export {folder}: there is a model in it already")
+    vocab, merges = bpe_files(tokenizer)
+    texts = {
+        "config.json": json.dumps(their_config(config, tokenizer), indent=2),
+        "vocab.json": vocab,
+        "merges.txt": merges,
+    }
+    names = ["pytorch_model.bin", *texts]
+    if there := [name for name in names if (Path(folder) / name).exists()]:
+        raise Mistake(f"--export {folder}: there is a {there[0]} in it already")
     tensors = {}
     for name, tensor in model.state_dict().items():
         their = their_name(name, "roberta")
         tensors[their if their.startswith("lm_head.") else f"roberta.{their}"] = tensor
     tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"]  # readers differ in which they look for
-    with replacing(Path(folder) / "pytorch_model.bin") as file:
-        torch.save(tensors, file)
-    write_bpe(Path(folder), tokenizer)
-    write_text(Path(folder) / "config.json", json.dumps(their_config(config, tokenizer), indent=2))
-    print(f"{folder}: config.json, vocab.json, merges.txt, pytorch_model.bin")
+    with ExitStack() as stack:  # all of them or none
+        weights, *files = [stack.enter_context(replacing(Path(folder) / name)) for name in names]
+        save(tensors, weights)
+        for file, text in zip(files, texts.values()):
+            file.write(text.encode("utf-8"))
+    print(f"{folder}: {', '.join(names)}")
 
 
 def main():
@@ -456,10 +473,10 @@ def main():
             raise Mistake("--export: it writes a folder; --out is for a checkpoint")
         path = DATA / "roberta" / f"{config.source}.pt" if config.source in REPOSITORIES else folder
         return export(path, config.export)
-    if not folder.is_dir():
-        if config.source not in REPOSITORIES:
-            raise Mistake(f"{folder}: no such folder, and not one of {', '.join(REPOSITORIES)}")
+    if config.source in REPOSITORIES:
         folder = fetch(config.source)
+    elif not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder, and not one of {', '.join(REPOSITORIES)}")
     theirs = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, theirs)
     model, skipped = convert(theirs, tokenizer, *read_weights(folder))

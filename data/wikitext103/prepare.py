@@ -11,4 +11,4 @@ URL = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
 SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
 
 if __name__ == "__main__":
-    command(lambda: main("wikitext103", URL, SHA256))
+    command(lambda: main("wikitext103", URL, SHA256, __doc__))

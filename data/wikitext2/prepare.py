@@ -60,8 +60,8 @@ def lines(path):
             raise Mistake(f"{path}: {name} in it is damaged ({error})") from None
 
 
-def main(name="wikitext2", url=URL, sha256=SHA256):
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
+def main(name="wikitext2", url=URL, sha256=SHA256, description=__doc__):
+    config = PrepareConfig(**parse(PrepareConfig, description.splitlines()[0]))
     tokenizer = tokenizer_by_name(config.tokenizer)
     path = Path(config.file or DATA / name / url.rpartition("/")[2])
     if not path.exists():
