@@ -104,6 +104,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation, visible):
         B, T, C = x.shape
+        if self.causal:  # what is behind the end of a row is to the right of all in it
+            visible = None
         q, k, v = (linear(x).view(B, T, self.n_head, -1) for linear in (self.query, self.key, self.value))
         q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)
         if rotation is not None:
@@ -147,7 +149,9 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))
         self.padding = config.conv - 1 if config.causal else config.conv // 2
 
-    def forward(self, x):
+    def forward(self, x, visible=None):
+        if visible is not None:  # what is behind the end of a row is 0, as it is for a whole one
+            x = x * visible[:, 0, 0, :, None]
         # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied.
         image = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
         mixed = F.conv2d(image, self.weight, padding=(0, self.padding), groups=x.shape[2])
@@ -158,7 +162,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.pre = config.norm == "pre"
-        self.convolution = Convolution(config) if config.conv else nn.Identity()
+        self.convolution = Convolution(config) if config.conv else None
         self.attention = Attention(config)
         self.attention_norm = layer_norm(config.n_embd, config)
         self.mlp = MLP(config)
@@ -166,7 +170,8 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, rotation, visible):
-        x = self.convolution(x)
+        if self.convolution:
+            x = self.convolution(x, visible)
         if self.pre:
             x = x + self.dropout(self.attention(self.attention_norm(x), rotation, visible))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -225,17 +230,19 @@ class Transformer(nn.Module):
         bias = bias.masked_fill(ids == self.config.mask_id, -torch.inf)  # SUBS: no hole is filled with a hole
         return F.linear(x, self.head.weight, bias)
 
-    def forward(self, idx, where=None):
+    def forward(self, idx, where=None, padding=None):
         """Logits of the clean token at every position.
 
         idx: (B, T) int64, with `mask_id` at the holes. Returns (B, T, V), in autocast's precision;
         with where, a (B, T) bool, only those positions' logits, (N, V), in row-major order: only
         holes have a loss, and at a large vocabulary the full logits would be the largest tensor
-        there is.
+        there is. padding: (B, T) bool, what is behind the end of a row and seen by no other token;
+        by default that is where the config's pad_id stands.
         """
-        padding = rotation = visible = None
-        if self.config.pad_id is not None and (idx == self.config.pad_id).any():
-            padding = idx == self.config.pad_id  # (B, T)
+        rotation = visible = None
+        if padding is None and self.config.pad_id is not None and (idx == self.config.pad_id).any():
+            padding = idx == self.config.pad_id
+        if padding is not None:
             visible = ~padding[:, None, None]  # (B, 1, 1, T): the same for every head and token
         if self.config.position == "rope":
             rotation = rotary_angles(idx.shape[1], self.config.n_embd // self.config.n_head, idx.device)

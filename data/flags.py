@@ -55,19 +55,20 @@ def parse(config_class, description):
         kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")
         if isinstance(kind, types.UnionType):  # `int | None`
             kind = get_args(kind)[0]
-        if "positional" in field.metadata:
-            required = field.default is dataclasses.MISSING
-            text += "" if required else f" (default: {field.default})"
-            default = {} if required else {"nargs": "?", "default": field.default}
-            parser.add_argument(field.name, type=kind, help=text, **default)
-            continue
         options = {"type": kind}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
-        text += "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
+        elif get_origin(kind) is list:
+            options = {"type": get_args(kind)[0], "nargs": "+", "action": "extend"}
+        text += "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {field.default})"
+        if "positional" not in field.metadata:
+            parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
+        elif field.default is dataclasses.MISSING:
+            parser.add_argument(field.name, help=text, **options)
+        else:
+            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help=text, **options)
     given = vars(parser.parse_args())
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -6,6 +6,7 @@ tokenizers are the same when their states are. `special` names the ids that no t
 sampling never writes them.
 """
 
+import codecs
 import functools
 import os
 import re
@@ -31,6 +32,9 @@ class Tokenizer:
         self.bos_id = self.first("<s>", "[CLS]", "<cls>")  # opens a line; None where lines are only text
         self.eos_id = self.first("</s>", "[SEP]", "<eos>")  # closes it
 
+    def decode(self, ids):
+        return "".join(self.pieces(ids))
+
     def first(self, *names):
         return next((self.special[name] for name in names if name in self.special), None)
 
@@ -43,24 +47,37 @@ class Tokenizer:
         return [self.bos_id, *self.encode(line.rstrip("\n")), self.eos_id]
 
 
-class ByteTokenizer(Tokenizer):
+class ByteLevelTokenizer(Tokenizer):
+    """What the two whose tokens are bytes share. bytes_of: those of each id that is text."""
+
+    def __init__(self, special, bytes_of):
+        super().__init__(special, len(bytes_of) + len(special))
+        self.bytes_of = bytes_of | {i: text.encode() for i, text in self.shown.items()}
+
+    def pieces(self, ids):
+        """What each token adds to the text, list[str]; a character of several tokens comes with the last,
+        and bytes that are not UTF-8, which a sample can hold, become U+FFFD.
+        """
+        pieces, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i, following in zip(ids, [*ids[1:], self.mask_id]):
+            # Nothing waits for the other half of a character across a token that is not text.
+            pieces.append(decoder.decode(self.bytes_of[i], final=following in self.shown or i in self.shown))
+        return pieces
+
+
+class ByteTokenizer(ByteLevelTokenizer):
     """The 256 bytes of UTF-8: any text in any language, and no unknown characters."""
 
     state = {"kind": "bytes"}
 
     def __init__(self):
-        super().__init__({"<mask>": 256}, 257)
+        super().__init__({"<mask>": 256}, {i: bytes([i]) for i in range(256)})
 
     def encode(self, text):
         return list(text.encode("utf-8"))
 
-    def decode(self, ids):
-        """Bytes that are not UTF-8, which a sample can hold, become U+FFFD."""
-        pieces = (b"<mask>" if i == self.mask_id else bytes([i]) for i in ids)
-        return b"".join(pieces).decode("utf-8", errors="replace")
 
-
-class BPETokenizer(Tokenizer):
+class BPETokenizer(ByteLevelTokenizer):
     """Byte-level byte-pair encoding, the merging done by tiktoken.
 
     tokens: the byte string of each token, in the order in which they merge, as latin-1 text;
@@ -70,20 +87,15 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, tokens, pattern, ids=None, special=None):
         special = special or {"<mask>": len(tokens)}
-        super().__init__(special, len(tokens) + len(special))
         self.state = {"kind": "bpe", "tokens": tokens, "pattern": pattern, "ids": ids, "special": special}
         pieces = [token.encode("latin-1") for token in tokens]
         self.ids = ids or range(len(tokens))
-        self.pieces = dict(zip(self.ids, pieces)) | {i: text.encode() for i, text in self.shown.items()}
+        super().__init__(special, dict(zip(self.ids, pieces)))
         ranks = {piece: i for i, piece in enumerate(pieces)}
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
         return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
-
-    def decode(self, ids):
-        """Bytes that are not UTF-8, which a sample can hold, become U+FFFD."""
-        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -115,12 +127,16 @@ class WordPieceTokenizer(Tokenizer):
     def encode(self, text):
         return [i for word in self.space.split(text) for i in self.encode_word(word)]
 
-    def decode(self, ids):
-        words = (self.shown[i] if i in self.shown else self.state["tokens"][i] for i in ids)
-        if not self.mark:
-            return "".join(words)
-        text = " ".join(word for word in words if word)
-        return text.replace(" ##", "").replace(" \n ", "\n").replace(" \n", "\n")
+    def pieces(self, ids):
+        """What each token adds to the text, list[str]: a space ahead of a word that follows another."""
+        pieces, before = [], "\n"
+        for i in ids:
+            word = self.shown[i] if i in self.shown else self.state["tokens"][i]
+            if self.mark and word and before != "\n":
+                word = word[len(self.mark) :] if word.startswith(self.mark) else " " * (word != "\n") + word
+            pieces.append(word)
+            before = word[-1:] or before
+        return pieces
 
     def encode_word(self, word):
         """Ids of what stands between two spaces."""

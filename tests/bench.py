@@ -3,10 +3,13 @@
     python tests/bench.py             # speed: a few minutes
     python tests/bench.py --runs      # and the training runs themselves: twenty minutes more
     python tests/bench.py --roberta   # the RoBERTa figures alone, beside transformers: ten minutes
+    python tests/bench.py --bound     # the error, variance and speed of the likelihood bound
+    python tests/bench.py --orders    # the share of a step that is not the forward pass, for every order
 
 Every speed is the best of several passes, and a ratio's two sides are timed in turn.
 """
 
+import itertools
 import json
 import os
 import re
@@ -21,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from data.corpus import load_corpus
 from data.flags import command, flag, parse
 from data.roberta.prepare import byte_symbols
 from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device
-from sample import denoise
-from train import Run, TrainConfig, draw_batch
+from sample import ORDERS, denoise
+from train import Run, TrainConfig, draw_batch, nelbo, sequence_bounds, standard_error, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,7 +85,7 @@ def sampling_cost(device, B=16, T=256, steps=64, **shape):
     canvas = torch.full((B, T), model.config.mask_id, device=device)
 
     def sample():
-        for _ in denoise(model, canvas, steps, temperature=0.8, generator=torch.Generator().manual_seed(0)):
+        for _ in denoise(model, canvas, steps, temperature=0.8):
             pass
 
     def passes():
@@ -90,6 +94,74 @@ def sampling_cost(device, B=16, T=256, steps=64, **shape):
 
     with torch.no_grad(), autocast(device):
         return best_seconds(sample, passes, repeats=3)
+
+
+# --- the denoiser --------------------------------------------------------------------------------
+
+# roberta-base, with the weights that it has before training.
+ROBERTA = {"vocab_size": 50265, "mask_id": 50264, "n_layer": 12, "n_head": 12, "n_embd": 768, "conv": 0}
+ROBERTA |= {"norm": "post", "position": "learned", "bias": True, "qk_norm": False, "token_types": 1}
+ROBERTA |= {"head_activation": "gelu", "tied": True}
+
+
+def share_outside(model, canvas, steps, order, repeats=2, **flags):
+    """What denoising spends outside the forward passes, as a share of all its seconds: the least seen.
+
+    And the milliseconds of a step outside them.
+    """
+    device, inside = canvas.device, []
+
+    def clock(*_):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        inside.append(time.perf_counter())
+
+    hooks = model.register_forward_pre_hook(clock), model.register_forward_hook(clock)
+    shares = []
+    for _ in range(repeats + 1):  # the first warms up
+        inside.clear()
+        start = time.perf_counter()
+        # Of threshold, which would take as many steps as there are holes, no more than of the others.
+        for _ in itertools.islice(denoise(model, canvas, steps, order, tau=1.0, **flags), steps):
+            pass
+        clock()
+        seconds = inside[-1] - start
+        passes = sum(end - begin for begin, end in zip(inside[:-1:2], inside[1:-1:2]))
+        shares.append((1 - passes / seconds, 1000 * (seconds - passes) / (len(inside) // 2)))
+    for hook in hooks:
+        hook.remove()
+    return min(shares[1:])
+
+
+def denoiser_rows(device):
+    """The rows of --orders: the share of every order, and what logits at some positions alone save."""
+    torch.manual_seed(0)
+    T = 256
+    for name, shape, B, steps in (
+        ("bytes", {}, 1, 64),
+        ("bytes", {}, 16, 16),
+        ("RoBERTa's vocabulary", ROBERTA, 1, 8),
+        ("RoBERTa's vocabulary", ROBERTA, 16, 2),
+    ):
+        model = Transformer(ModelConfig(**shape)).to(device).eval()
+        canvas = torch.full((B, T), model.config.mask_id, device=device)
+        with torch.no_grad(), autocast(device):
+            for order in ORDERS:
+                flags = {"token_nats": torch.ones(model.config.vocab_size)} if order == "information" else {}
+                flags |= {"top_k": 50, "top_p": 0.95} if order == "remask" else {}
+                share, milliseconds = share_outside(model, canvas, steps, order, **flags)
+                yield (
+                    f"{name}, batch {B}, `{order}`",
+                    f"{milliseconds:.1f} ms a step",
+                    f"{share:.1%} of the whole",
+                )
+            if B == 1 and shape:
+                few = torch.rand(B, T, device=device) < 1 / 16
+                all_rows, few_rows = best_seconds(
+                    lambda: model(canvas), lambda: model(canvas, where=few), repeats=9
+                )
+                saved = f"{few_rows / all_rows:.2f} of the {1000 * all_rows:.0f} ms with all"
+                yield f"{name}, a pass with logits at {few.sum()} of {T}", f"{1000 * few_rows:.0f} ms", saved
 
 
 def training_run(*flags):
@@ -102,6 +174,40 @@ def training_run(*flags):
         score = [sys.executable, ROOT / "train.py", "--eval_only", "--init_from", f"{out_dir}/ckpt.pt"]
         printed = subprocess.run(score, check=True, capture_output=True, text=True).stdout
     return minutes, usage.ru_maxrss / 2**20, float(re.search(r"NELBO ([\d.]+)", printed)[1])
+
+
+# --- the bound -----------------------------------------------------------------------------------
+
+
+def bound_rows(device):
+    """The rows of --bound, of the model that `python train.py` has left in out/: error, variance, speed."""
+    model, _, _ = load_checkpoint(ROOT / "out" / "ckpt.pt", device)
+    _, val, _, _ = load_corpus("python", 256)
+    tokens = windows(val, 256, 2**18)  # (1024, 256)
+    with autocast(device):
+        nats, counts, t = sequence_bounds(model, tokens, draws=4)
+        error = standard_error(nats, counts, t)
+        yield f"standard error at {counts.sum():,} tokens", f"{error:.4f} nats", ""
+        few, spread = tokens[::8], {}
+        for stratified in (True, False):
+            draws = [nelbo(model, few, seed=seed, stratified=stratified) for seed in range(24)]
+            spread[stratified] = torch.tensor(draws).std().item()
+        factor = (spread[False] / spread[True]) ** 2
+        measure = f"{factor:.1f} times the variance of stratified ones, {spread[True]:.4f}"
+        yield (
+            f"independent levels, spread over seeds at {few.numel():,} tokens",
+            f"{spread[False]:.4f} nats",
+            measure,
+        )
+
+        def passes():
+            with torch.no_grad():
+                for x0 in tokens.split(64):
+                    model(x0.to(device))
+
+        bound, bare = best_seconds(lambda: nelbo(model, tokens), passes, repeats=3)
+        measure = f"{bare / bound:.2f} of the speed of bare forward passes"
+        yield "scoring", f"{tokens.numel() / bound:,.0f} tokens/s", measure
 
 
 # --- RoBERTa, beside the reference implementation ------------------------------------------------
@@ -169,7 +275,7 @@ def sampling_seconds(folder, device):
 
     def ours():
         with autocast(device):
-            for _ in denoise(model, start, 10, "remask", 1.0, 50, 0.95, torch.Generator().manual_seed(0)):
+            for _ in denoise(model, start, 10, "remask", 1.0, 50, 0.95):
                 pass
 
     def passes():
@@ -256,6 +362,8 @@ def roberta_rows(device):
 class BenchConfig:
     runs: bool = flag(False, "train.py on python and on shakespeare too")
     roberta: bool = flag(False, "only the figures of RoBERTa")
+    orders: bool = flag(False, "only the figures of the orders of the denoiser")
+    bound: bool = flag(False, "only those of the bound, of the model in out/")
     step: str = flag("", "print the seconds of one fine-tuning step; FOLDER:SIDE:DROPOUT, for --roberta")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
@@ -266,8 +374,9 @@ def main():
     if config.step:
         folder, side, dropout = config.step.split(":")
         return print(fine_tuning_step(Path(folder), side, float(dropout), device))
-    if config.roberta:
-        for row in roberta_rows(device):
+    if config.roberta or config.orders or config.bound:
+        rows = roberta_rows if config.roberta else denoiser_rows if config.orders else bound_rows
+        for row in rows(device):
             print("| " + " | ".join(row) + " |", flush=True)
         return
     large = {"n_layer": 6, "n_head": 6, "n_embd": 384}

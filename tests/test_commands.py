@@ -64,6 +64,74 @@ def state_of(folder):
 # --- from text to samples ------------------------------------------------------------------------
 
 
+def sample_text(flags, monkeypatch, capsys):
+    """What sample.py prints: (stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    sample.main()
+    return capsys.readouterr()
+
+
+def test_prompts_of_every_kind_in_one_batch_are_written_as_alone(tmp_path, monkeypatch, capsys):
+    """Two flags, a file and stdin; holes, a suffix, ranges; longer than the model's 32 tokens, and not."""
+    (tmp_path / "prompt.txt").write_text("the <mask*3> of\n")
+    prompts = ["line 1<mask*20>", "<mask*50> book", "line <mask*2:5> of"]
+    flags = ["--suffix", "!\n", "--steps", 4, "--dtype", "float32"]
+    alone = [sample_text(["--prompt", prompt, *flags], monkeypatch, capsys).out for prompt in prompts]
+    alone.append(sample_text(["--prompt_file", tmp_path / "prompt.txt", *flags], monkeypatch, capsys).out)
+    stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"<mask*4>"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    alone.append(sample_text(["--prompt_file", "-", *flags], monkeypatch, capsys).out)
+    files = ["--prompt_file", tmp_path / "prompt.txt", "-"]
+    together = sample_text(["--prompt", *prompts, *files, *flags], monkeypatch, capsys)
+    assert together.out == "".join(alone)
+    assert all(text.endswith("!\n\n") for text in alone)
+    assert [len(text.encode()) for text in alone[:2]] == [29, 58] or "\ufffd" in "".join(alone)
+
+
+def test_passes_are_reported(monkeypatch, capsys):
+    for flags, passes in ((["--steps", 5], 5), (["--prompt", "a<mask*3>"], 3), (["--order", "left"], 32)):
+        printed = sample_text(["--length", 32, *flags] if passes != 3 else flags, monkeypatch, capsys)
+        assert f" {passes} forward passes" in printed.err
+
+
+def test_a_long_canvas_takes_no_more_memory(monkeypatch, capsys):
+    """Nothing that the model sees or says is larger at 4,000 tokens than at 64."""
+    largest = {}
+    forward = Transformer.forward
+
+    def watched(self, idx, where=None, **more):
+        logits = forward(self, idx, where, **more)
+        largest["size"] = max(largest.get("size", 0), idx.numel(), logits.numel())
+        return logits
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    sizes = []
+    for length in (64, 4000):
+        largest.clear()
+        printed = sample_text(["--length", length, "--steps", length // 4], monkeypatch, capsys)
+        assert len(printed.out.encode()) >= length
+        sizes.append(largest["size"])
+    assert sizes[1] <= sizes[0]
+
+
+def test_score_prints_the_likelihood_of_the_sampler(tmp_path, monkeypatch, capsys):
+    """From the left, one token a step: the chain rule, in two windows, of which the second is short."""
+    text = "line 7 of the book\nline 8 of the book\n"
+    (tmp_path / "text.txt").write_text(text)
+    flags = ["--score", tmp_path / "text.txt", "--order", "left", "--steps", 32, "--dtype", "float32"]
+    printed = sample_text(flags, monkeypatch, capsys).out
+    model, tokenizer, _ = load_checkpoint("out/ckpt.pt")
+    nats = 0.0
+    for window in torch.tensor(tokenizer.encode(text)).split(32):
+        for i in range(len(window)):
+            xt = window.clone()
+            xt[i:] = tokenizer.mask_id
+            nats -= model(xt[None])[0, i].log_softmax(-1)[window[i]].item() / len(text)
+    assert float(printed.split()[0]) == pytest.approx(nats, abs=2e-4)
+    assert float(printed.split()[4]) == pytest.approx(nats / np.log(2), abs=2e-4)
+    assert f"{len(text)} tokens" in printed
+
+
 def test_from_a_text_to_samples_as_a_user_would(tmp_path):
     (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
     corpus = tmp_path / "poem"
@@ -262,6 +330,15 @@ def mistake(main, arguments, monkeypatch, capsys):
 
 
 TRAIN_MISTAKES = {
+    "--data book --level grid:0": "grid:N",
+    "--data book --level 1.5": "a number in (0, 1]",
+    "--data book --level grid:99999999999999999999": "grid:N",
+    "--eval_only --init_from out/ckpt.pt --level 0.15": "--level uniform",
+    "--eval_only --init_from out/ckpt.pt --spindle 0.3": "--level uniform",
+    "--data book --slant -1": "at least 0",
+    "--data book --spindle 0.3 --weight elbo": "no bound",
+    "--data book --slant 1 --spindle 0.3": "--slant",
+    "--data book --slant 1 --level grid:4 --weight elbo": "--slant",
     "--nonsense 1": "--nonsense",
     "--max_iter 5": "--max_iter",  # no abbreviations either
     "--batch_size two": "two",
@@ -322,11 +399,36 @@ SAMPLE_MISTAKES = {
     ("--top_k", "-3"): "at least 0",
     ("--num_samples", "0"): "at least 1",
     ("--order", "upward"): "confidence",
-    ("--length", "33"): "at most 32",
-    ("--prompt", "x" * 33): "longer than the canvas",
-    ("--prompt", "hello", "--length", "4"): "longer than the canvas",
-    ("--prompt", "<mask*999999999>"): "longer than the canvas",
+    ("--length", "9999999"): "at most",
+    ("--prompt", "x" * 33): "33 tokens with its holes; the canvas has 32",
+    ("--prompt", "hello", "--length", "4"): "the canvas has 4",
+    ("--prompt", "<mask*999999999>"): "999999999 holes; the canvas has 1000000",
+    ("--prompt", "<mask*9>", "--length", "8"): "9 holes; the canvas has 8",
+    ("--prompt", "<mask*9:3>"): "<mask*9:3>: a hole is",
+    ("--prompt", "<mask*9999999999>"): "9999999999 holes",
+    ("--prompt", "<mask*1:99>"): "99 choices of lengths",
     ("--prompt", "\udcff"): "UTF-8",
+    ("--prompt", "a", "--suffix", "<mask>"): "--suffix",
+    ("--prompt_file", "none.txt"): "none.txt: No such file",
+    ("--prompt_file", "data"): "data: Is a directory",
+    ("--prompt_file", "out/ckpt.pt"): "not UTF-8",
+    ("--block_len", "0"): "at least 1",
+    ("--block_len", "33"): "sees 32 tokens",
+    ("--revise", "1"): "below 1",
+    ("--revise", "0.1", "--order", "remask"): "--revise",
+    ("--guidance", "1"): "--guidance",
+    ("--save", "run.png"): ".html",
+    ("--save", ""): "--save",
+    ("--save", "nowhere/run.svg"): "nowhere/run.svg",
+    ("--score", "book.txt", "--order", "random"): "no one probability",
+    ("--score", "book.txt", "--order", "remask"): "no one probability",
+    ("--score", "book.txt", "--order", "left", "--top_k", "3"): "--top_k",
+    ("--score", "none.txt", "--order", "left"): "none.txt: No such file",
+    ("--score", os.devnull, "--order", "left"): "it is empty",
+    ("--score", "book.txt", "--order", "left", "--temperature", "1"): "--temperature",
+    ("--steps", "9" * 20): "at most",
+    ("--block_len", "32", "--length", "64"): "sees 32 tokens",
+    ("--save", "data/.svg"): ".html",
     ("--ckpt", "nope.pt"): "no such checkpoint",
     ("--ckpt", "book.txt"): "not a checkpoint",
     ("--ckpt", "data"): "data",
@@ -492,7 +594,7 @@ def test_help_shows_every_flag_with_its_default(monkeypatch, capsys):
         assert ended.value.code == 0
         for name, value in vars(config()).items():
             assert f"--{name}" in text
-            assert value is None or f"default: {value}" in text
+            assert value in (None, ()) or f"default: {value}" in text
 
 
 def test_a_reader_that_leaves_is_no_mistake(world):

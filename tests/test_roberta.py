@@ -733,7 +733,7 @@ def test_an_alphabet_is_one_token_a_letter(originals):
     assert tokenizer.encode("MKJT") == [*tokenizer.encode("MK"), PROTEINS.index("[UNK]"), PROTEINS.index("T")]
 
 
-@pytest.mark.parametrize("order", sample.ORDERS)
+@pytest.mark.parametrize("order", [order for order in sample.ORDERS if order != "information"])
 def test_samples_are_text_however_likely_the_special_tokens_are(
     order, originals, roberta, run, tmp_path, capsys
 ):

@@ -1,0 +1,248 @@
+"""Draws the README's figures, each with the command that the README gives, as an SVG.
+
+    python tests/figures.py levels      # BERT against the rest: loss by noise level, a sample of each
+    python tests/figures.py limit       # how close a trained model comes to the entropy of its source
+    python tests/figures.py parallel    # what it costs to set several tokens at once
+    python tests/figures.py orders      # forward passes against the quality of the text
+
+What is drawn is also printed. Models that a figure needs and does not find, it trains.
+"""
+
+import csv
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from data.corpus import load_corpus
+from data.flags import argument, command, flag, parse
+from data.hmm.prepare import text_nats
+from model import autocast, load_checkpoint, pick_device
+from sample import ORDERS, denoise
+from train import hole_nats, nelbo, windows
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = "levels", "limit", "parallel", "orders"
+
+
+@dataclass
+class FiguresConfig:
+    figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
+    seeds: int = flag(1, "levels: models of each kind to train", least=1)
+    texts: int = flag(32, "orders: texts to write for each point", least=1)
+    save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
+    device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
+
+
+def train(out_dir, *flags):
+    """Train a model unless there is one in out_dir; the path of its checkpoint."""
+    path = ROOT / out_dir / "ckpt.pt"
+    if not path.exists():
+        flags = " ".join(flags)
+        print(f"python train.py {flags} --out_dir {out_dir}", file=sys.stderr)
+        arguments = [sys.executable, ROOT / "train.py", *flags.split(), "--out_dir", path.parent]
+        if subprocess.run(arguments, stdout=sys.stderr).returncode:
+            sys.exit(2)  # it has said why
+    return path
+
+
+def write(model, n, T, steps, order="random", **flags):
+    """(n texts written from an empty canvas, (n, T), and the forward passes that it took)."""
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    canvas = torch.full((n, T), model.config.mask_id, device=next(model.parameters()).device)
+    for canvas in denoise(model, canvas, steps, order, **flags):
+        pass
+    hook.remove()
+    return canvas.cpu(), len(passes)
+
+
+def plot(path, n_panels=1):
+    """A figure with panels, to be filled; call the third to write it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "setitem"  # the same figure is the same file
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, n_panels, figsize=(5 * n_panels, 4), layout="constrained", squeeze=False
+    )
+
+    def save():
+        figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+
+    return *panels[0], save
+
+
+# --- levels --------------------------------------------------------------------------------------
+
+METHODS = {  # rows of the README's table
+    "0.15 (BERT)": "--level 0.15 --weight mean",
+    "grid:10, one for a batch": "--level grid:10 --one_level --weight mean",
+    "uniform, mean": "--level uniform --weight mean",
+    "uniform, elbo": "--level uniform --weight elbo",
+}
+
+
+@torch.no_grad()
+def loss_at(model, tokens, t):
+    """Mean nats of a hole of tokens (N, T) at noise level t."""
+    generator = torch.Generator().manual_seed(0)
+    total = count = 0
+    for x0 in tokens.split(64):
+        holes = torch.rand(x0.shape, generator=generator) < t
+        nats = hole_nats(model, x0, x0.masked_fill(holes, model.config.mask_id), holes)
+        total, count = total + nats.sum().item(), count + len(nats)
+    return total / count
+
+
+def levels(config, device):
+    panel, save = plot(config.save)
+    ts = torch.linspace(0.05, 1, 20).tolist()
+    _, val, _, _ = load_corpus("shakespeare", 256)
+    tokens = windows(val, 256, len(val))
+    for number, (name, flags) in enumerate(METHODS.items()):
+        losses = []
+        for seed in range(config.seeds):
+            shape = f"--data shakespeare --max_iters 250 --n_embd 128 --evals 1 --seed {seed}"
+            model, tokenizer, _ = load_checkpoint(train(f"out-levels/{number}-{seed}", shape, flags), device)
+            with autocast(device):
+                losses.append([loss_at(model, tokens[::4], t) for t in ts])
+                bound = nelbo(model, tokens)
+                text, _ = write(model, 1, 256, 128, temperature=0.7)
+            shown = " | ".join(f"{nats:.3f}" for nats in losses[-1][2::4])
+            print(f"| {name} | seed {seed} | {bound:.3f} | {shown} |", flush=True)
+            if seed == 0:
+                print(tokenizer.decode(text[0].tolist()), flush=True)
+        losses = np.array(losses)
+        panel.plot(ts, losses.mean(0), label=name)
+        panel.fill_between(ts, losses.min(0), losses.max(0), alpha=0.2)
+    panel.axvline(0.15, color="gray", linestyle=":")
+    panel.set(xlabel="noise level t, the share of holes", ylabel="validation loss, nats per hole")
+    panel.legend()
+    save()
+
+
+# --- a source of known entropy -------------------------------------------------------------------
+
+FLOOR = 1e-3  # share of the probability that scoring gives to all letters alike, so that errors are finite
+HMM = "--data hmm --block_size 64 --batch_size 64 --prompt_len 0"
+
+
+def limit(config, device):
+    panel, save = plot(config.save)
+    path = train("out-hmm", HMM, "--max_minutes 6 --evals 20")
+    _, val, _, _ = load_corpus("hmm")
+    tokens = windows(val, 64, len(val))
+    entropy = text_nats(tokens).mean()
+    model, _, _ = load_checkpoint(path, device)
+    with autocast(device):
+        bound = nelbo(model, tokens)
+    print(f"NELBO {bound:.4f}, true entropy {entropy:.4f} nats per token: {bound / entropy - 1:.2%} above")
+    with open(path.with_name("log.csv"), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
+    minutes, nats = ([float(row[name]) for row in rows] for name in ("minutes", "val_nats_per_token"))
+    panel.plot(minutes, nats, marker="o", label="NELBO of the model")
+    panel.axhline(entropy, color="gray", linestyle=":", label="true entropy of the windows")
+    panel.set(xlabel="minutes of training", ylabel="nats per token")
+    panel.legend()
+    save()
+
+
+def parallel(config, device):
+    token_error, sequence_error, save = plot(config.save, 2)
+    model, _, _ = load_checkpoint(train("out-hmm", HMM, "--max_minutes 6 --evals 20"), device)
+    _, val, _, _ = load_corpus("hmm")
+    real = text_nats(windows(val, 64, 64 * 1024), FLOOR).mean()
+    ks = [1, 2, 4, 8, 16, 32, 64]
+    for order in ("random", "confidence"):
+        errors = []
+        for k in ks:
+            with autocast(device):
+                texts, _ = write(model, 1024, 64, 64 // k, order)
+            impossible = 1 - np.isfinite(text_nats(texts)).all(1).mean()
+            errors.append((text_nats(texts, FLOOR).mean(), impossible))
+            print(f"| {order} | {k} | {errors[-1][0]:.3f} | {impossible:.1%} |", flush=True)
+        token_error.plot(ks, [nats for nats, _ in errors], marker="o", label=order)
+        sequence_error.plot(ks, [share for _, share in errors], marker="o", label=order)
+    print(f"| text of the source | | {real:.3f} | 0.0% |")
+    token_error.axhline(real, color="gray", linestyle=":", label="text of the source")
+    token_error.set(title="cross-entropy under the source, nats per token", ylim=(0, None))
+    sequence_error.set(title="share of impossible sequences", ylim=(0, 1))
+    for panel in (token_error, sequence_error):
+        panel.set(xscale="log", xlabel="tokens per step")
+        panel.set_xticks(ks, labels=map(str, ks))
+        panel.minorticks_off()
+    token_error.legend()
+    save()
+
+
+# --- orders --------------------------------------------------------------------------------------
+
+STEPS, TAUS = (8, 16, 32, 64, 128, 256), (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
+
+
+def pair_entropy(texts):
+    """Entropy of the pairs of successive bytes in texts (N, T), in bits."""
+    pairs = (texts[:, :-1] * 256 + texts[:, 1:]).flatten().bincount()
+    p = pairs[pairs > 0] / pairs.sum()
+    return -(p * p.log2()).sum().item()
+
+
+def orders(config, device):
+    """Quality is a pair, since a text that repeats itself looks likely: its NELBO under a judge, a model
+    trained longer from another seed, and the entropy of its byte pairs (2604.02718).
+    """
+    model, _, checkpoint = load_checkpoint(train("out"), device)
+    judge, _, _ = load_checkpoint(train("out-judge", "--max_minutes 15 --seed 1"), device)
+    T = model.config.block_size
+    _, val, _, _ = load_corpus("python", T)
+
+    def quality(texts):
+        return nelbo(judge, texts, draws=16), pair_entropy(texts)
+
+    *panels, save = plot(config.save, 2)
+    titles = "NELBO under the judge, nats per byte", "entropy of byte pairs, bits"
+    with autocast(device):
+        real = quality(windows(val, T, config.texts * T))
+        print("| text of the corpus | | {:.3f} | {:.2f} |".format(*real))
+        token_nats = checkpoint.get("token_nats")
+        for marker, order in zip("osD^vPX*", ORDERS):
+            if order == "information" and token_nats is None:
+                continue
+            points = []
+            for choice in TAUS if order == "threshold" else STEPS:
+                flags = {"tau": choice} if order == "threshold" else {}
+                steps = 128 if order == "threshold" else choice
+                texts, passes = write(model, config.texts, T, steps, order, token_nats=token_nats, **flags)
+                points.append((passes, *quality(texts)))
+                name = f"{order} {choice}" if order == "threshold" else order
+                print("| {} | {} | {:.3f} | {:.2f} |".format(name, *points[-1]), flush=True)
+            passes, *values = zip(*sorted(points))
+            for panel, value in zip(panels, values):
+                panel.plot(passes, value, marker=marker, markersize=5, label=order)
+    for panel, title, value in zip(panels, titles, real):
+        panel.axhline(value, color="gray", linestyle=":", label="text of the corpus")
+        panel.set(xscale="log", xlabel="forward passes", title=title)
+        panel.set_xticks(STEPS, labels=map(str, STEPS))
+        panel.minorticks_off()
+    panels[0].legend(fontsize="small")
+    save()
+
+
+def main():
+    config = FiguresConfig(**parse(FiguresConfig, __doc__.splitlines()[0]))
+    config.save = config.save or ROOT / ".github" / f"{config.figure}.svg"
+    draw = {"levels": levels, "limit": limit, "parallel": parallel, "orders": orders}[config.figure]
+    draw(config, pick_device(config.device))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,385 @@
+"""The three views of a canvas: what they show, and that no text in it can do anything."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import tiny_model
+
+from data.canvas import HOLE, History, columns, inert, lines_of, save_html, save_svg, tokens_of, visible
+from data.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
+from model import ModelConfig, Transformer, save_checkpoint
+from sample import denoise
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES = ByteTokenizer()
+NASTY = "\x1b]0;owned\x07\x1b[2J</script><script>document.title='owned'</script>&amp;\x9b31m\u202e\x00"
+WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##c", "##d", "<", "##"]
+TOKENIZERS = [
+    BYTES,
+    BPETokenizer([*(chr(i) for i in range(256)), "Ã©", "ab", "\xe6\x97"], r"\s+|\S+"),
+    BPETokenizer([chr(i) for i in range(256)], r"\s+|\S+", None, {"<s>": 256, "</s>": 257, "<mask>": 258}),
+    WordPieceTokenizer(WORDPIECES, True, True, True),
+    WordPieceTokenizer(["<mask>", "<unk>", *"ACDE"], False, False, True),
+]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: type(tokenizer).__name__)
+@given(data=st.data())
+def test_pieces_join_to_the_text(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if not isinstance(tokenizer, WordPieceTokenizer) and not set(ids) & set(tokenizer.special_ids):
+        whole = b"".join(tokenizer.bytes_of[i] for i in ids)
+        assert tokenizer.decode(ids) == whole.decode("utf-8", errors="replace")
+
+
+def test_a_character_of_several_tokens_appears_with_its_last():
+    assert BYTES.pieces(list("aé日".encode())) == ["a", "", "é", "", "", "日"]
+    assert BYTES.pieces([0xC3, 256, 0xA9]) == ["\ufffd", "<mask>", "\ufffd"]
+    assert tokens_of(BYTES, [97, 256, 10, -1]) == ["a", HOLE, "\n"]
+
+
+@given(st.text())
+def test_inert_text_does_nothing(text):
+    shown = inert(text)
+    assert len(shown) == len(text)
+    assert not re.search(
+        "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown
+    )
+    assert inert("é日\t\n👩‍💻") == "é日\t\n👩‍💻"
+
+
+@given(st.lists(st.text("ab\t\n日é\u0301 "), max_size=40), st.integers(2, 12))
+def test_lines_keep_to_the_width(tokens, width):
+    lines = lines_of(tokens, [str(i) for i in range(len(tokens))], width)
+    for line in lines:
+        assert sum(columns(c) for text, _ in line for c in text) <= width
+    shown = "".join(text for line in lines for text, _ in line)
+    assert shown.replace(" ", "") == re.sub(r"[\s]", "", "".join(tokens))
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def run_of(start, steps=8, order="random", **flags):
+    """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
+    model = tiny_model(V=256, T=len(start))
+    canvas, probability = torch.tensor([start]), torch.ones(1, len(start))
+    run, canvases = History(BYTES, start), [(start, probability[0].tolist())]
+    for canvas in denoise(model, canvas, steps, order, probability=probability, **flags):
+        canvases.append((canvas[0].tolist(), probability[0].tolist()))
+        run.add(*canvases[-1])
+    return run, canvases
+
+
+@pytest.mark.parametrize(("order", "revise"), [("random", 0.0), ("random", 0.3), ("remask", 0.0)])
+def test_history_replays_the_canvases(order, revise):
+    """What is shown, and which tokens each step has set: in remask all that stand, redrawn or not."""
+    run, canvases = run_of([*"é".encode(), *[256] * 40], order=order, revise=revise)
+    assert run.holes == [False, False, *[True] * 40]
+    for k, ((tokens, kinds), (canvas, probability)) in enumerate(zip(run.frames(), canvases)):
+        assert tokens == tokens_of(BYTES, canvas)
+        assert [kind == "hole" for kind in kinds] == [i == 256 for i in canvas]
+        before = canvases[k - 1][0] if k else canvas
+        for i in range(2, 42):
+            if kinds[i] == "new":
+                p = next(p for position, _, p in run.steps[k - 1] if position == i)
+                assert abs(p - probability[i]) < 1e-3
+            else:
+                assert canvas[i] in (256, before[i])
+        assert kinds[:2] == ["given", "given"]
+        assert order != "remask" or kinds.count("") == 0
+    assert run.kinds == kinds
+
+
+def data_of(page):
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+
+
+def test_the_page_is_small_and_alone(tmp_path):
+    """256 positions, 64 steps, all of them written anew at each: under 500 KB, and nothing from elsewhere."""
+    save_html(tmp_path / "run.html", [run_of([256] * 256, 64, "remask")[0]])
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert (tmp_path / "run.html").stat().st_size < 500_000
+    assert not re.search(r"https?:|src=|href=|@import|url\(", page)
+
+
+def test_text_in_the_page_is_inert(tmp_path):
+    save_html(tmp_path / "run.html", [run_of([*NASTY.encode(), 256])[0]])
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    template = (ROOT / "data" / "canvas.html").read_text(encoding="utf-8")
+    assert page.count("<") == template.count("<")
+    assert "\x1b" not in page
+    (run,) = json.loads(data_of(page))
+    assert "".join(run["start"][:-1]) == inert(NASTY)
+
+
+def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
+    run, canvases = run_of([*NASTY.encode(), *b"\n\t<&", *[256] * 300], 64)
+    save_svg(tmp_path / "run.svg", [run])
+    root = ElementTree.parse(tmp_path / "run.svg").getroot()
+    groups = root.findall("{*}g")
+    assert len(groups) == 40
+    assert not root.findall(".//{*}script")
+    lines = ["".join(text.itertext()) for text in groups[-1].findall("{*}text")]
+    assert lines[0] == "step 64 of 64"
+    tokens, kinds = list(run.frames())[-1]
+    expected = visible(lines_of(tokens, kinds, 72), 32)
+    assert lines[1:] == ["".join(text for text, _ in line) for line in expected]
+    assert "".join(tokens) == inert(BYTES.decode(canvases[-1][0]))
+    assert (tmp_path / "run.svg").stat().st_size < 1_000_000
+
+
+# --- in a browser --------------------------------------------------------------------------------
+
+
+@contextmanager
+def browser_page(path, *flags):
+    """A function that calls a method of Chromium's DevTools protocol on a page that shows a file."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_in, write_out)]
+
+    def three_and_four():  # where it listens and speaks
+        os.dup2(ends[0], 3)
+        os.dup2(ends[1], 4)
+
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", *flags]
+    command += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={path.parent}/profile"]
+    process = subprocess.Popen(
+        [*command, path.as_uri()], preexec_fn=three_and_four, pass_fds=(3, 4), stderr=subprocess.DEVNULL
+    )
+    for end in (read_in, write_out, *ends):
+        os.close(end)
+    session, number = {}, 0
+
+    def call(method, **params):
+        nonlocal number
+        number += 1
+        os.write(
+            write_in,
+            json.dumps({"id": number, "method": method, "params": params, **session}).encode() + b"\0",
+        )
+        while True:
+            answer = b""
+            while not answer.endswith(b"\0"):
+                assert select.select([read_out], [], [], 60)[0], "the browser does not answer"
+                byte = os.read(read_out, 1)
+                assert byte, "the browser has ended"
+                answer += byte
+            answer = json.loads(answer[:-1])
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    try:
+        for _ in range(100):
+            pages = [t for t in call("Target.getTargets")["targetInfos"] if t["url"] == path.as_uri()]
+            if pages:
+                break
+            time.sleep(0.1)
+        assert pages, "the browser has not opened the page"
+        session["sessionId"] = call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)[
+            "sessionId"
+        ]
+        yield call
+    finally:
+        process.kill()
+        process.wait()
+        for end in (write_in, read_out):
+            os.close(end)
+
+
+def test_the_page_in_a_browser(tmp_path):
+    """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
+    runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
+    save_html(tmp_path / "run.html", [run for run, _ in runs])
+    with browser_page(tmp_path / "run.html") as call:
+
+        def evaluate(script):
+            result = call("Runtime.evaluate", expression=script, returnByValue=True)
+            assert "exceptionDetails" not in result, result
+            return result["result"].get("value")
+
+        def press(key):
+            for kind in ("keyDown", "keyUp"):
+                call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+        def text():
+            return evaluate("document.getElementById('canvas').textContent")
+
+        def step():
+            return int(evaluate("document.getElementById('step').value"))
+
+        for _ in range(100):
+            if evaluate("document.readyState") == "complete":
+                break
+            time.sleep(0.1)
+        for number, (_, canvases) in enumerate(runs):
+            evaluate(f"select.selectedIndex = {number}; select.dispatchEvent(new Event('change'))")
+            assert step() == 8  # the whole text, before anyone presses play
+            for k in (0, 3, 8):
+                evaluate(f"slider.value = {k}; slider.dispatchEvent(new Event('input'))")
+                assert text() == "".join(tokens_of(BYTES, canvases[k][0]))
+        press("ArrowLeft")
+        assert step() == 7
+        press("Home")  # which scrolls, unless the canvas or the slider has the focus
+        assert step() == 7
+        evaluate("canvas.focus()")
+        for key, expected in (("Home", 0), ("ArrowRight", 1), ("ArrowUp", 2), ("ArrowLeft", 1), ("End", 8)):
+            press(key)
+            assert step() == expected
+            assert text() == "".join(tokens_of(BYTES, runs[1][1][expected][0]))
+            assert f"step {expected} of 8" in evaluate("slider.getAttribute('aria-valuetext')")
+        evaluate("slider.focus()")
+        press("ArrowLeft")
+        assert step() == 7  # once, though the slider knows this key as well
+        evaluate("play.click()")
+        assert evaluate("play.textContent") == "Pause"
+        for _ in range(100):
+            if evaluate("play.textContent") == "Play":
+                break
+            time.sleep(0.1)
+        assert step() == 8
+        _, probability = runs[1][1][-1]
+        title = evaluate("canvas.children[20].title")
+        when, p = re.fullmatch(r"position 20, set in step (\d+) with probability ([\d.e-]+)", title).groups()
+        assert int(when) == 8
+        assert abs(float(p) - probability[20]) < 1e-3
+        assert evaluate("canvas.children[2].title") == "given"
+        assert evaluate("document.title").startswith("setitem")
+
+
+# --- in a terminal -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("watch") / "ckpt.pt"
+    save_checkpoint(path, Transformer(ModelConfig(n_embd=16, n_layer=1, block_size=64)), ByteTokenizer())
+    return path
+
+
+def in_terminal(checkpoint, *flags, width=40, height=10, interrupt=None):
+    """What sample.py writes to a terminal of that size, and its exit code."""
+    main, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--watch", *map(str, flags)]
+    process = subprocess.Popen(command, stdin=worker, stdout=worker, stderr=worker)
+    os.close(worker)
+    written = b""
+    while True:
+        try:
+            data = os.read(main, 4096)
+        except OSError:  # how a terminal ends
+            break
+        if not data:
+            break
+        written += data
+        if interrupt and interrupt in written:
+            process.send_signal(signal.SIGINT)
+            interrupt = None
+    os.close(main)
+    return written.decode(), process.wait()
+
+
+def screen(written, width, height):
+    """The lines that a terminal shows after what was written, of the codes that we use."""
+    lines, row, column = [""], 0, 0
+    for code, c in re.findall("\x1b\\[([?0-9;]*[a-zA-Z])|([^\x1b])", written):
+        if code.endswith("F"):
+            row, column = max(0, row - int(code[:-1])), 0
+        elif code == "K":
+            lines[row] = lines[row][:column]
+        elif code == "J":
+            lines[row:] = [lines[row][:column]]
+        elif c == "\r":
+            column = 0
+        elif c == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif c:
+            lines[row] = lines[row][:column] + c + lines[row][column + 1 :]
+            column += 1
+    return lines
+
+
+def test_watch_draws_in_place_and_leaves_the_text(checkpoint):
+    written, code = in_terminal(checkpoint, "--prompt", "a<b\t日\x1b[5m", "--steps", 6)
+    alone = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            "--ckpt",
+            checkpoint,
+            "--prompt",
+            "a<b\t日\x1b[5m",
+            "--steps",
+            "6",
+        ],
+        capture_output=True,
+    )
+    assert code == 0
+    assert written.startswith("\x1b[?25l\x1b[?7l")
+    assert written.count("\x1b[?7h\x1b[?25h") == 1
+    assert "\x1b[5m" not in written
+    assert "step 6, 100% filled" in written
+    for frame in written.split("\x1b[J")[:-1]:
+        rows = re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "").strip("\n").split("\n")
+        assert len(rows) <= 9
+        assert all(sum(map(columns, row)) <= 40 for row in rows)
+    text = inert(alone.stdout.decode()).rstrip("\n")
+    shown = "\n".join(screen(written, 40, 10))
+    assert text.replace("\t", "") in shown.replace("\t", "")
+    assert "filled" not in shown  # the text has taken the place of the canvas
+    assert b"\x1b[5m" in alone.stdout  # into a file it goes as it is
+
+
+def test_ctrl_c_gives_the_cursor_back(checkpoint):
+    written, code = in_terminal(checkpoint, "--steps", 10**6, "--length", 10**4, interrupt=b"step 3,")
+    assert code == 130
+    assert written.rindex("\x1b[?25h") > written.rindex("step ")
+    assert "Traceback" not in written
+
+
+def test_watch_and_save_change_nothing_and_frames_are_plain_without_a_terminal(checkpoint, tmp_path):
+    def run(*flags):
+        command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--steps", "5", "--length", "60"]
+        command += map(str, flags)
+        done = subprocess.run(command, capture_output=True, check=True)
+        return done.stdout, done.stderr.decode()
+
+    text, _ = run()
+    watched, frames = run("--watch")
+    assert watched == text
+    assert "\x1b" not in frames
+    assert re.findall(r"^--- step (\d), (\d+)% filled", frames, re.MULTILINE) == [
+        (str(k), str(20 * k)) for k in range(1, 6)
+    ]
+    for name in ("run.html", "run.svg"):
+        saved, _ = run("--save", tmp_path / name)
+        assert saved == text
+        assert (tmp_path / name).stat().st_size > 1000
