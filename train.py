@@ -2,8 +2,8 @@
 
 A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>` with probability t.
 The model sees the corrupted canvas xt and predicts x0 at the holes. What tells the methods apart
-has one place each: how t is drawn (`draw_levels`), which tokens it masks (`draw_holes`), and what a
-hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion draws t from all of (0, 1].
+has one place each: how t is drawn (`draw_levels`), how likely it masks each token (`mask_rates`), and
+what a hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion draws t from all of (0, 1].
 
     python train.py                                      # ten minutes on the Python library
     python train.py --data shakespeare --max_minutes 5
@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.canvas import inert
 from data.corpus import load_corpus
 from data.files import replacing
 from data.flags import Mistake, command, ctrl_c, flag, parse
 from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device, save_checkpoint
-from sample import denoise, make_canvas
+from sample import denoise, make_canvases
 
 
 @dataclass
@@ -42,7 +43,9 @@ class TrainConfig:
     # noise and objective
     level: str = flag("bell:1.2", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     one_level: bool = flag(False, "draw one t for the whole batch, not one a sequence")
-    weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: 1/t, or all the same")
+    slant: float = flag(0.0, "mask the right end first by this much, to write from the left", least=0)
+    spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
+    weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
     prompt_len: str = flag("0:16", "tokens at the start that stay: N, or a range M:N; 0 for --eval_only")
     # model
     n_layer: int = flag(4, "blocks", least=1)
@@ -111,21 +114,42 @@ def maskable(x0, prompt_len, special_ids):
     return text & (torch.arange(x0.shape[1]) >= prompt_len)
 
 
-def draw_holes(t, text, generator):
-    """Which tokens are masked, (B, T) bool: each of text (B, T), what may be, with probability t (B, 1)."""
-    return text & (torch.rand(text.shape, generator=generator) < t)
+def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
+    """Masking probability of each token at noise level t (B, 1): (B, T), from 0 at t = 0 to 1 at t = 1.
+
+    slant w: the right end goes first, and so is written last (the idea of AR-Diffusion, 2305.09515,
+    in mask form). spindle: tokens of much information, (B, T), go first (DiffusionBERT, 2211.15029).
+    """
+    position = torch.linspace(0, 1, T)  # (T,)
+    rate = t * (1 + slant) - slant * (1 - position)
+    return (rate + spindle * torch.sin(torch.pi * t) * information).clamp(0, 1)  # (B, T)
 
 
-def hole_weights(weight, t, holes, text):
-    """What each hole of a sequence counts in the loss, (B, 1); the loss is the sum over all holes.
+def relative_information(x0, token_nats):
+    """How much more than the mean of its sequence each token of x0 (B, T) says, (B, T): 1 - mean / own,
+    from token_nats (V,), minus the log of each token's share of the training split (2211.15029).
+    """
+    nats = token_nats[x0]
+    return 1 - nats.mean(1, keepdim=True) / nats
 
-    `mean`: an average over the holes of the batch. `elbo`: rate'(t)/rate(t) = 1/t, over the number
-    of tokens that could be masked; the expectation of this loss is the bound in nats per token
-    (2502.09992, eq. 3) for uniform levels, and D3PM's N-step bound for grid:N.
+
+def draw_holes(rates, text, generator):
+    """Which tokens are masked, (B, T) bool: those of text (B, T), by their rates, (B, T) or (B, 1)."""
+    return text & (torch.rand(text.shape, generator=generator) < rates)
+
+
+def hole_weights(weight, rates, slant, n_holes, n_text):
+    """What each hole counts in the loss, (B, T); the loss is the sum over all holes.
+
+    `mean`: an average over the holes of the batch. `elbo`: rate'(t)/rate(t), which is 1/t without a
+    slant, over the number of tokens that could be holes; the expectation of this loss is the bound in
+    nats per token (2502.09992, eq. 3) for uniform levels, and D3PM's N-step bound for grid:N. A token whose
+    rate has reached 1 before t has is a hole for good, and counts no more.
     """
     if weight == "mean":
-        return torch.full_like(t, 1 / max(1, holes.sum().item()))
-    return 1 / (t * max(1, text.sum().item()))
+        return torch.full_like(rates, 1 / max(1, n_holes))
+    slope = (1 + slant) * (rates < 1) if slant else 1.0
+    return slope / (rates.clamp(min=1e-12) * max(1, n_text))
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -166,35 +190,71 @@ def hole_nats(model, x0, xt, holes):
 
 
 @torch.no_grad()
-def nelbo(model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0):
-    """Negative evidence lower bound of tokens (N, T) int64, in nats per token of text behind the prompt.
+def sequence_bounds(
+    model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level="uniform", slant=0.0, t=None
+):
+    """An unbiased estimate of the NELBO of each of tokens (N, T) int64, `draws` times: (N * draws,) nats,
+    the tokens of text behind the prompt in each, and its noise level.
 
-    E_t [ 1/t sum over holes of -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524), is also the
-    mean negative log-likelihood over all orders of generation (2406.03736). Integrating over t
-    leaves M tokens with every number of holes from 1 to M equally often, each hole counting M over
-    that number (2502.09992, eq. 6). This is what is drawn here: the same bound, but no 1/t that
-    blows up. `draws` hole counts per sequence, all stratified; the same seed gives the same number.
+    The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
+    (2406.07524), and rate'/rate is the chance, but for a factor, that a hole is the one masked last.
+    So the same bound, without a 1/t that blows up: of M tokens the first k to be masked are holes, k
+    uniform in 1..M, and share M among them by that chance; alike without a slant (2502.09992, eq. 6).
+    `grid:N` is D3PM's bound, with holes drawn at each of its levels. Levels t (N * draws, 1) are
+    stratified, and dealt to the rows at random; the same seed gives the same numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    u = draw_levels("uniform", len(tokens) * draws, generator)  # (N * draws, 1)
+    if t is None:
+        t = draw_levels(level, len(tokens) * draws, generator)
+        t = t[torch.randperm(len(t), generator=generator)]
     was_training = model.training
     model.eval()
-    total = n_text = 0
-    for rows in torch.arange(len(u)).split(batch_size):
+    nats, counts = [], []
+    for rows in torch.arange(len(t)).split(batch_size):
         x0 = tokens[rows % len(tokens)]
         text = maskable(x0, prompt_len, model.config.special_ids)
         M = text.sum(1, keepdim=True)  # (B, 1)
-        n_holes = (u[rows] * M).ceil()  # uniform in 1..M
-        keys = torch.rand(x0.shape, generator=generator).masked_fill(~text, torch.inf)
-        holes = keys.argsort(1).argsort(1) < n_holes  # (B, T)
-        weights = (M / n_holes).expand_as(holes)[holes].to(device)
-        x0, holes = x0.to(device), holes.to(device)
+        if level == "uniform":
+            # The level at which each token is masked, and its rate when the last of the k is.
+            early = slant * (1 - torch.linspace(0, 1, x0.shape[1]))
+            masked_at = (torch.rand(x0.shape, generator=generator) + early) / (1 + slant)
+            holes = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1) < (t[rows] * M).ceil()
+            last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
+            rates = mask_rates(last, x0.shape[1], slant)
+            chance = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
+            weights = M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
+        else:
+            holes = draw_holes(t[rows], text, generator)
+            weights = (1 / t[rows]).expand_as(x0)
+        x0, holes, weights = x0.to(device), holes.to(device), weights.to(device)
         xt = x0.masked_fill(holes, model.config.mask_id)
-        total += (weights * hole_nats(model, x0, xt, holes)).sum().item()
-        n_text += M.sum().item()
+        losses = torch.zeros_like(weights).masked_scatter(holes, hole_nats(model, x0, xt, holes))
+        nats.append((weights * losses).sum(1).cpu())
+        counts.append(M.squeeze(1))
     model.train(was_training)
-    return total / n_text
+    return torch.cat(nats).double(), torch.cat(counts), t.flatten()
+
+
+def nelbo(model, tokens, **flags):
+    """Negative evidence lower bound of tokens (N, T) int64, in nats per token; flags as sequence_bounds has.
+
+    It is also the mean negative log-likelihood over all orders of generation (2406.03736).
+    """
+    nats, counts, _ = sequence_bounds(model, tokens, **flags)
+    return (nats.sum() / counts.sum()).item()
+
+
+def standard_error(nats, counts, t):
+    """Of the NELBO from sequence_bounds' estimates, in nats per token; nan for fewer than two.
+
+    From the differences of estimates at neighbouring levels, which differ by their text and holes.
+    """
+    if len(nats) < 2:
+        return math.nan
+    rest = (nats - nats.sum() / counts.sum() * counts)[t.argsort()]
+    variance = (rest.diff() ** 2).sum() / 2 + (rest[-1] - rest[0]) ** 2 / 12  # the shift u that all share
+    return variance.sqrt().item() / counts.sum().item()
 
 
 def windows(split, T, n_tokens):
@@ -222,13 +282,24 @@ def check(config):
         known = {
             "uniform": lambda: not value,
             "bell": lambda: 0 < float(value) < math.inf,
-            "grid": lambda: int(value) >= 1,
+            "grid": lambda: 1 <= int(value) <= 2**20,
         }.get(kind, lambda: 0 < float(config.level) <= 1)()
     except ValueError:
         known = False
     if not known:
         raise Mistake(f"--level {config.level}: uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
-    if config.weight == "elbo" and kind not in ("uniform", "grid"):
+    if config.spindle and config.weight == "elbo":
+        raise Mistake(
+            "--spindle: it goes with --weight mean; the rate depends on the token itself, so elbo is no bound"
+        )
+    if config.slant and (config.spindle or kind == "grid" and config.weight == "elbo"):
+        raise Mistake("--slant: neither with --spindle nor, for a bound, with --level grid:N")
+    if config.eval_only:
+        if config.spindle or kind not in ("uniform", "grid") or (config.slant and kind == "grid"):
+            raise Mistake(
+                "--eval_only: the bound is that of --level uniform, with or without --slant, or grid:N"
+            )
+    elif config.weight == "elbo" and kind not in ("uniform", "grid"):
         # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
         raise Mistake(f"--level {config.level}: it goes with --weight mean; elbo needs uniform or grid:N")
     if config.batch_size % config.grad_accum:
@@ -260,8 +331,15 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def draw_batch(split, config, generator, special_ids=()):
-    """A corrupted batch: x0 (B, T) int64, holes (B, T) bool and what each hole counts (B, 1)."""
+def token_information(split, vocab_size):
+    """Minus the log of each token's share of a split, in nats, (V,); one more of each, so that none is 0."""
+    parts = np.array_split(split, len(split) // 2**24 + 1)
+    counts = torch.from_numpy(sum(np.bincount(part, minlength=vocab_size) for part in parts) + 1.0)
+    return -(counts / counts.sum()).log().float()
+
+
+def draw_batch(split, config, generator, special_ids=(), token_nats=None):
+    """A corrupted batch: x0 (B, T) int64, holes (B, T) bool and what each hole counts (B, T)."""
     B, T = config.batch_size, config.block_size
     starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
     x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
@@ -269,15 +347,18 @@ def draw_batch(split, config, generator, special_ids=()):
     low, high = parse_prompt_len(config.prompt_len)
     prompt_len = torch.randint(low, high + 1, (B, 1), generator=generator)
     text = maskable(x0, prompt_len, special_ids)
-    holes = draw_holes(t, text, generator)
-    return x0, holes, hole_weights(config.weight, t, holes, text)
+    information = relative_information(x0, token_nats) if config.spindle else 0.0
+    rates = mask_rates(t, T, config.slant, config.spindle, information)
+    holes = draw_holes(rates, text, generator)
+    n_holes, n_text = holes.sum().item(), text.sum().item()
+    return x0, holes, hole_weights(config.weight, rates, config.slant, n_holes, n_text)
 
 
 class Run:
     """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
 
-    def __init__(self, config, model, device, train_tokens=0):
-        self.config, self.model, self.device = config, model, device
+    def __init__(self, config, model, device, train_tokens=0, token_nats=None):
+        self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
             steps = config.epochs * train_tokens / (config.batch_size * config.block_size)
@@ -297,7 +378,7 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "random": random,
-            **{name: getattr(self, name) for name in ("step", "minutes", "best")},
+            **{name: getattr(self, name) for name in ("step", "minutes", "best", "token_nats")},
         }
 
     def restore(self, state):
@@ -336,7 +417,7 @@ class Run:
         """
         loss = 0.0
         for x0, holes, weights in zip(*(tensor.chunk(self.config.grad_accum) for tensor in batch)):
-            weights = weights.expand_as(holes)[holes].to(self.device)  # (N,)
+            weights = weights[holes].to(self.device)  # (N,)
             x0, holes = x0.to(self.device), holes.to(self.device)
             with self.precision:
                 xt = x0.masked_fill(holes, self.model.config.mask_id)
@@ -357,19 +438,21 @@ class Run:
         self.step += 1
         return loss, norm
 
-    def evaluate(self, val_tokens, val_counts, prompt_len=0):
-        """NELBO of val_tokens (N, T) in nats per token, and the same in bits per byte of text."""
+    def evaluate(self, val_tokens, val_counts, **flags):
+        """NELBO of val_tokens (N, T) in nats per token, the same in bits per byte, and the first's error."""
         with self.precision:
-            nats = nelbo(self.model, val_tokens, prompt_len, seed=self.config.seed)
+            nats, counts, t = sequence_bounds(self.model, val_tokens, seed=self.config.seed, **flags)
+        error, nats = standard_error(nats, counts, t), (nats.sum() / counts.sum()).item()
         text = maskable(val_tokens, 0, self.model.config.special_ids).float().mean().item()
-        return nats, nats * text * val_counts["tokens"] / val_counts["bytes"] / math.log(2)
+        return nats, nats * text * val_counts["tokens"] / val_counts["bytes"] / math.log(2), error
 
     def sample(self, tokenizer):
         """A short text written from an empty canvas."""
-        canvas = make_canvas("", self.config.block_size, tokenizer, self.config.block_size).to(self.device)
+        canvases = make_canvases("", "", self.config.block_size, tokenizer, self.config.block_size)
+        canvas = torch.tensor(canvases, device=self.device)  # (1, T)
         self.model.eval()
         with self.precision:
-            *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.7, generator=torch.Generator())
+            *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.7)
         self.model.train()
         return tokenizer.decode(canvas[0].tolist())
 
@@ -420,14 +503,16 @@ def train(run, tokenizer, corpus):
     with ctrl_c() as stopped, bar:
         while run.progress() < 1 and not stopped:
             before, lr, evals_done = time.perf_counter(), run.learning_rate(), run.evals_due()
-            batch = draw_batch(train_split, config, run.generator, run.model.config.special_ids)
+            batch = draw_batch(
+                train_split, config, run.generator, run.model.config.special_ids, run.token_nats
+            )
             loss, norm = run.update(batch)
             now = time.perf_counter()
             run.minutes = (now - start) / 60
             speed = batch[0].numel() / (now - before)
             nats = bits = None
             if run.evals_due() > evals_done:
-                nats, bits = run.evaluate(val_tokens, meta["val"])
+                nats, bits, _ = run.evaluate(val_tokens, meta["val"])
             finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
             if not finite or not math.isfinite(nats or 0):
                 kept = f"{out_dir / 'last.pt'} is from before" if run.best < math.inf else "nothing was saved"
@@ -442,7 +527,7 @@ def train(run, tokenizer, corpus):
                 bar.write(
                     f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation NELBO "
                     f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n"
-                    + textwrap.indent(run.sample(tokenizer), "  | ", lambda line: True)
+                    + textwrap.indent(inert(run.sample(tokenizer)), "  | ", lambda line: True)
                 )
             left = run.minutes / run.progress() * (1 - run.progress())
             text = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
@@ -470,7 +555,7 @@ def load_model(config, given):
             raise Mistake(f"{path}: cannot be resumed ({error})") from None
     elif config.eval_only:  # what it was trained on, unless --data names another
         config.data = given.get("data", saved.get("data", config.data))
-        config.prompt_len = given.get("prompt_len", "0")
+        config.prompt_len, config.level = given.get("prompt_len", "0"), given.get("level", "uniform")
     longest = model.config.block_size
     config.block_size = given.get("block_size", saved.get("block_size", longest))
     if config.block_size > longest:
@@ -503,12 +588,17 @@ def main():
     model.to(device)
     if config.compile:
         model.compile()
-    run = Run(config, model, device, len(train_split))
+    token_nats = None if config.eval_only else token_information(train_split, tokenizer.vocab_size)
+    run = Run(config, model, device, len(train_split), token_nats)
     if config.eval_only:
         tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
-        nats, bits = run.evaluate(tokens, meta["val"], parse_prompt_len(config.prompt_len)[1])
-        print(f"{config.data}: NELBO {nats:.4f} nats per token, {bits:.4f} bits per byte", end="")
-        print(f" ({tokens.numel():,} validation tokens)")
+        flags = {"level": config.level, "slant": config.slant}
+        prompt_len = parse_prompt_len(config.prompt_len)[1]
+        nats, bits, error = run.evaluate(tokens, meta["val"], prompt_len=prompt_len, **flags)
+        print(
+            f"{config.data}: NELBO {nats:.4f} nats per token (standard error {error:.4f}), {bits:.4f} bits "
+            f"per byte, perplexity {math.exp(nats):.3f}; {tokens.numel():,} validation tokens"
+        )
         return
     if config.init_from == "resume":
         try:

@@ -22,8 +22,13 @@ from train import (
     draw_levels,
     hole_nats,
     hole_weights,
+    mask_rates,
     maskable,
     nelbo,
+    relative_information,
+    sequence_bounds,
+    standard_error,
+    token_information,
     windows,
 )
 
@@ -116,11 +121,13 @@ def test_grid_with_elbo_is_the_d3pm_bound(N):
                 q_step = (1 - stay) * F.one_hot(x0[0, i], V + 1) + stay * F.one_hot(torch.tensor(V), V + 1)
                 p_step = (1 - stay) * p[i] + stay * F.one_hot(torch.tensor(V), V + 1)
                 d3pm += chance * torch.special.xlogy(q_step, q_step / p_step).nansum().item()
-            weight = hole_weights("elbo", torch.tensor([[t]]), holes, torch.ones(1, T))
+            weight = hole_weights("elbo", torch.tensor([[t]]), 0.0, k, T)
             nats = hole_nats(model, x0, x0.masked_fill(holes, V), holes)
             ours += chance / N * (weight * nats).sum().item() * T
     assert ours == pytest.approx(d3pm, rel=1e-5)
     levels = draw_levels(f"grid:{N}", 10 * N, rng())
+    flags = {"level": f"grid:{N}", "draws": 20_000, "batch_size": 20_000}
+    assert nelbo(model, x0, **flags) * T == pytest.approx(d3pm, rel=0.02)
     values, counts = levels.unique(return_counts=True)
     torch.testing.assert_close(values, torch.arange(1, N + 1) / N)
     assert counts.tolist() == [10] * N
@@ -135,7 +142,7 @@ def test_the_elbo_loss_is_the_bound(level):
     t = draw_levels(level, len(x0), rng())
     everything = torch.ones(len(x0), 3, dtype=torch.bool)
     holes = draw_holes(t, everything, rng(1))
-    weights = hole_weights("elbo", t, holes, everything).expand_as(holes)[holes]
+    weights = hole_weights("elbo", t, 0.0, 0, 3 * len(x0)).expand_as(holes)[holes]
     loss = (weights * hole_nats(model, x0, x0.masked_fill(holes, 3), holes)).sum().item()
     assert loss == pytest.approx(mean_nats_over_all_orders(model, x0[:1]).item(), rel=0.02)
 
@@ -177,6 +184,10 @@ class SurerWithMoreToSee(torch.nn.Module):
     """Gives token 0 the larger probability the fewer masks there are, as any good denoiser does."""
 
     config = ModelConfig(vocab_size=4, mask_id=3)
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))  # says which device the model is on
 
     def forward(self, idx, where):
         masked = (idx == 3).float().mean(1, keepdim=True)  # (B, 1)
@@ -283,12 +294,95 @@ def test_weights_of_holes():
     t = torch.tensor([[0.25], [1.0]])
     holes = torch.tensor([[False, True, False, False], [False, True, True, True]])
     text = maskable(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0], [1]]), ())
-    mean = hole_weights("mean", t, holes, text).expand_as(holes)
+    n_text = text.sum().item()
+    mean = hole_weights("mean", t, 0.0, 4, n_text).expand_as(holes)
     assert mean[holes].tolist() == [0.25] * 4  # an average: the weights add up to 1
-    elbo = hole_weights("elbo", t, holes, text)
+    elbo = hole_weights("elbo", t, 0.0, 4, n_text)
     torch.testing.assert_close(elbo, 1 / t / 7)  # 4 + 3 tokens could have been masked
-    nothing = hole_weights("mean", t, torch.zeros_like(holes), text)
+    nothing = hole_weights("mean", t, 0.0, 0, n_text)
     assert nothing.isfinite().all()
+
+
+@given(st.floats(0, 1), st.integers(2, 40), st.floats(0, 50), st.floats(0, 2), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=200)
+def test_rates_rise_from_0_to_1(t, T, slant, spindle, seed):
+    information = torch.rand(3, T, generator=rng(seed)) * 2 - 1
+    rates = {}
+    for level in (0.0, t / 2, t, 1.0):
+        rates[level] = mask_rates(torch.full((3, 1), level), T, slant, spindle, information)
+        assert ((rates[level] >= 0) & (rates[level] <= 1)).all()
+    assert rates[0.0].max() < 1e-5
+    assert rates[1.0].min() > 1 - 1e-5
+    slanted = [mask_rates(torch.full((1, 1), level), T, slant) for level in (t / 2, t)]
+    assert (slanted[0] <= slanted[1] + 1e-6).all()
+    assert (slanted[1].diff() >= -1e-6).all()  # the right end is masked first
+    torch.testing.assert_close(mask_rates(torch.full((1, 1), t), T), torch.full((1, T), t))
+
+
+def test_informative_tokens_are_masked_first():
+    """2211.15029: in the middle of the noise, by 1 - mean / own; a token of mean information by t."""
+    token_nats = token_information(np.array([0] * 70 + [1] * 20 + [2] * 7), 3)
+    torch.testing.assert_close(token_nats, -torch.tensor([0.71, 0.21, 0.08]).log())
+    x0 = torch.tensor([[0, 1, 2, 0]])
+    information = relative_information(x0, token_nats)
+    torch.testing.assert_close(information, 1 - token_nats[x0].mean() / token_nats[x0])
+    rates = mask_rates(torch.full((1, 1), 0.5), 4, spindle=0.3, information=information)[0]
+    assert rates[0] == rates[3] < rates[1] < rates[2]
+    torch.testing.assert_close(rates[2], 0.5 + 0.3 * information[0, 2])
+
+
+def test_the_slanted_bound_is_an_integral_over_levels():
+    """Every pattern of holes, with its chance at each level and rate'/rate, as slow sums say."""
+    model, slant, T = tiny_model(V=3, T=3), 0.7, 3
+    x0, exact, n = all_texts(3, T)[[5]], 0.0, 4000
+    with torch.no_grad():
+        nats = {
+            holes: F.cross_entropy(
+                model(x0.masked_fill(torch.tensor(holes), 3))[0], x0[0], reduction="none"
+            ).tolist()
+            for holes in product((False, True), repeat=T)
+        }
+    for k in range(n):
+        t = (k + 0.5) / n
+        raw = [t * (1 + slant) - slant * (1 - i / (T - 1)) for i in range(T)]
+        rates = [min(max(rate, 0), 1) for rate in raw]
+        for holes in nats:
+            chance = math.prod(rate if hole else 1 - rate for rate, hole in zip(rates, holes))
+            for i in range(T):
+                if holes[i] and 0 < raw[i] < 1:
+                    exact += chance * (1 + slant) / rates[i] * nats[holes][i] / n / T
+    assert nelbo(model, x0, slant=slant, draws=100_000, batch_size=50_000) == pytest.approx(exact, rel=0.01)
+
+
+def test_the_slanted_bound_of_the_perfect_denoiser_is_the_entropy_and_its_end_is_left_to_right():
+    joint = torch.rand(2, 2, 2, generator=rng(3)) + 0.05
+    model = Conditionals(joint)
+    flags = {"draws": 10_000, "batch_size": 10_000, "slant": 1.0}
+    nats = torch.tensor([nelbo(model, text[None], **flags) for text in all_texts(2, 3)])
+    probability = model.joint.flatten()
+    entropy = -(probability * probability.log()).sum().item() / 3
+    assert (probability * nats).sum().item() == pytest.approx(entropy, rel=0.02)
+    model, text = tiny_model(V=3, T=3), all_texts(3, 3)[[11]]
+    ahead = [torch.tensor([i >= k for i in range(3)]) for k in range(3)]
+    with torch.no_grad():
+        chain = 0.0
+        for k, holes in enumerate(ahead):
+            logits = model(text.masked_fill(holes, 3))[0, k]
+            chain += F.cross_entropy(logits[None], text[:, k]).item() / 3
+    flags = {"draws": 50_000, "batch_size": 50_000, "slant": 4.0}  # 2 or more: no two rates overlap
+    assert nelbo(model, text, **flags) == pytest.approx(chain, rel=0.03)
+
+
+def test_standard_error_is_the_spread_over_seeds():
+    """Not below it, and not far above; and stratified levels have a third of the variance or less."""
+    x0 = torch.zeros(200, 64, dtype=torch.int64)
+    runs = [sequence_bounds(SurerWithMoreToSee(), x0, seed=seed) for seed in range(200)]
+    spread = torch.stack([nats.sum() / counts.sum() for nats, counts, _ in runs]).std().item()
+    errors = [standard_error(*estimates) for estimates in runs]
+    assert 0.9 < sum(errors) / len(errors) / spread < 1.5
+    levels = [1 - torch.rand(200, 1, generator=rng(seed)) for seed in range(200)]
+    independent = [nelbo(SurerWithMoreToSee(), x0, seed=seed, t=t) for seed, t in enumerate(levels)]
+    assert spread**2 < torch.tensor(independent).var().item() / 3
 
 
 def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
@@ -299,7 +393,7 @@ def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
     assert x0.min() < 20
     assert x0.max() > 980
     assert set((~holes).sum(1).tolist()) == {2, 3, 4, 5}
-    assert weights.shape == (400, 1)
+    assert weights.shape == (400, 16)
 
 
 def test_windows_cover_the_split_once():
