@@ -295,6 +295,8 @@ def check(config):
     if config.slant and (config.spindle or kind == "grid" and config.weight == "elbo"):
         raise Mistake("--slant: neither with --spindle nor, for a bound, with --level grid:N")
     if config.eval_only:
+        if config.init_from == "scratch":
+            raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
         if config.spindle or kind not in ("uniform", "grid") or (config.slant and kind == "grid"):
             raise Mistake(
                 "--eval_only: the bound is that of --level uniform, with or without --slant, or grid:N"
@@ -308,8 +310,6 @@ def check(config):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
     if parse_prompt_len(config.prompt_len)[1] >= config.block_size:
         raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
-    if config.eval_only and config.init_from == "scratch":
-        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
 
 
 def make_optimizers(model, config):

@@ -234,7 +234,7 @@ def test_the_page_in_a_browser(tmp_path):
             return int(evaluate("document.getElementById('step').value"))
 
         for _ in range(100):
-            if evaluate("document.readyState") == "complete":
+            if evaluate("typeof choose == 'function' && document.readyState == 'complete'"):
                 break
             time.sleep(0.1)
         for number, (_, canvases) in enumerate(runs):
