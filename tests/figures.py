@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.corpus import load_corpus
-from data.flags import argument, command, flag, parse
+from data.flags import Mistake, argument, command, flag, parse
 from data.hmm.prepare import text_nats
 from model import autocast, load_checkpoint, pick_device
 from sample import ORDERS, denoise
@@ -42,14 +42,18 @@ class FiguresConfig:
 
 def train(out_dir, *flags):
     """Train a model unless there is one in out_dir; the path of its checkpoint."""
-    path = ROOT / out_dir / "ckpt.pt"
-    if not path.exists():
+    folder = ROOT / out_dir
+    if not (folder / "ckpt.pt").exists():
+        if folder.exists():
+            raise Mistake(f"{folder}: there is no model in it yet; complete its run, or move it away")
         flags = " ".join(flags)
         print(f"python train.py {flags} --out_dir {out_dir}", file=sys.stderr)
-        arguments = [sys.executable, ROOT / "train.py", *flags.split(), "--out_dir", path.parent]
+        unfinished = folder.with_name(f"{folder.name}-unfinished")  # no model yet, should Ctrl-C end it
+        arguments = [sys.executable, ROOT / "train.py", *flags.split(), "--out_dir", unfinished]
         if subprocess.run(arguments, stdout=sys.stderr).returncode:
             sys.exit(2)  # it has said why
-    return path
+        unfinished.rename(folder)
+    return folder / "ckpt.pt"
 
 
 def write(model, n, T, steps, order="random", **flags):
