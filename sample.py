@@ -12,7 +12,6 @@ rule that chooses the holes, and `denoise` is the loop that all orders share.
 """
 
 import functools
-import itertools
 import math
 import os
 import re
@@ -31,10 +30,10 @@ from tqdm import tqdm
 
 from data.canvas import History, Watch, inert, save_html, save_svg
 from data.flags import Mistake, command, flag, parse
+from data.prompt import HOLE, MOST, make_canvases, read_text, split_prompt
 from model import autocast, load_checkpoint, pick_device
 
 ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "information", "left"
-MOST = 10**6  # tokens of a canvas
 NOTHING = -1  # in a canvas: behind the end of a row that is shorter than the others
 
 
@@ -350,66 +349,6 @@ def denoise(
 
 
 # --- the command ---------------------------------------------------------------------------------
-
-
-HOLE = re.compile(r"<mask(\*[^>]*)?>")
-
-
-def split_prompt(prompt):
-    """A prompt as its texts and, between them, the lengths that each hole may have, a range."""
-    parts, end = [], 0
-    for hole in HOLE.finditer(prompt):
-        size = re.fullmatch(r"\*(\d+)(?::(\d+))?", hole[1] or "*1")
-        lengths = range(int(size[1]), int(size[2] or size[1]) + 1) if size else range(0)
-        if not (lengths and lengths[0]):
-            raise Mistake(
-                f"--prompt: {hole[0]}: a hole is <mask>, <mask*8> or, with 4 to 12 tokens, <mask*4:12>"
-            )
-        parts += [prompt[end : hole.start()], lengths]
-        end = hole.end()
-    return [*parts, prompt[end:]]
-
-
-def make_canvases(prompt, suffix, length, tokenizer, block_size):
-    """The canvases of a prompt, lists of ids, one for every choice of lengths in its ranges.
-
-    Its tokens, holes up to `length` tokens in all, and the suffix. Without a length, block_size; but a
-    prompt that has holes has no others. Where lines begin and end with tokens of their own, as
-    RoBERTa's do, the canvas begins with one; one without a length and with an end of its own ends so.
-    """
-    parts = split_prompt(prompt)
-    own = length is None and (len(parts) > 1)
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    end = [] if tokenizer.eos_id is None or not (own or suffix) else [tokenizer.eos_id]
-    parts = [part if isinstance(part, range) else tokenizer.encode(part) for part in parts]
-    behind = tokenizer.encode(suffix) + end
-    n_text = len(begin) + len(behind) + sum(len(part) for part in parts if isinstance(part, list))
-    ranges = [part for part in parts if isinstance(part, range)]
-    longest = n_text + sum(lengths[-1] for lengths in ranges)
-    T = length or max(longest if own else 0, block_size)
-    if longest > min(T, MOST):
-        raise Mistake(f"--prompt: {longest} tokens with its holes; the canvas has {min(T, MOST)} (--length)")
-    if math.prod(map(len, ranges)) > 64:
-        raise Mistake(f"--prompt: {math.prod(map(len, ranges))} choices of lengths; at most 64 are tried")
-    canvases = []
-    for lengths in itertools.product(*ranges):
-        lengths = iter(lengths)
-        filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(lengths) for part in parts)
-        ids = begin + list(itertools.chain(*filled))
-        rest = 0 if own else T - len(ids) - len(behind)
-        canvases.append(ids + [tokenizer.mask_id] * rest + behind)
-    return canvases
-
-
-def read_text(path):
-    """The UTF-8 text of a file, or of stdin for -."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode()
-    except OSError as error:
-        raise Mistake(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise Mistake(f"{path}: it is not UTF-8") from None
 
 
 def negative_log_likelihood(model, text, tokenizer, steps, batch_size=32, **flags):

@@ -11,7 +11,6 @@ what a hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion dra
     python train.py --eval_only --init_from out/ckpt.pt
 """
 
-import csv
 import math
 import shutil
 import sys
@@ -27,10 +26,11 @@ from tqdm import tqdm
 
 from data.canvas import inert
 from data.corpus import load_corpus
-from data.files import replacing
+from data.files import Log, replacing
 from data.flags import Mistake, command, ctrl_c, flag, parse
+from data.prompt import make_canvases
 from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device, save_checkpoint
-from sample import denoise, make_canvases
+from sample import denoise
 
 
 @dataclass
@@ -455,24 +455,6 @@ class Run:
             *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.7)
         self.model.train()
         return tokenizer.decode(canvas[0].tolist())
-
-
-class Log:
-    """log.csv, a row per log point; resuming drops the rows that come after the step resumed from."""
-
-    columns = "step minutes loss lr grad_norm tokens_per_second val_nats_per_token val_bits_per_byte".split()
-
-    def __init__(self, path, step):
-        rows = [self.columns]
-        if step and path.exists():
-            with open(path, newline="") as file:
-                rows += [row for row in csv.reader(file) if row[0].isdecimal() and int(row[0]) <= step]
-        self.file = open(path, "w", newline="", buffering=1)  # a line at a time, to be watched
-        self.writer = csv.writer(self.file)
-        self.writer.writerows(rows)
-
-    def write(self, *row):
-        self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
 
 
 def save(run, tokenizer, nats=math.inf):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from toys import Conditionals, all_texts, chi_square_p, tiny_model
 
 from data.flags import Mistake
+from data.prompt import make_canvases, split_prompt
 from data.tokenizer import ByteTokenizer
 from sample import (
     NOTHING,
@@ -17,9 +18,7 @@ from sample import (
     denoise,
     draw,
     likeliest,
-    make_canvases,
     predict,
-    split_prompt,
     uniforms,
 )
 from train import nelbo
