@@ -189,30 +189,32 @@ def hole_nats(model, x0, xt, holes):
 # --- likelihood ----------------------------------------------------------------------------------
 
 
+STRATA = 32  # sequences whose levels are stratified together
+
+
 @torch.no_grad()
 def sequence_bounds(
-    model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level="uniform", slant=0.0, t=None
+    model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level="uniform", slant=0.0, strata=STRATA
 ):
-    """An unbiased estimate of the NELBO of each of tokens (N, T) int64, `draws` times: (N * draws,) nats,
-    the tokens of text behind the prompt in each, and its noise level.
+    """Unbiased estimates of the NELBO of each of tokens (N, T) int64, (draws, N) nats, and the tokens of
+    text behind the prompt in each, (N,).
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
     (2406.07524), and rate'/rate is the chance, but for a factor, that a hole is the one masked last.
     So the same bound, without a 1/t that blows up: of M tokens the first k to be masked are holes, k
     uniform in 1..M, and share M among them by that chance; alike without a slant (2502.09992, eq. 6).
-    `grid:N` is D3PM's bound, with holes drawn at each of its levels. Levels t (N * draws, 1) are
-    stratified, and dealt to the rows at random; the same seed gives the same numbers.
+    `grid:N` is D3PM's bound, with holes drawn at each of its levels. The same seed gives the same
+    numbers.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    if t is None:
-        t = draw_levels(level, len(tokens) * draws, generator)
-        t = t[torch.randperm(len(t), generator=generator)]
+    device, N = next(model.parameters()).device, len(tokens)
+    sizes = [len(part) for part in tokens.split(strata)] * draws
+    t = torch.cat([draw_levels(level, size, generator) for size in sizes])  # (draws * N, 1)
     was_training = model.training
     model.eval()
-    nats, counts = [], []
-    for rows in torch.arange(len(t)).split(batch_size):
-        x0 = tokens[rows % len(tokens)]
+    nats = []
+    for rows in torch.arange(draws * N).split(batch_size):
+        x0 = tokens[rows % N]
         text = maskable(x0, prompt_len, model.config.special_ids)
         M = text.sum(1, keepdim=True)  # (B, 1)
         if level == "uniform":
@@ -231,9 +233,9 @@ def sequence_bounds(
         xt = x0.masked_fill(holes, model.config.mask_id)
         losses = torch.zeros_like(weights).masked_scatter(holes, hole_nats(model, x0, xt, holes))
         nats.append((weights * losses).sum(1).cpu())
-        counts.append(M.squeeze(1))
     model.train(was_training)
-    return torch.cat(nats).double(), torch.cat(counts), t.flatten()
+    n_text = maskable(tokens, prompt_len, model.config.special_ids).sum(1)
+    return torch.cat(nats).double().view(draws, N), n_text
 
 
 def nelbo(model, tokens, **flags):
@@ -241,20 +243,20 @@ def nelbo(model, tokens, **flags):
 
     It is also the mean negative log-likelihood over all orders of generation (2406.03736).
     """
-    nats, counts, _ = sequence_bounds(model, tokens, **flags)
-    return (nats.sum() / counts.sum()).item()
+    return mean_nats(*sequence_bounds(model, tokens, **flags))
 
 
-def standard_error(nats, counts, t):
-    """Of the NELBO from sequence_bounds' estimates, in nats per token; nan for fewer than two.
+def mean_nats(nats, n_text):
+    """The NELBO of all sequences together from sequence_bounds, in nats per token."""
+    return (nats.mean(0).sum() / n_text.sum()).item()
 
-    From the differences of estimates at neighbouring levels, which differ by their text and holes.
+
+def standard_error(nats, n_text, strata=STRATA):
+    """Of the NELBO of this text, from sequence_bounds with two draws or more, in nats per token: what
+    other seeds would make of it, by how far the draws of the same sequences are apart.
     """
-    if len(nats) < 2:
-        return math.nan
-    rest = (nats - nats.sum() / counts.sum() * counts)[t.argsort()]
-    variance = (rest.diff() ** 2).sum() / 2 + (rest[-1] - rest[0]) ** 2 / 12  # the shift u that all share
-    return variance.sqrt().item() / counts.sum().item()
+    sums = torch.stack([part.sum(1) for part in nats.split(strata, dim=1)])  # (N / strata, draws)
+    return (sums.var(1).sum() / len(nats)).sqrt().item() / n_text.sum().item()
 
 
 def windows(split, T, n_tokens):
@@ -439,12 +441,12 @@ class Run:
         return loss, norm
 
     def evaluate(self, val_tokens, val_counts, **flags):
-        """NELBO of val_tokens (N, T) in nats per token, the same in bits per byte, and the first's error."""
+        """NELBO of val_tokens (N, T): its estimates, nats per token and bits per byte."""
         with self.precision:
-            nats, counts, t = sequence_bounds(self.model, val_tokens, seed=self.config.seed, **flags)
-        error, nats = standard_error(nats, counts, t), (nats.sum() / counts.sum()).item()
+            estimates = sequence_bounds(self.model, val_tokens, seed=self.config.seed, **flags)
+        nats = mean_nats(*estimates)
         text = maskable(val_tokens, 0, self.model.config.special_ids).float().mean().item()
-        return nats, nats * text * val_counts["tokens"] / val_counts["bytes"] / math.log(2), error
+        return estimates, nats, nats * text * val_counts["tokens"] / val_counts["bytes"] / math.log(2)
 
     def sample(self, tokenizer):
         """A short text written from an empty canvas."""
@@ -494,7 +496,7 @@ def train(run, tokenizer, corpus):
             speed = batch[0].numel() / (now - before)
             nats = bits = None
             if run.evals_due() > evals_done:
-                nats, bits, _ = run.evaluate(val_tokens, meta["val"])
+                _, nats, bits = run.evaluate(val_tokens, meta["val"])
             finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
             if not finite or not math.isfinite(nats or 0):
                 kept = f"{out_dir / 'last.pt'} is from before" if run.best < math.inf else "nothing was saved"
@@ -576,10 +578,12 @@ def main():
         tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
         flags = {"level": config.level, "slant": config.slant}
         prompt_len = parse_prompt_len(config.prompt_len)[1]
-        nats, bits, error = run.evaluate(tokens, meta["val"], prompt_len=prompt_len, **flags)
+        flags |= {"prompt_len": prompt_len, "draws": 2}  # two, so that they show the error
+        estimates, nats, bits = run.evaluate(tokens, meta["val"], **flags)
+        error = standard_error(*estimates)
         print(
             f"{config.data}: NELBO {nats:.4f} nats per token (standard error {error:.4f}), {bits:.4f} bits "
-            f"per byte, perplexity {math.exp(nats):.3f}; {tokens.numel():,} validation tokens"
+            f"per byte, perplexity {math.exp(nats):.3f}; {tokens.numel():,} validation tokens, scored twice"
         )
         return
     if config.init_from == "resume":

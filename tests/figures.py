@@ -25,7 +25,7 @@ from data.flags import Mistake, argument, command, flag, parse
 from data.hmm.prepare import text_nats
 from model import autocast, load_checkpoint, pick_device
 from sample import ORDERS, denoise
-from train import hole_nats, nelbo, windows
+from train import hole_nats, mean_nats, nelbo, sequence_bounds, standard_error, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "levels", "limit", "parallel", "orders"
@@ -119,7 +119,7 @@ def levels(config, device):
             model, tokenizer, _ = load_checkpoint(train(f"out-levels/{number}-{seed}", shape, flags), device)
             with autocast(device):
                 losses.append([loss_at(model, tokens[::4], t) for t in ts])
-                bound = nelbo(model, tokens)
+                bound = nelbo(model, tokens, draws=2)
                 text, _ = write(model, 1, 256, 128, temperature=0.7)
             shown = " | ".join(f"{nats:.3f}" for nats in losses[-1][2::4])
             print(f"| {name} | seed {seed} | {bound:.3f} | {shown} |", flush=True)
@@ -148,8 +148,10 @@ def limit(config, device):
     entropy = text_nats(tokens).mean()
     model, _, _ = load_checkpoint(path, device)
     with autocast(device):
-        bound = nelbo(model, tokens)
-    print(f"NELBO {bound:.4f}, true entropy {entropy:.4f} nats per token: {bound / entropy - 1:.2%} above")
+        estimates = sequence_bounds(model, tokens, draws=2)
+    bound, error = mean_nats(*estimates), standard_error(*estimates)
+    print(f"NELBO {bound:.4f} (standard error {error:.4f}), true entropy of the same text {entropy:.4f} nats")
+    print(f"per token: {bound / entropy - 1:.2%} above")
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
     minutes, nats = ([float(row[name]) for row in rows] for name in ("minutes", "val_nats_per_token"))
