@@ -192,50 +192,55 @@ def hole_nats(model, x0, xt, holes):
 STRATA = 32  # sequences whose levels are stratified together
 
 
+def masked_first(text, t, slant, generator):
+    """The share t (B, 1) of the tokens of text (B, T) that is masked first, and what each of these holes
+    counts in the bound, both (B, T).
+
+    That is rate'/rate, without a 1/t that blows up: of a sequence's M tokens k are holes, k uniform in
+    1..M for uniform t, and they share M. Alike without a slant (2502.09992, eq. 6), and with one by the
+    chance of each, which is rate'/rate but for a factor, to be the one masked last.
+    """
+    M = text.sum(1, keepdim=True)  # (B, 1)
+    early = slant * (1 - torch.linspace(0, 1, text.shape[1]))
+    masked_at = (torch.rand(text.shape, generator=generator) + early) / (1 + slant)  # its level, (B, T)
+    holes = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1) < (t * M).ceil()
+    last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
+    rates = mask_rates(last, text.shape[1], slant)
+    chance = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
+    return holes, M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
+
+
 @torch.no_grad()
 def sequence_bounds(
     model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level="uniform", slant=0.0, strata=STRATA
 ):
-    """Unbiased estimates of the NELBO of each of tokens (N, T) int64, (draws, N) nats, and the tokens of
-    text behind the prompt in each, (N,).
+    """Unbiased estimates of the NELBO of each of tokens (N, T) int64, (draws, N) nats, and how many of its
+    tokens are text behind the prompt, (N,).
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
-    (2406.07524), and rate'/rate is the chance, but for a factor, that a hole is the one masked last.
-    So the same bound, without a 1/t that blows up: of M tokens the first k to be masked are holes, k
-    uniform in 1..M, and share M among them by that chance; alike without a slant (2502.09992, eq. 6).
-    `grid:N` is D3PM's bound, with holes drawn at each of its levels. The same seed gives the same
-    numbers.
+    (2406.07524); for `grid:N` D3PM's, t one of 1/N .. 1. The same seed gives the same numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     device, N = next(model.parameters()).device, len(tokens)
+    text = maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     t = torch.cat([draw_levels(level, size, generator) for size in sizes])  # (draws * N, 1)
     was_training = model.training
     model.eval()
     nats = []
     for rows in torch.arange(draws * N).split(batch_size):
-        x0 = tokens[rows % N]
-        text = maskable(x0, prompt_len, model.config.special_ids)
-        M = text.sum(1, keepdim=True)  # (B, 1)
+        x0, where = tokens[rows % N], text[rows % N]  # (B, T)
         if level == "uniform":
-            # The level at which each token is masked, and its rate when the last of the k is.
-            early = slant * (1 - torch.linspace(0, 1, x0.shape[1]))
-            masked_at = (torch.rand(x0.shape, generator=generator) + early) / (1 + slant)
-            holes = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1) < (t[rows] * M).ceil()
-            last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
-            rates = mask_rates(last, x0.shape[1], slant)
-            chance = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
-            weights = M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
+            holes, weights = masked_first(where, t[rows], slant, generator)
         else:
-            holes = draw_holes(t[rows], text, generator)
-            weights = (1 / t[rows]).expand_as(x0)
+            holes = draw_holes(t[rows], where, generator)
+            weights = holes / t[rows]
         x0, holes, weights = x0.to(device), holes.to(device), weights.to(device)
         xt = x0.masked_fill(holes, model.config.mask_id)
         losses = torch.zeros_like(weights).masked_scatter(holes, hole_nats(model, x0, xt, holes))
         nats.append((weights * losses).sum(1).cpu())
     model.train(was_training)
-    n_text = maskable(tokens, prompt_len, model.config.special_ids).sum(1)
-    return torch.cat(nats).double().view(draws, N), n_text
+    return torch.cat(nats).double().view(draws, N), text.sum(1)
 
 
 def nelbo(model, tokens, **flags):

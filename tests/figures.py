@@ -148,10 +148,10 @@ def limit(config, device):
     entropy = text_nats(tokens).mean()
     model, _, _ = load_checkpoint(path, device)
     with autocast(device):
-        estimates = sequence_bounds(model, tokens, draws=2)
+        estimates = sequence_bounds(model, tokens, draws=8)
     bound, error = mean_nats(*estimates), standard_error(*estimates)
-    print(f"NELBO {bound:.4f} (standard error {error:.4f}), true entropy of the same text {entropy:.4f} nats")
-    print(f"per token: {bound / entropy - 1:.2%} above")
+    print(f"NELBO {bound:.4f} nats per token, standard error {error:.4f}")
+    print(f"true entropy of the same windows {entropy:.4f}: {bound / entropy - 1:.2%} above")
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
     minutes, nats = ([float(row[name]) for row in rows] for name in ("minutes", "val_nats_per_token"))
