@@ -166,13 +166,13 @@ def parallel(config, device):
     token_error, sequence_error, save = plot(config.save, 2)
     model, _, _ = load_checkpoint(train("out-hmm", HMM, "--max_minutes 6 --evals 20"), device)
     _, val, _, _ = load_corpus("hmm")
-    real = text_nats(windows(val, 64, 64 * 1024), FLOOR).mean()
+    real = text_nats(windows(val, 64, 64 * 512), FLOOR).mean()
     ks = [1, 2, 4, 8, 16, 32, 64]
     for order in ("random", "confidence"):
         errors = []
         for k in ks:
             with autocast(device):
-                texts, _ = write(model, 1024, 64, 64 // k, order)
+                texts, _ = write(model, 512, 64, 64 // k, order)
             impossible = 1 - np.isfinite(text_nats(texts)).all(1).mean()
             errors.append((text_nats(texts, FLOOR).mean(), impossible))
             print(f"| {order} | {k} | {errors[-1][0]:.3f} | {impossible:.1%} |", flush=True)
