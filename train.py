@@ -189,23 +189,27 @@ def hole_nats(model, x0, xt, holes):
 # --- likelihood ----------------------------------------------------------------------------------
 
 
-STRATA = 32  # sequences whose levels are stratified together
+# Levels of the bound are stratified over this many sequences at a time: enough to take most of the
+# variance out, and few enough for many groups, whose draws then show what variance is left.
+STRATA = 16
 
 
 def masked_first(text, t, slant, generator):
-    """The share t (B, 1) of the tokens of text (B, T) that is masked first, and what each of these holes
-    counts in the bound, both (B, T).
+    """Holes (B, T), and what each counts, (B, T), in the bound in nats per sequence.
 
-    That is rate'/rate, without a 1/t that blows up: of a sequence's M tokens k are holes, k uniform in
-    1..M for uniform t, and they share M. Alike without a slant (2502.09992, eq. 6), and with one by the
-    chance of each, which is rate'/rate but for a factor, to be the one masked last.
+    Of a sequence's M tokens of text (B, T) the first k = ceil(tM) to be masked are holes, t (B, 1).
+    They share the weight M, each by its chance to be the one masked last of them: all alike without
+    a slant (2502.09992, eq. 6), else as rate'/rate has it at that level. The mean is that of
+    rate'/rate over levels and holes, but there is no 1/t that blows up.
     """
     M = text.sum(1, keepdim=True)  # (B, 1)
     early = slant * (1 - torch.linspace(0, 1, text.shape[1]))
-    masked_at = (torch.rand(text.shape, generator=generator) + early) / (1 + slant)  # its level, (B, T)
-    holes = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1) < (t * M).ceil()
+    masked_at = (torch.rand(text.shape, generator=generator) + early) / (1 + slant)  # each token's level
+    place = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1)  # (B, T), 0 is masked first
+    holes = place < (t * M).ceil()
     last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
     rates = mask_rates(last, text.shape[1], slant)
+    # A rate that is 1 before that level does not rise there; the last itself is not lost to rounding.
     chance = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
     return holes, M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
 
@@ -218,35 +222,41 @@ def sequence_bounds(
     tokens are text behind the prompt, (N,).
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
-    (2406.07524); for `grid:N` D3PM's, t one of 1/N .. 1. The same seed gives the same numbers.
+    (2406.07524); for level grid:N D3PM's, t one of 1/N .. 1. The same seed gives the same numbers. The
+    draws are independent of each other; strata=1 makes the levels so, too, to compare.
     """
+    if level != "uniform" and (slant or not level.startswith("grid:")):
+        raise ValueError(f"level {level}, slant {slant}: the bound is uniform's, slanted or not, or grid:N's")
     generator = torch.Generator().manual_seed(seed)
     device, N = next(model.parameters()).device, len(tokens)
-    text = maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
+    all_text = maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
     sizes = [len(part) for part in tokens.split(strata)] * draws
-    t = torch.cat([draw_levels(level, size, generator) for size in sizes])  # (draws * N, 1)
+    # Shuffled, because neighbours in a text are alike: they should not have neighbouring levels.
+    levels = [draw_levels(level, n, generator)[torch.randperm(n, generator=generator)] for n in sizes]
+    t = torch.cat(levels)  # (draws * N, 1)
     was_training = model.training
     model.eval()
     nats = []
     for rows in torch.arange(draws * N).split(batch_size):
-        x0, where = tokens[rows % N], text[rows % N]  # (B, T)
+        x0, text = tokens[rows % N], all_text[rows % N]  # (B, T)
         if level == "uniform":
-            holes, weights = masked_first(where, t[rows], slant, generator)
+            holes, weights = masked_first(text, t[rows], slant, generator)
         else:
-            holes = draw_holes(t[rows], where, generator)
+            holes = draw_holes(t[rows], text, generator)
             weights = holes / t[rows]
         x0, holes, weights = x0.to(device), holes.to(device), weights.to(device)
         xt = x0.masked_fill(holes, model.config.mask_id)
         losses = torch.zeros_like(weights).masked_scatter(holes, hole_nats(model, x0, xt, holes))
         nats.append((weights * losses).sum(1).cpu())
     model.train(was_training)
-    return torch.cat(nats).double().view(draws, N), text.sum(1)
+    return torch.cat(nats).double().view(draws, N), all_text.sum(1)
 
 
 def nelbo(model, tokens, **flags):
     """Negative evidence lower bound of tokens (N, T) int64, in nats per token; flags as sequence_bounds has.
 
-    It is also the mean negative log-likelihood over all orders of generation (2406.03736).
+    For uniform levels it is also the mean negative log-likelihood over all orders of generation
+    (2406.03736); a slant makes those from the left likelier.
     """
     return mean_nats(*sequence_bounds(model, tokens, **flags))
 
@@ -256,11 +266,11 @@ def mean_nats(nats, n_text):
     return (nats.mean(0).sum() / n_text.sum()).item()
 
 
-def standard_error(nats, n_text, strata=STRATA):
-    """Of the NELBO of this text, from sequence_bounds with two draws or more, in nats per token: what
-    other seeds would make of it, by how far the draws of the same sequences are apart.
+def standard_error(nats, n_text):
+    """Of mean_nats, over seeds and for this text, in nats per token: from how far two draws or more of each
+    group of sequences are apart. It says nothing of other texts.
     """
-    sums = torch.stack([part.sum(1) for part in nats.split(strata, dim=1)])  # (N / strata, draws)
+    sums = torch.stack([group.sum(1) for group in nats.split(STRATA, dim=1)])  # (groups, draws)
     return (sums.var(1).sum() / len(nats)).sqrt().item() / n_text.sum().item()
 
 
@@ -287,7 +297,7 @@ def check(config):
     kind, _, value = config.level.partition(":")
     try:
         known = {
-            "uniform": lambda: not value,
+            "uniform": lambda: config.level == "uniform",
             "bell": lambda: 0 < float(value) < math.inf,
             "grid": lambda: 1 <= int(value) <= 2**20,
         }.get(kind, lambda: 0 < float(config.level) <= 1)()
@@ -295,22 +305,24 @@ def check(config):
         known = False
     if not known:
         raise Mistake(f"--level {config.level}: uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
-    if config.spindle and config.weight == "elbo":
+    if config.eval_only and config.init_from == "scratch":
+        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
+    bound = config.eval_only or config.weight == "elbo"
+    if config.spindle and bound:
         raise Mistake(
-            "--spindle: it goes with --weight mean; the rate depends on the token itself, so elbo is no bound"
+            f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
+            "it goes with --weight mean, and not with --eval_only"
         )
-    if config.slant and (config.spindle or kind == "grid" and config.weight == "elbo"):
-        raise Mistake("--slant: neither with --spindle nor, for a bound, with --level grid:N")
-    if config.eval_only:
-        if config.init_from == "scratch":
-            raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
-        if config.spindle or kind not in ("uniform", "grid") or (config.slant and kind == "grid"):
-            raise Mistake(
-                "--eval_only: the bound is that of --level uniform, with or without --slant, or grid:N"
-            )
-    elif config.weight == "elbo" and kind not in ("uniform", "grid"):
+    if config.slant and config.spindle:
+        raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
+    if config.slant and kind == "grid" and bound:
+        raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
+    if bound and kind not in ("uniform", "grid"):
         # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
-        raise Mistake(f"--level {config.level}: it goes with --weight mean; elbo needs uniform or grid:N")
+        reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
+        raise Mistake(f"--level {config.level}: {reason} the bound, which needs uniform or grid:N")
+    if config.eval_only and not config.prompt_len.isdecimal():
+        raise Mistake(f"--prompt_len {config.prompt_len}: --eval_only needs one number")
     if config.batch_size % config.grad_accum:
         raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
     if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
@@ -581,14 +593,13 @@ def main():
     run = Run(config, model, device, len(train_split), token_nats)
     if config.eval_only:
         tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
-        flags = {"level": config.level, "slant": config.slant}
-        prompt_len = parse_prompt_len(config.prompt_len)[1]
-        flags |= {"prompt_len": prompt_len, "draws": 2}  # two, so that they show the error
-        estimates, nats, bits = run.evaluate(tokens, meta["val"], **flags)
+        draws = 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows and more, to show the error
+        flags = {"level": config.level, "slant": config.slant, "prompt_len": int(config.prompt_len)}
+        estimates, nats, bits = run.evaluate(tokens, meta["val"], draws=draws, **flags)
         error = standard_error(*estimates)
         print(
             f"{config.data}: NELBO {nats:.4f} nats per token (standard error {error:.4f}), {bits:.4f} bits "
-            f"per byte, perplexity {math.exp(nats):.3f}; {tokens.numel():,} validation tokens, scored twice"
+            f"per byte, perplexity {math.exp(nats):.3f}; {tokens.numel():,} validation tokens, {draws} draws"
         )
         return
     if config.init_from == "resume":

@@ -1,4 +1,4 @@
-"""Files that appear only when they are complete: writes that replace, and checked downloads. And a log."""
+"""Files that appear only when they are complete: writes that replace, checked downloads; and logs."""
 
 import csv
 import hashlib
@@ -97,7 +97,8 @@ class Log:
         rows = [self.columns]
         if step and path.exists():
             with open(path, newline="") as file:
-                rows += [row for row in csv.reader(file) if row[0].isdecimal() and int(row[0]) <= step]
+                old = [row for row in csv.reader(file) if row and row[0].isdecimal()]
+            rows += [row for row in old if int(row[0]) <= step]
         self.file = open(path, "w", newline="", buffering=1)  # a line at a time, to be watched
         self.writer = csv.writer(self.file)
         self.writer.writerows(rows)

@@ -30,12 +30,13 @@ def split_prompt(prompt):
 def make_canvases(prompt, suffix, length, tokenizer, block_size):
     """The canvases of a prompt, lists of ids, one for every choice of lengths in its ranges.
 
-    Its tokens, holes up to `length` tokens in all, and the suffix. Without a length, block_size; but a
-    prompt that has holes has no others. Where lines begin and end with tokens of their own, as
-    RoBERTa's do, the canvas begins with one; one without a length and with an end of its own ends so.
+    Its tokens, holes up to `length` tokens in all, and the suffix. Without a length the canvas has
+    block_size tokens or, if the prompt has holes, these and no more. Where lines begin and end with
+    tokens of their own, as RoBERTa's do, the canvas begins with one; one without a length and with an
+    end of its own ends so.
     """
     parts = split_prompt(prompt)
-    own = length is None and (len(parts) > 1)
+    own = length is None and len(parts) > 1
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [] if tokenizer.eos_id is None or not (own or suffix) else [tokenizer.eos_id]
     parts = [part if isinstance(part, range) else tokenizer.encode(part) for part in parts]
@@ -50,8 +51,8 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
         raise Mistake(f"--prompt: {math.prod(map(len, ranges))} choices of lengths; at most 64 are tried")
     canvases = []
     for lengths in itertools.product(*ranges):
-        lengths = iter(lengths)
-        filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(lengths) for part in parts)
+        sizes = iter(lengths)
+        filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(sizes) for part in parts)
         ids = begin + list(itertools.chain(*filled))
         rest = 0 if own else T - len(ids) - len(behind)
         canvases.append(ids + [tokenizer.mask_id] * rest + behind)

@@ -186,15 +186,16 @@ def bound_rows(device):
     tokens = windows(val, 256, 2**18)  # (1024, 256)
     with autocast(device):
         estimates = sequence_bounds(model, tokens, draws=4)
-        yield f"standard error at {4 * tokens.numel():,} tokens", f"{standard_error(*estimates):.4f} nats", ""
+        error = f"{standard_error(*estimates):.4f} nats per token"
+        yield "standard error of the bound", error, f"{tokens.numel():,} tokens, 4 draws"
         few, draws, variance = tokens[::16], 256, {}
         for strata in (STRATA, 1):
             nats, n_text = sequence_bounds(model, few, draws=draws, strata=strata)
             variance[strata] = (nats.sum(1) / n_text.sum()).var().item()
         factor = variance[1] / variance[STRATA]
-        measure = f"{factor:.1f} +- {factor * (4 / (draws - 1)) ** 0.5:.1f} times the {variance[STRATA]:.5f} "
+        measure = f"{factor:.1f} +- {factor * (4 / (draws - 1)) ** 0.5:.1f} times the {variance[STRATA]:.2e} "
         measure += f"of stratified ones, over {draws} draws of {few.numel():,} tokens"
-        yield "variance of the bound, independent levels", f"{variance[1]:.5f}", measure
+        yield "variance of the bound, independent levels", f"{variance[1]:.2e}", measure
 
         def passes():
             with torch.no_grad():

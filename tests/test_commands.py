@@ -2,8 +2,10 @@
 
 import csv
 import itertools
+import math
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -182,7 +184,14 @@ def test_eval_only_prints_the_same_number_and_writes_nothing(world, monkeypatch,
         run_train(monkeypatch, f"--eval_only --init_from {flags}")
         numbers.append(capsys.readouterr().out)
     assert numbers[0] == numbers[1] == numbers[2]
-    assert "nats per token" in numbers[0]
+    for flags in ("", "--slant 1", "--level grid:8", "--prompt_len 4", "--eval_tokens 128"):
+        run_train(monkeypatch, f"--eval_only --init_from resume {flags}")
+        numbers.append(capsys.readouterr().out)
+        nats, error, bits, perplexity = map(float, re.findall(r"\d+\.\d{3,}", numbers[-1]))
+        assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+        assert bits == pytest.approx(nats / math.log(2), rel=1e-3)  # tokens are bytes
+        assert 0 < error < nats
+    assert len(set(numbers)) == 5
     assert state_of(world) == before
 
 
@@ -333,8 +342,11 @@ TRAIN_MISTAKES = {
     "--data book --level grid:0": "grid:N",
     "--data book --level 1.5": "a number in (0, 1]",
     "--data book --level grid:99999999999999999999": "grid:N",
-    "--eval_only --init_from out/ckpt.pt --level 0.15": "--level uniform",
-    "--eval_only --init_from out/ckpt.pt --spindle 0.3": "--level uniform",
+    "--eval_only --init_from out/ckpt.pt --level 0.15": "--level 0.15: --eval_only prints the bound",
+    "--eval_only --init_from out/ckpt.pt --level uniform:": "a number in (0, 1]",
+    "--eval_only --init_from out/ckpt.pt --spindle 0.3": "--spindle 0.3",
+    "--eval_only --init_from out/ckpt.pt --slant 1 --level grid:4": "--slant 1",
+    "--eval_only --init_from out/ckpt.pt --prompt_len 0:16": "one number",
     "--data book --slant -1": "at least 0",
     "--data book --spindle 0.3 --weight elbo": "no bound",
     "--data book --slant 1 --spindle 0.3": "--slant",

@@ -14,6 +14,7 @@ from toys import Conditionals, all_texts, tiny_model
 
 from model import ModelConfig
 from train import (
+    STRATA,
     CrossEntropy,
     Run,
     TrainConfig,
@@ -332,7 +333,8 @@ def test_informative_tokens_are_masked_first():
     torch.testing.assert_close(rates[2], 0.5 + 0.3 * information[0, 2])
 
 
-def test_the_slanted_bound_is_an_integral_over_levels():
+@pytest.mark.parametrize("prompt_len", [0, 1])
+def test_the_slanted_bound_is_an_integral_over_levels(prompt_len):
     """Every pattern of holes, with its chance at each level and rate'/rate, as slow sums say."""
     model, slant, T = tiny_model(V=3, T=3), 0.7, 3
     x0, exact, n = all_texts(3, T)[[5]], 0.0, 4000
@@ -342,17 +344,19 @@ def test_the_slanted_bound_is_an_integral_over_levels():
                 model(x0.masked_fill(torch.tensor(holes), 3))[0], x0[0], reduction="none"
             ).tolist()
             for holes in product((False, True), repeat=T)
+            if not any(holes[:prompt_len])
         }
     for k in range(n):
         t = (k + 0.5) / n
         raw = [t * (1 + slant) - slant * (1 - i / (T - 1)) for i in range(T)]
         rates = [min(max(rate, 0), 1) for rate in raw]
         for holes in nats:
-            chance = math.prod(rate if hole else 1 - rate for rate, hole in zip(rates, holes))
+            chance = math.prod(rates[i] if holes[i] else 1 - rates[i] for i in range(prompt_len, T))
             for i in range(T):
                 if holes[i] and 0 < raw[i] < 1:
-                    exact += chance * (1 + slant) / rates[i] * nats[holes][i] / n / T
-    assert nelbo(model, x0, slant=slant, draws=100_000, batch_size=50_000) == pytest.approx(exact, rel=0.01)
+                    exact += chance * (1 + slant) / rates[i] * nats[holes][i] / n / (T - prompt_len)
+    flags = {"draws": 100_000, "batch_size": 50_000, "prompt_len": prompt_len}
+    assert nelbo(model, x0, slant=slant, **flags) == pytest.approx(exact, rel=0.01)
 
 
 def test_the_slanted_bound_of_the_perfect_denoiser_is_the_entropy_and_its_end_is_left_to_right():
@@ -374,16 +378,25 @@ def test_the_slanted_bound_of_the_perfect_denoiser_is_the_entropy_and_its_end_is
     assert nelbo(model, text, **flags) == pytest.approx(chain, rel=0.03)
 
 
-def test_standard_error_is_the_spread_over_seeds():
-    """Some texts being harder than others adds nothing to it; stratified levels make it smaller."""
-    model, spread = SurerWithMoreToSee(), {}
+@pytest.mark.parametrize("strata", [STRATA, 1])
+def test_standard_error_is_the_spread_over_seeds(strata):
+    """Some texts are harder than others, which adds nothing to it."""
     x0 = (torch.arange(200)[:, None] % 3 == 0).long().expand(-1, 64)
-    for strata in (32, 1):
-        runs = [sequence_bounds(model, x0, draws=2, seed=seed, strata=strata) for seed in range(300)]
-        spread[strata] = torch.tensor([mean_nats(*estimates) for estimates in runs]).std().item()
-        squares = [standard_error(*estimates, strata) ** 2 for estimates in runs]
-        assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(spread[strata], rel=0.15)
-    assert spread[32] ** 2 < spread[1] ** 2 / 3
+    flags = {"draws": 2, "strata": strata}
+    runs = [sequence_bounds(SurerWithMoreToSee(), x0, seed=seed, **flags) for seed in range(300)]
+    spread = torch.tensor([mean_nats(*estimates) for estimates in runs]).std().item()
+    squares = [standard_error(*estimates) ** 2 for estimates in runs]
+    assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(spread, rel=0.15)
+
+
+def test_stratified_levels_lower_the_variance_of_the_bound():
+    """To a third of that of independent levels or less."""
+    x0 = torch.zeros(200, 64, dtype=torch.int64)
+    stratified, independent = (
+        sequence_bounds(SurerWithMoreToSee(), x0, draws=300, strata=strata)[0].sum(1).var()
+        for strata in (STRATA, 1)
+    )
+    assert stratified < independent / 3
 
 
 def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():

@@ -67,15 +67,15 @@ def letter_nats(letters, model, floor=0.0):
     """
     start, move, emit = model
     state = np.tile(start, (len(letters), 1))  # (N, S): p(state before letter i | letters before)
+    forgotten = start if floor else np.nan
     nats = np.empty(letters.shape)
     for i, x in enumerate(letters.T):
         joint = state * emit[:, x].T  # (N, S)
         p = joint.sum(1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             nats[:, i] = -np.log(floor / LETTERS + (1 - floor) * p[:, 0])
-            state = np.where(p > 0, joint / p, start) @ move if floor else joint / p @ move
-        nats[:, i] = np.where(np.isnan(nats[:, i]), np.inf, nats[:, i])
-    return nats
+            state = np.where(p > 0, joint / p, forgotten) @ move
+    return np.where(np.isnan(nats), np.inf, nats)  # and all that follows an impossible letter is so
 
 
 def to_letters(texts):
@@ -104,9 +104,10 @@ def main():
         possible = [line for line in nats if np.isfinite(line).all()]
         mean = np.concatenate(possible).mean() if possible else np.inf
         share = 1 - len(possible) / len(nats)
-        return print(
+        print(
             f"{mean:.4f} nats per letter of {len(possible)} lines; {share:.1%} of {len(nats)} are impossible"
         )
+        return
     if config.window > config.tokens // 16:
         raise Mistake(
             f"--window {config.window}: longer than the validation split of --tokens {config.tokens}"
@@ -122,7 +123,7 @@ def main():
     nats = letter_nats(windows, model)
     error = nats.mean(1).std() / len(nats) ** 0.5
     print(f"true entropy of windows of {config.window}: {nats.mean():.4f} nats per token", end="")
-    print(f" (standard error {error:.4f}); of their last token, {nats[:, -1].mean():.4f}")
+    print(f" (standard error over windows {error:.4f}); of their last token, {nats[:, -1].mean():.4f}")
 
 
 if __name__ == "__main__":
