@@ -111,7 +111,7 @@ def loss_at(model, tokens, t):
 def levels(config, device):
     panel, save = plot(config.save)
     ts = [round(0.05 * i, 2) for i in range(1, 21)]
-    shown = (0.15, 0.35, 0.55, 0.75, 0.95)
+    shown = (0.15, 0.4, 0.6, 0.8, 1.0)
     print("| method | seed | NELBO |", " | ".join(f"t = {t}" for t in shown), "|")
     _, val, _, _ = load_corpus("shakespeare", 256)
     tokens = windows(val, 256, len(val))
