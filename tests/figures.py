@@ -140,12 +140,12 @@ def levels(config, device):
 # --- a source of known entropy -------------------------------------------------------------------
 
 FLOOR = 1e-3  # share of the probability that scoring gives to all letters alike, so that errors are finite
-HMM = "--data hmm --block_size 64 --batch_size 64 --prompt_len 0"
+HMM = "--data hmm --block_size 64 --batch_size 64 --prompt_len 0 --max_minutes 6.5 --evals 12 --eval_tokens 262144"
 
 
 def limit(config, device):
     panel, save = plot(config.save)
-    path = train("out-hmm", HMM, "--max_minutes 6 --evals 20")
+    path = train("out-hmm", HMM)
     _, val, _, _ = load_corpus("hmm")
     tokens = windows(val, 64, len(val))
     entropy = text_nats(tokens).mean()
@@ -167,7 +167,7 @@ def limit(config, device):
 
 def parallel(config, device):
     token_error, sequence_error, save = plot(config.save, 2)
-    model, _, _ = load_checkpoint(train("out-hmm", HMM, "--max_minutes 6 --evals 20"), device)
+    model, _, _ = load_checkpoint(train("out-hmm", HMM), device)
     _, val, _, _ = load_corpus("hmm")
     real = text_nats(windows(val, 64, 64 * 512), FLOOR).mean()
     ks = [1, 2, 4, 8, 16, 32, 64]
