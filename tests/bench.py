@@ -186,7 +186,7 @@ def bound_rows(device):
     tokens = windows(val, 256, 2**18)  # (1024, 256)
     with autocast(device):
         estimates = sequence_bounds(model, tokens, draws=8)
-        error = standard_error(*estimates) * 2**0.5  # of half as many tokens, and so surer
+        error = standard_error(*estimates) * 2**0.5  # that of half as many tokens
         yield "standard error of the bound", f"{error:.4f} nats per token", f"{4 * tokens.numel():,} tokens"
         few, draws, variance = tokens[::16], 256, {}
         for strata in (STRATA, 1):
