@@ -1,23 +1,20 @@
 """The denoiser: one Transformer that sees a canvas with holes and says what belongs in each.
 
 It knows nothing about noise. The masks in the canvas already show the noise level, so it takes no
-time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.07524). With
-`causal=True` the same lines are GPT.
+time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.07524). Three things
+tell it from GPT-2: every token sees all others, positions turn queries and keys instead of being
+added to the tokens, and each block first mixes neighbours by a short convolution.
 """
 
-import dataclasses
 import functools
-import os
-import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.files import replacing
-from data.flags import Mistake
+from data.run.checkpoint import read_checkpoint
+from data.run.errors import Mistake
 from data.tokenizer import tokenizer_from_state
 
 
@@ -32,19 +29,18 @@ class ModelConfig:
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # tokens that are not text: never masked, never written
     conv: int = 5  # neighbours that a block's convolution mixes, the token itself included; 0: none
-    causal: bool = False  # a token sees itself and those to its left, as in GPT
+    causal: bool = False  # a token sees itself and those to its left
     norm: str = "pre"  # "pre": normalise what a layer reads; "post": what it has written, as in BERT
     position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
-    # What BERT and RoBERTa are besides `norm="post", position="learned", conv=0`:
+    # What only BERT and RoBERTa set (data/roberta), besides norm="post", position="learned", conv=0:
     mlp_width: int = 0  # of the hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     bias: bool = False  # in linear layers and norms
     qk_norm: bool = True  # normalised queries and keys bound the attention logits, which Muon would let grow
     norm_eps: float = 1e-5  # added to the variance
     token_types: int = 0  # rows of a table whose first is added to every token; 0: none
-    pad_id: int | None = None  # a token that no other sees
-    first_position: int = 0  # RoBERTa's are pad_id + 1 onwards, and its padding is not counted
-    head_activation: str | None = None  # of a layer ahead of the head's matrix; None: no such layer
+    first_position: int = 0  # of the table of positions; RoBERTa's begin at 2
+    head_activation: str | None = None  # of a layer before the head's matrix; None: no such layer
     tied: bool = False  # the head's matrix is the token embedding
 
 
@@ -74,21 +70,6 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-class Dropout(nn.Dropout):
-    """Zeroes each value with probability p in training, and scales the rest so that the mean stays.
-
-    On a CPU torch draws its random numbers one by one. Sixteen bits are enough for each, and a
-    64-bit draw has four of these: five times faster. p is then a multiple of 2**-16.
-    """
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * kept.type_as(x).mul_(1 / (1 - self.p))
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -102,26 +83,14 @@ class Attention(nn.Module):
         self.query_norm = layer_norm(width, config) if config.qk_norm else nn.Identity()
         self.key_norm = layer_norm(width, config) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rotation, visible):
+    def forward(self, x, rotation):
         B, T, C = x.shape
-        if self.causal:  # what is behind the end of a row is to the right of all in it
-            visible = None
         q, k, v = (linear(x).view(B, T, self.n_head, -1) for linear in (self.query, self.key, self.value))
         q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        p = self.dropout.p if self.training else 0.0
-        if p and x.device.type == "cpu":  # torch has no fused kernel for this, and is slower without one
-            scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
-            if self.causal:
-                visible = torch.ones(T, T, dtype=torch.bool).tril()
-            if visible is not None:
-                scores = scores.masked_fill(~visible, -torch.inf)
-            with torch.autocast("cpu", enabled=False):  # it would make the probabilities float32
-                y = self.dropout(scores.softmax(-1)) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, visible, p, self.causal)
+        y = attend(q, k, v, self.dropout, self.causal)  # softmax(q k^T / sqrt(D)) v
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -149,9 +118,7 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))
         self.padding = config.conv - 1 if config.causal else config.conv // 2
 
-    def forward(self, x, visible=None):
-        if visible is not None:  # what is behind the end of a row is 0, as it is for a whole one
-            x = x * visible[:, 0, 0, :, None]
+    def forward(self, x):
         # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied.
         image = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
         mixed = F.conv2d(image, self.weight, padding=(0, self.padding), groups=x.shape[2])
@@ -162,20 +129,19 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.pre = config.norm == "pre"
-        self.convolution = Convolution(config) if config.conv else None
+        self.convolution = Convolution(config) if config.conv else nn.Identity()
         self.attention = Attention(config)
         self.attention_norm = layer_norm(config.n_embd, config)
         self.mlp = MLP(config)
         self.mlp_norm = layer_norm(config.n_embd, config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, rotation, visible):
-        if self.convolution:
-            x = self.convolution(x, visible)
+    def forward(self, x, rotation):
+        x = self.convolution(x)
         if self.pre:
-            x = x + self.dropout(self.attention(self.attention_norm(x), rotation, visible))
+            x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, rotation, visible)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, rotation)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
@@ -183,6 +149,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        pre = config.norm == "pre"
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.position_embedding = nn.Embedding(config.first_position + config.block_size, config.n_embd)
@@ -190,7 +157,8 @@ class Transformer(nn.Module):
             self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = layer_norm(config.n_embd, config)  # "pre": ahead of the head; "post": of the embeddings
+        self.embedding_norm = nn.Identity() if pre else layer_norm(config.n_embd, config)
+        self.final_norm = layer_norm(config.n_embd, config) if pre else nn.Identity()
         if config.head_activation:
             self.transform = nn.Linear(config.n_embd, config.n_embd, config.bias)
             self.transform_norm = layer_norm(config.n_embd, config)
@@ -206,23 +174,19 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
 
-    def embed(self, idx, padding):
+    def embed(self, idx):
         """Vectors of the tokens idx (B, T): (B, T, C)."""
         x = self.token_embedding(idx)
         if self.config.position == "learned":
-            first, T = self.config.first_position, idx.shape[1]
-            if padding is None or not first:
-                x = x + self.position_embedding.weight[first : first + T]
-            else:  # RoBERTa's count the tokens; all padding is at the position before the first
-                positions = first - 1 + (~padding).cumsum(1) * ~padding  # (B, T)
-                x = x + self.position_embedding(positions)
+            first = self.config.first_position
+            x = x + self.position_embedding.weight[first : first + idx.shape[1]]
         if self.config.token_types:
             x = x + self.type_embedding.weight[0]
-        return self.dropout(x if self.config.norm == "pre" else self.norm(x))
+        return self.dropout(self.embedding_norm(x))
 
     def unembed(self, x):
         """Logits (..., V) of the last block's vectors (..., C)."""
-        x = self.norm(x) if self.config.norm == "pre" else x
+        x = self.final_norm(x)
         if self.config.head_activation:
             x = self.transform_norm(ACTIVATIONS[self.config.head_activation](self.transform(x)))
         ids = torch.arange(self.config.vocab_size, device=x.device)
@@ -230,72 +194,26 @@ class Transformer(nn.Module):
         bias = bias.masked_fill(ids == self.config.mask_id, -torch.inf)  # SUBS: no hole is filled with a hole
         return F.linear(x, self.head.weight, bias)
 
-    def forward(self, idx, where=None, padding=None):
+    def forward(self, idx, where=None):
         """Logits of the clean token at every position.
 
         idx: (B, T) int64, with `mask_id` at the holes. Returns (B, T, V), in autocast's precision;
         with where, a (B, T) bool, only those positions' logits, (N, V), in row-major order: only
         holes have a loss, and at a large vocabulary the full logits would be the largest tensor
-        there is. padding: (B, T) bool, what is behind the end of a row and seen by no other token;
-        by default that is where the config's pad_id stands.
+        there is.
         """
-        rotation = visible = None
-        if padding is None and self.config.pad_id is not None and (idx == self.config.pad_id).any():
-            padding = idx == self.config.pad_id
-        if padding is not None:
-            visible = ~padding[:, None, None]  # (B, 1, 1, T): the same for every head and token
+        rotation = None
         if self.config.position == "rope":
             rotation = rotary_angles(idx.shape[1], self.config.n_embd // self.config.n_head, idx.device)
-        x = self.embed(idx, padding)  # (B, T, C)
+        x = self.embed(idx)  # (B, T, C)
         for block in self.blocks:
-            x = block(x, rotation, visible)
+            x = block(x, rotation)
         if where is None:
             return self.unembed(x)
         # Padded to a multiple of 64: a CPU's matrix kernels are made, and kept, for each shape.
         rows = where.flatten().nonzero().squeeze(1)  # (N,)
         x = x.flatten(0, 1).index_select(0, F.pad(rows, (0, -len(rows) % 64)))
         return self.unembed(x)[: len(rows)]
-
-
-def save_checkpoint(path, model, tokenizer, **more):
-    """Write one file that holds all it takes to sample; `more` is what resuming needs besides.
-
-    OSError when it cannot be written; the file that was there before then stays.
-    """
-    checkpoint = {
-        "config": dataclasses.asdict(model.config),
-        "model": model.state_dict(),
-        "tokenizer": tokenizer.state,
-        **more,
-    }
-    with replacing(path) as file:
-        save(checkpoint, file)
-
-
-def save(content, file):
-    """torch.save; OSError when it cannot be written, which torch reports as a RuntimeError."""
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-
-
-def read_checkpoint(path):
-    """The dict that save_checkpoint wrote, its tensors mapped from the file and so read when used.
-
-    Nothing in the file is executed (`weights_only`). Raises Mistake when it cannot be read.
-    """
-    if not os.path.exists(path):
-        raise Mistake(f"{path}: there is no such checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"config", "model", "tokenizer"} <= set(checkpoint):
-            raise KeyError
-    except Exception as error:  # torch raises a different one for every way to be no checkpoint
-        raise Mistake(f"{path}: truncated, or not a checkpoint ({type(error).__name__})") from None
-    return checkpoint
 
 
 def load_checkpoint(path, device="cpu", **changes):
@@ -306,9 +224,13 @@ def load_checkpoint(path, device="cpu", **changes):
     """
     checkpoint = read_checkpoint(path)
     try:
+        config = {name: value for name, value in checkpoint["config"].items() if name != "pad_id"}
         with torch.device("meta"):  # no memory, and no random weights that would be overwritten
-            model = Transformer(ModelConfig(**{**checkpoint["config"], **changes}))
-        model.load_state_dict(checkpoint["model"], assign=True)
+            model = Transformer(ModelConfig(**{**config, **changes}))
+        final = "final_norm." if model.config.norm == "pre" else "embedding_norm."
+        weights = checkpoint["model"].items()  # an earlier version called either norm just that
+        weights = {final + name[5:] if name[:5] == "norm." else name: value for name, value in weights}
+        model.load_state_dict(weights, assign=True)
         model.tie()
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -317,33 +239,35 @@ def load_checkpoint(path, device="cpu", **changes):
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-# --- where and in which precision it runs --------------------------------------------------------
+# --- what a CPU does slower ----------------------------------------------------------------------
 
 
-def pick_device(name):
-    """The torch.device called name; `auto` is cuda, then mps, then cpu. Mistake when it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    with suppress(RuntimeError, KeyError):
-        device = torch.device(name)
-        if there[device.type]:
-            torch.empty(0, device=device)  # fails for a number that is not there, as in cuda:9
-            return device
-    raise Mistake(f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}")
+def attend(q, k, v, dropout, causal):
+    """Each position's mean of the values, weighted by softmax(q k^T / sqrt(D)): (B, H, T, D), as q, k, v are.
 
-
-def autocast(device, dtype="auto"):
-    """Context in which matrix products run in dtype, its `fast_dtype`.
-
-    auto: bfloat16 where the machine multiplies it faster than float32, which a CPU does with AMX or
-    AVX-512 BF16 instructions and otherwise does not; float32 elsewhere.
+    With dropout torch has no fused kernel for this on a CPU, and is slower without one than these lines.
     """
-    if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capable = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot say
-            fast = device.type == "cpu" and (capable.get("amx_bf16") or capable.get("avx512_bf16"))
-        dtype = "bfloat16" if fast else "float32"
-    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+    p = dropout.p if dropout.training else 0.0
+    if not p or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
+    if causal:
+        T = q.shape[2]
+        scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+    with torch.autocast("cpu", enabled=False):  # it would make the probabilities float32
+        return dropout(scores.softmax(-1)) @ v
+
+
+class Dropout(nn.Dropout):
+    """Zeroes each value with probability p in training, and scales the rest so that the mean stays.
+
+    On a CPU torch draws its random numbers one by one. Sixteen bits are enough for each, and a
+    64-bit draw has four of these: five times faster. p is then a multiple of 2**-16.
+    """
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept.type_as(x).mul_(1 / (1 - self.p))

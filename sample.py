@@ -1,10 +1,9 @@
 """Write text by denoising: start from a canvas of `<mask>`, set some of its tokens, then more.
 
     canvas = prompt + <mask> ... <mask>
-    repeat: logits = model(canvas); choose holes; draw their tokens; canvas[holes] = tokens
+    repeat: an order chooses which to set, having looked at the model or not; take their tokens; set them
 
-An autoregressive model calls `.append(token)`; this one calls `.setitem(i, token)`. An order is the
-rule that chooses the holes, and `denoise` is the loop that all orders share.
+An autoregressive model calls `.append(token)`; this one calls `.setitem(i, token)`.
 
     python sample.py --prompt "def " --watch
     python sample.py --prompt "def <mask*4:12>(self):" --order confidence
@@ -12,29 +11,31 @@ rule that chooses the holes, and `denoise` is the loop that all orders share.
 """
 
 import functools
+import itertools
 import math
 import os
-import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data.canvas import History, Watch, inert, save_html, save_svg
-from data.flags import Mistake, command, flag, parse
-from data.prompt import HOLE, MOST, make_canvases, read_text, split_prompt
-from model import autocast, load_checkpoint, pick_device
+from data.canvas.history import History, inert
+from data.canvas.picture import check_path, save_histories
+from data.canvas.prompt import HOLE, MOST, check_prompts, make_canvases, read_text
+from data.canvas.terminal import Watch
+from data.run.errors import Mistake, command
+from data.run.flags import flag, parse
+from data.run.machine import autocast, pick_device
+from model import load_checkpoint
 
 ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "information", "left"
-NOTHING = -1  # in a canvas: behind the end of a row that is shorter than the others
 
 
 @dataclass
@@ -42,7 +43,7 @@ class SampleConfig:
     ckpt: str = flag("out/ckpt.pt", "checkpoint to sample from")
     prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
-    suffix: str = flag("", "text that stands behind the hole")
+    suffix: str = flag("", "text that stands after the hole")
     length: int | None = flag(
         None, "tokens of the canvas (block_size; a prompt with holes: its own)", least=1, most=MOST
     )
@@ -64,7 +65,320 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
 
 
-# --- drawing tokens ------------------------------------------------------------------------------
+# --- the loop: look, choose, take, set -----------------------------------------------------------
+
+
+def fill(canvas, block, n_steps, rule, look, take, noise, mask_id):
+    """Set the tokens of canvas (B, W) at block (B, W), in place, in n_steps (B, 1); yields after each step.
+
+    rule: the order, a Rule. look(where) -> logits (N, V) asks the model about positions of the canvas.
+    take(logits, u, where) -> tokens (N,). noise(step) -> three uniform numbers for each position.
+    """
+    n_open = block.sum(1, keepdim=True)  # (B, 1)
+
+    def n_written():
+        return (block & (canvas != mask_id)).sum(1, keepdim=True)
+
+    for step, (due, going) in enumerate(rule.pace(n_open, n_steps, n_written), 1):
+        lot, again_lot, u = noise(step)  # (B, W) each
+        holes = block & (canvas == mask_id)
+        again, candidates = rule.reopen(holes, block & ~holes & going, again_lot, n_open - due)
+        n = due - n_written() + again.sum(1, keepdim=True)  # so that `due` are written after this step
+        chosen, logits = rule.choose(look, candidates & (n > 0), n, lot)
+        canvas.masked_fill_(again, mask_id)
+        canvas[chosen] = take(logits, u[chosen.cpu()], chosen)  # .setitem
+        yield
+
+
+@torch.no_grad()
+def denoise(
+    model, canvas, steps=None, order="random", temperature=1.0, top_k=0, top_p=1.0, *,
+    seeds=None, tau=0.9, block_len=None, revise=0.0, guidance=0.0, token_nats=None, take=None,
+):  # fmt: skip
+    """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
+
+    The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay. After
+    step k of n, round(k/n) of each row's holes are set, so the last canvas has none; with more steps
+    than holes, it ends as soon as these are set, unless it rewrites. Without `steps`, 128, or half the
+    row's holes if that is more.
+
+    order: one of ORDERS; `rule_of` says what each does.
+    block_len: fill the canvas in blocks of this many positions, from left to right; each has its
+        share of the steps, and at least one (semi-autoregressive, 2502.09992). By default the canvas
+        is one block, or if it is longer than the model's block_size, blocks of a quarter of that.
+    revise: each step masks a written token again with this probability, as far as there are steps
+        left to write as many more (ReMDM 2503.00307, at a constant rate with its cap).
+    guidance: see `look_at`.
+    seeds: one for each row (0, 1, ..); what is written depends on the row's own, in any batch.
+    token_nats: (V,), minus the log of each token's share of the training text, for `information`.
+    take: how a token comes of its logits, in place of a draw at temperature, top_k and top_p: `read`
+        sets those of a given text, `Recorded` keeps the probability of each.
+    """
+    mask_id, (B, T), W = model.config.mask_id, canvas.shape, model.config.block_size
+    canvas, is_open = canvas.clone(), canvas == mask_id
+    seeds = range(B) if seeds is None else seeds
+    not_text = torch.tensor([mask_id, *model.config.special_ids], device=canvas.device)
+    given = torch.isin(canvas, not_text, invert=True)  # (B, T)
+    rule = rule_of(order, tau, token_nats, revise)
+    take = take or functools.partial(draw_at, temperature, top_k, top_p)
+    block_len = block_len or (W if T <= W else max(1, W // 4))
+    n_holes = is_open.sum(1, keepdim=True)  # (B, 1)
+    steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
+    if not is_open.any():
+        yield canvas
+    for number, window, block, n_steps in blocks(is_open, steps, block_len, W):
+        view = canvas[:, window]  # (B, W), written in place
+        look = look_at(model, view, given[:, window], guidance)
+        noise = functools.partial(uniforms, seeds, number, view)
+
+        def take_here(logits, u, chosen, window=window):
+            where = torch.zeros_like(is_open)
+            where[:, window] = chosen
+            return take(logits, u, where)
+
+        for _ in fill(view, block, n_steps, rule, look, take_here, noise, mask_id):
+            yield canvas.clone()
+
+
+def blocks(is_open, steps, block_len, W):
+    """A canvas in blocks, from left to right, those with holes: (number, window, holes, steps) of each.
+
+    The window is the slice of at most W positions through which the block is seen; holes are those of
+    is_open (B, T) that are the block's, (B, W) bool; steps (B, 1) are its share of steps (B, 1). A
+    canvas that is longer than W slides through, with up to a quarter of W in sight after the block.
+    """
+    T = is_open.shape[1]
+    n_before = F.pad(is_open.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
+    share = (n_before * steps / n_before[:, -1:].clamp(min=1)).round().long()
+    positions = torch.arange(T, device=is_open.device)
+    after = min(W // 4, (W - block_len) // 2)
+    for number, start in enumerate(range(0, T, block_len)):
+        end = min(start + block_len, T)
+        left = max(0, start + block_len + after - W) if T > W else 0
+        window = slice(left, left + W)
+        holes = (is_open & (positions >= start) & (positions < end))[:, window]
+        if holes.any():
+            yield number, window, holes, (share[:, end] - share[:, start]).clamp(min=1)[:, None]
+
+
+def look_at(model, canvas, given, guidance=0.0):
+    """look(where (B, W)) -> logits (N, V) of those positions, minus infinity for all that is no text.
+
+    It sees the canvas (B, W) as it is when asked. guidance w: (1 + w) times the logits less w times
+    those of a canvas whose prompt, `given` (B, W), is masked too, so that what the prompt makes
+    likelier becomes likelier still (2410.18514).
+    """
+    not_text = [model.config.mask_id, *model.config.special_ids]
+    guidance = guidance if guidance and given.any() else 0.0
+
+    def look(where):
+        rows = where.any(1)
+        if not rows.any():
+            return torch.zeros(0, model.config.vocab_size, device=canvas.device)
+        text, prompt, where = canvas[rows], given[rows], where[rows]  # rows without a question wait
+        if guidance:
+            text = torch.cat((text, text.masked_fill(prompt, model.config.mask_id)))
+            where = torch.cat((where, where))
+        logits = model(text, where=where)
+        if guidance:
+            logits, unguided = logits.float().chunk(2)
+            logits = logits + guidance * (logits - unguided)
+        logits[:, not_text] = -torch.inf
+        return logits
+
+    return look
+
+
+# --- orders: which holes are set next ------------------------------------------------------------
+#
+# An order scores the holes, and the highest are set. Some do without the logits. The others say how
+# sure the model is of a hole, from its distribution alone and not from the token that is then drawn.
+# So an order that writes each token once, with one hole a step, draws from a joint distribution of its
+# own, whose conditionals are the model's. (Since these do not quite agree, the joints differ a little.)
+
+
+def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
+    """The Rule of one of ORDERS. tau is for `threshold`, token_nats (V,) for `information`."""
+    said = functools.partial(expected_nats, token_nats=token_nats)
+    rule = {
+        "random": Rule(blind(at_random)),  # MDLM 2406.07524, MD4 2406.04329, with counts that are not drawn
+        "left": Rule(blind(leftmost)),  # the order of autoregressive models
+        "confidence": Rule(surest(largest)),  # LLaDA 2502.09992, MaskGIT 2202.04200: of the drawn token there
+        "margin": Rule(surest(margin)),  # 2502.06768
+        "entropy": Rule(surest(lambda logits: -entropy(logits))),  # Dream 2508.15487
+        "information": Rule(surest(lambda logits: -said(logits))),  # DiffusionBERT 2211.15029
+        "threshold": Rule(surest(largest, tau), pace=as_needed),  # Fast-dLLM 2505.22618
+        "remask": Rule(blind(at_random), pace=at_every_step, reopen=all_anew),  # Barry 2025
+    }[order]
+    if revise:
+        pace = at_every_step if rule.pace is evenly else rule.pace
+        rule = rule._replace(pace=pace, reopen=some_again(revise))
+    return rule
+
+
+def blind(score):
+    """Chosen before the model looks, by score(lot) (B, W): only the chosen need logits."""
+
+    def choose(look, candidates, n, lot):
+        chosen = highest(score(lot), candidates, n)
+        return chosen, look(chosen)
+
+    return choose
+
+
+def surest(score, tau=math.inf):
+    """The n of which the model is surest by score(logits) (N,), and all of which it is as sure as tau."""
+
+    def choose(look, candidates, n, lot):
+        logits = look(candidates)
+        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, in_parts(score, logits))
+        chosen = highest(scores, candidates, torch.maximum(n, (scores >= tau).sum(1, keepdim=True)))
+        return chosen, logits[chosen[candidates]]
+
+    return choose
+
+
+def highest(scores, candidates, n):
+    """The n (B, 1) candidates of each row with the highest scores, (B, W) bool."""
+    scores = scores.masked_fill(~candidates, -torch.inf)
+    ranks = scores.argsort(descending=True, stable=True).argsort()
+    return candidates & (ranks < n)
+
+
+def at_random(lot):
+    return lot
+
+
+def leftmost(lot):
+    return -torch.arange(lot.shape[1], device=lot.device, dtype=torch.float32).expand_as(lot)
+
+
+def largest(logits):
+    """Probability of the likeliest token, (N,)."""
+    return 1 / weights_of(logits).sum(-1)
+
+
+def margin(logits):
+    """Probability of the likeliest token less that of the next, (N,)."""
+    weights = weights_of(logits)
+    total = weights.sum(-1)
+    weights.scatter_(1, weights.argmax(-1, keepdim=True), 0)  # its 1, so that the next is the largest
+    return (1 - weights.amax(-1)) / total
+
+
+def entropy(logits):
+    """Minus the sum of p log p, (N,), in nats."""
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)  # 0 log 0 is 0
+    weights = logits.exp()
+    total = weights.sum(-1)
+    return total.log() - (weights.mul_(logits)).sum(-1) / total
+
+
+def expected_nats(logits, token_nats):
+    """What the token is expected to say, (N,), by its nats in token_nats (V,)."""
+    weights = weights_of(logits)
+    return (weights * token_nats.to(weights.device)).sum(-1) / weights.sum(-1)
+
+
+def at_every_step(n_open, n_steps, n_written):
+    """After step k of n, round(k/n) of the holes are written."""
+    for step in range(1, n_steps.max().item() + 1):
+        yield (n_open * step / n_steps).round().long().minimum(n_open), step <= n_steps
+
+
+def evenly(n_open, n_steps, n_written):
+    """The same, in no more steps than there are holes: each step sets one at least."""
+    return at_every_step(n_open, torch.minimum(n_steps, n_open.clamp(min=1)), n_written)
+
+
+def as_needed(n_open, n_steps, n_written):
+    """One more at each step, at least, until all are written."""
+    while (n_written() < n_open).any():
+        yield (n_written() + 1).minimum(n_open), n_open > 0
+
+
+def never(holes, written, lot, spare):
+    """What is written stays."""
+    return torch.zeros_like(holes), holes
+
+
+def all_anew(holes, written, lot, spare):
+    """All become holes again, and may be set at once. The model still sees what was written there."""
+    return written, holes | written
+
+
+def some_again(share):
+    """Each becomes a hole again with this probability, and may be set from the next step on."""
+
+    def reopen(holes, written, lot, spare):
+        n = (written & (lot < share)).sum(1, keepdim=True)
+        return highest(-lot, written, torch.minimum(n, spare)), holes
+
+    return reopen
+
+
+class Rule(NamedTuple):
+    """An order.
+
+    choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits.
+    pace(n_open, n_steps, n_written) -> for every step how many are to be written after it, at least,
+        and which rows still go on, (B, 1) each; n_written() counts those that are.
+    reopen(holes, written, lot (B, W), spare (B, 1)) -> which of the written become holes again, no more
+        than spare, and which positions may be set in this step, (B, W) each.
+    """
+
+    choose: Callable
+    pace: Callable = evenly
+    reopen: Callable = never
+
+
+# --- how a token is drawn ------------------------------------------------------------------------
+#
+# The draw must be that of the softmax, at a vocabulary of 50,000 too. In float32 it is not: Gumbel noise
+# and cumulative sums lose the tail, which lowers the temperature unseen and makes text look better than
+# the model is (2409.02908). So sums are in float64; and since a float64 copy of all logits would take
+# longer than the draw, they are made a few rows, and of long rows a few pieces, at a time.
+
+
+def uniforms(seeds, number, canvas, step):
+    """Uniform numbers for a step of block `number` of a canvas (B, W): two (B, W) float32 in [0, 1] for the
+    order, on its device, and one (B, W) float64 in (0, 1] for the draw, on the CPU.
+
+    They depend on the row's seed, the block's number, the step and the position alone (Philox, a
+    generator that counts), so that a row is written the same in every batch.
+    """
+    streams = [np.random.Philox(key=seed, counter=[0, 0, step, number]) for seed in seeds]
+    noise = [np.random.Generator(stream).random((canvas.shape[1], 3)) for stream in streams]
+    lot, again_lot, u = torch.from_numpy(np.stack(noise)).unbind(-1)
+    return lot.float().to(canvas.device), again_lot.float().to(canvas.device), 1 - u
+
+
+def draw_at(temperature, top_k, top_p, logits, u, where):
+    """A way to take: tokens (N,) drawn from logits (N, V) by u (N,)."""
+    return draw(logits, u, temperature, top_k, top_p)
+
+
+def read(text, logits, u, where):
+    """A way to take: the tokens of text (B, T) at where (B, T), whatever the logits are."""
+    return text[where]
+
+
+class Recorded:
+    """A way to take that keeps what the model, guided or not, gave each token when it was set.
+
+    log_p: (B, T) float32, in nats; 0 where none was. Of tokens that were `read`, in an order that looks
+    at the model's distributions alone, it sums to the log of the probability with which the sampler
+    writes that text at temperature 1 (DUEL 2603.01367).
+    """
+
+    def __init__(self, take, canvas):
+        self.take, self.log_p = take, torch.zeros(canvas.shape, device=canvas.device)
+
+    def __call__(self, logits, u, where):
+        tokens = self.take(logits, u, where)
+        self.log_p[where] = in_parts(log_probability, logits, tokens)
+        return tokens
 
 
 def in_parts(function, logits, *more):
@@ -74,45 +388,16 @@ def in_parts(function, logits, *more):
     return torch.cat([function(*part) for part in parts])
 
 
-def uniforms(seeds, block, step, T):
-    """Random numbers in [0, 1), (B, T, 3) float64 on the CPU: three for each position of each row.
-
-    They depend on the row's seed, the step and the position alone (Philox, a generator that counts),
-    so that a row is written the same in every batch.
-    """
-    streams = [np.random.Philox(key=seed, counter=[0, 0, step, block]) for seed in seeds]
-    return torch.from_numpy(np.stack([np.random.Generator(stream).random((T, 3)) for stream in streams]))
-
-
 def weights_of(logits, temperature=1.0):
     """The probabilities of logits (N, V) over the largest in the row, float32."""
     logits = logits.float()
     return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # overflows at no temperature
 
 
-def drop_tail(weights, enough):
-    """weights (N, K), largest first, without those behind a sum of `enough` (N, 1) (1904.09751)."""
-    before = weights.cumsum(-1) - weights  # the sum ahead of each
-    return weights.masked_fill(before >= enough, 0)
-
-
-def select(weights, u, size=256):
-    """Where the running sum of weights (N, V) first reaches the share u (N,) of the whole: (N,) int64.
-
-    In float64: a float32 draw, by Gumbel noise above all, would truncate the tail and so lower the
-    temperature unseen (2409.02908). First by sums over pieces of a long row, then inside of one.
-    """
-    if weights.shape[1] < 4 * size:
-        sums = weights.cumsum(-1, dtype=torch.float64)
-        return torch.searchsorted(sums, u[:, None] * sums[:, -1:]).squeeze(1)
-    pieces = F.pad(weights, (0, -weights.shape[1] % size)).view(len(weights), -1, size)
-    sums = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, V / size)
-    target = u[:, None] * sums[:, -1:]  # above 0, so that no weight of 0 is ever selected
-    piece = torch.searchsorted(sums, target)  # (N, 1)
-    target -= F.pad(sums, (1, 0)).gather(1, piece)
-    inside = pieces[torch.arange(len(weights), device=weights.device), piece[:, 0]].double().cumsum(-1)
-    place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:]))
-    return (piece * size + place).squeeze(1)
+def log_probability(logits, tokens):
+    """What logits (N, V) give to tokens (N,), in nats, (N,) float32."""
+    logits = logits.float()
+    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -140,311 +425,102 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return in_parts(draw_part, logits, u).to(logits.device)
 
 
-def probability_of(logits, tokens):
-    """What the model gives to tokens (N,), (N,)."""
-    weights = weights_of(logits)
-    return weights.gather(1, tokens[:, None]).squeeze(1) / weights.sum(-1)
+def drop_tail(weights, enough):
+    """weights (N, K), largest first, without those that follow a sum of `enough` (N, 1) (1904.09751)."""
+    before = weights.cumsum(-1) - weights  # the sum of those before each
+    return weights.masked_fill(before >= enough, 0)
 
 
-# --- orders: which holes are set next ------------------------------------------------------------
-#
-# An order scores the holes, and the highest are set. Some do without the logits. The others say how
-# sure the model is of a hole, from its distribution alone and not from the token that is then drawn:
-# one hole a step, in any of these orders, draws the model's own joint distribution.
+def select(weights, u, size=256):
+    """Where the running sum of weights (N, V) first reaches the share u (N,) of the whole: (N,) int64.
 
-
-def at_random(noise):
-    """Any hole, each as likely as the next, (B, T): ancestral sampling (MDLM 2406.07524, MD4 2406.04329)."""
-    return noise
-
-
-def leftmost(noise):
-    """The leftmost, (B, T): the order of autoregressive models."""
-    return -torch.arange(noise.shape[1], device=noise.device, dtype=torch.float32).expand_as(noise)
-
-
-def largest(logits):
-    """Probability of the likeliest token, (N,) (MaskGIT 2202.04200, LLaDA 2502.09992: greedily so)."""
-    return 1 / weights_of(logits).sum(-1)
-
-
-def margin(logits):
-    """Probability of the likeliest token less that of the next, (N,) (2502.06768)."""
-    weights = weights_of(logits)
-    total = weights.sum(-1)
-    weights.scatter_(1, weights.argmax(-1, keepdim=True), 0)  # its 1, so that the next is the largest
-    return (1 - weights.amax(-1)) / total
-
-
-def negative_entropy(logits):
-    """Sum of p log p, (N,), in nats (Dream 2508.15487)."""
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)  # 0 log 0 is 0
-    weights = logits.exp()
-    total = weights.sum(-1)
-    return (weights.mul_(logits)).sum(-1) / total - total.log()
-
-
-def negative_information(logits, token_nats):
-    """Minus what the token is expected to say, (N,), by its nats in token_nats (V,): the most informative
-    are set last, as DiffusionBERT masks them first (2211.15029).
+    First by sums over pieces of a long row, then inside of one.
     """
-    weights = weights_of(logits)
-    return -(weights * token_nats.to(weights.device)).sum(-1) / weights.sum(-1)
-
-
-UNSEEN = {"random": at_random, "remask": at_random, "left": leftmost}
-SURENESS = {"confidence": largest, "threshold": largest, "margin": margin, "entropy": negative_entropy}
-SURENESS["information"] = negative_information
-
-
-def highest(scores, candidates, n):
-    """The n (B, 1) candidates of each row with the highest scores, (B, T) bool."""
-    scores = scores.masked_fill(~candidates, -torch.inf)
-    ranks = scores.argsort(descending=True, stable=True).argsort()
-    return candidates & (ranks < n)
-
-
-# --- the loop ------------------------------------------------------------------------------------
-
-
-def blocks(is_open, steps, block_len, W):
-    """A canvas in blocks, from left to right, those with holes: (number, window, holes, steps) of each.
-
-    The window is the slice of at most W positions through which the block is seen; holes are those of
-    is_open (B, T) that are the block's, (B, W) bool; steps (B, 1) are its share of steps (B, 1). A
-    canvas that is longer than W slides through, with up to a quarter of W behind the block.
-    """
-    T = is_open.shape[1]
-    n_open = F.pad(is_open.cumsum(1), (1, 0))  # (B, T + 1): ahead of each position
-    share = (n_open * steps / n_open[:, -1:].clamp(min=1)).round().long()
-    positions = torch.arange(T, device=is_open.device)
-    margin = min(W // 4, (W - block_len) // 2)
-    for number, start in enumerate(range(0, T, block_len)):
-        end = min(start + block_len, T)
-        left = max(0, start + block_len + margin - W) if T > W else 0
-        window = slice(left, left + W)
-        holes = (is_open & (positions >= start) & (positions < end))[:, window]
-        if holes.any():
-            yield number, window, holes, (share[:, end] - share[:, start]).clamp(min=1)[:, None]
-
-
-def predict(model, canvas, where, given, guidance=0.0):
-    """Logits (N, V) of the positions `where` (B, T) of a canvas, minus infinity for all that is no text.
-
-    guidance w: (1 + w) times these less w times those of a canvas whose prompt, `given` (B, T), is
-    masked too, so that what the prompt makes likelier becomes likelier still (2502.09992).
-    """
-    rows = where.any(1)
-    if len(rows) > 1 and not rows.all():  # the others wait
-        canvas, where, given = canvas[rows], where[rows], given[rows]
-    guidance = guidance if guidance and given.any() else 0.0
-    if guidance:
-        canvas = torch.cat((canvas, canvas.masked_fill(given, model.config.mask_id)))
-        where = torch.cat((where, where))
-    padding = {}
-    if (canvas[:, -1] == NOTHING).any():
-        padding = {"padding": canvas == NOTHING}
-        canvas = canvas.clamp(min=0)
-    logits = model(canvas, where=where, **padding)
-    if guidance:
-        logits, unguided = logits.float().chunk(2)
-        logits = logits + guidance * (logits - unguided)
-    logits[:, [model.config.mask_id, *model.config.special_ids]] = -torch.inf
-    return logits
-
-
-def masked_again(written, noise, revise, limit):
-    """The written (B, T) that become holes again: each with probability revise, at most limit (B, 1)."""
-    n = (written & (noise < revise)).sum(1, keepdim=True)
-    return highest(-noise, written, torch.minimum(n, limit))
-
-
-@torch.no_grad()
-def denoise(
-    model, canvas, steps=None, order="random", temperature=1.0, top_k=0, top_p=1.0, *,
-    seeds=None, tau=0.9, block_len=None, revise=0.0, guidance=0.0, token_nats=None, text=None,
-    probability=None,
-):  # fmt: skip
-    """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
-
-    The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay, and
-    NOTHING stands behind the end of a shorter row. After step k of n, round(k/n) of each row's holes
-    are set, so the last canvas has none; with more steps than holes, it ends as soon as these are set,
-    unless it rewrites. Without `steps`, 128, or half the row's holes if that is more.
-
-    order: UNSEEN and SURENESS name the rules. Besides, `threshold` sets all of whose likeliest token the
-        model is as sure as tau, and at least one, in as many steps as it needs (Fast-dLLM 2505.22618);
-        and `remask` draws all that were open at the start anew at every step and makes the rest holes
-        again, so that early mistakes are written over (RoBERTa diffusion, Barry 2025).
-    block_len: fill the canvas in blocks of this many positions, from left to right; each has its
-        share of the steps, and at least one (semi-autoregressive, 2502.09992). By default the canvas
-        is one block, or if it is longer than the model's block_size, blocks of a quarter of that.
-    revise: each step masks a written token again with this probability, as far as there are steps
-        left to write as many more (ReMDM 2503.00307, at a constant rate with its cap).
-    seeds: one for each row (0, 1, ..); what is written depends on the row's own, in any batch of
-        canvases that are all longer than block_size or all not.
-    token_nats: (V,), minus the log of each token's share of the training text, for `information`.
-    text: (B, T) int64, tokens to set instead of drawing any. In an order that looks at the model's
-        distributions alone, their probabilities then multiply to exactly that with which the sampler
-        writes this text, at temperature 1 (DUEL 2603.01367).
-    probability: a (B, T) float tensor to fill with what the model, guided or not, gave each token when
-        it was set.
-    """
-    mask_id, (B, T), W = model.config.mask_id, canvas.shape, model.config.block_size
-    seeds = range(B) if seeds is None else seeds
-    canvas, is_open = canvas.clone(), canvas == mask_id
-    not_text = torch.tensor([mask_id, NOTHING, *model.config.special_ids], device=canvas.device)
-    given = torch.isin(canvas, not_text, invert=True)  # (B, T)
-    block_len = block_len or (W if T <= W else max(1, W // 4))
-    n_holes = is_open.sum(1, keepdim=True)  # (B, 1)
-    steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
-    score = UNSEEN.get(order) or SURENESS[order]
-    if order == "information":
-        score = functools.partial(score, token_nats=token_nats)
-    if not is_open.any():
-        yield canvas
-    for block, window, block_open, n_steps in blocks(is_open, steps, block_len, W):
-        view = canvas[:, window]  # (B, W), written in place
-        n_open = block_open.sum(1, keepdim=True)  # (B, 1)
-        if order == "threshold":
-            n_steps = n_open
-        elif order != "remask" and not revise:  # these set at least one a step, and then are done
-            n_steps = torch.minimum(n_steps, n_open.clamp(min=1))
-        for step in range(1, n_steps.max().item() + 1):
-            holes = block_open & (view == mask_id)
-            n_written = n_open - holes.sum(1, keepdim=True)
-            if order == "threshold" and not holes.any():
-                break
-            due = n_written + 1 if order == "threshold" else (n_open * step / n_steps).round().long()
-            due = torch.minimum(due, n_open)  # so many are written after this step, or more
-            candidates = block_open & (step <= n_steps) if order == "remask" else holes
-            noise = uniforms(seeds, block, step, view.shape[1])  # (B, W, 3)
-            order_noise, again_noise = noise[..., :2].to(canvas.device, torch.float32).unbind(-1)
-            n_set, again = due - (0 if order == "remask" else n_written), None
-            if revise:
-                again = masked_again(block_open & ~holes, again_noise, revise, n_open - due)
-                n_set = n_set + again.sum(1, keepdim=True)
-            if (candidates & (n_set > 0)).any():  # else the canvas stays, and with it the logits
-                if order in UNSEEN:  # chosen first: only these need logits
-                    chosen = highest(score(order_noise), candidates, n_set)
-                    logits = predict(model, view, chosen, given[:, window], guidance)  # (N, V)
-                else:
-                    logits = predict(model, view, holes, given[:, window], guidance)
-                    scores = torch.zeros_like(order_noise).masked_scatter(holes, in_parts(score, logits))
-                    if order == "threshold":
-                        n_set = torch.maximum(n_set, (holes & (scores >= tau)).sum(1, keepdim=True))
-                    chosen = highest(scores, holes, n_set)
-                    logits = logits[chosen[holes]]
-                if text is None:
-                    u = 1 - noise[chosen.cpu()][:, 2]  # in (0, 1]
-                    tokens = draw(logits, u, temperature, top_k, top_p)
-                else:
-                    tokens = text[:, window][chosen]
-                if probability is not None:
-                    probability[:, window][chosen] = in_parts(probability_of, logits, tokens)
-                view.masked_fill_(candidates if again is None else candidates | again, mask_id)
-                view[chosen] = tokens
-            yield canvas.clone()
+    if weights.shape[1] < 4 * size:
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(sums, u[:, None] * sums[:, -1:]).squeeze(1)
+    pieces = F.pad(weights, (0, -weights.shape[1] % size)).unflatten(1, (-1, size))
+    sums = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, V / size)
+    target = u[:, None] * sums[:, -1:]  # above 0, so that no weight of 0 is ever selected
+    piece = torch.searchsorted(sums, target)  # (N, 1)
+    target -= F.pad(sums, (1, 0)).gather(1, piece)
+    inside = pieces[torch.arange(len(weights), device=weights.device), piece[:, 0]].double().cumsum(-1)
+    place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:]))
+    return (piece * size + place).squeeze(1)
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
-def negative_log_likelihood(model, text, tokenizer, steps, batch_size=32, **flags):
-    """(nats, tokens) of a text under the sampler at temperature 1: minus the log of the probability with
-    which it writes the text, in windows of block_size that are independent of each other.
+def score(model, tokens, steps, batch_size=32, **flags):
+    """Minus the log of the probability with which the sampler writes tokens (N,) at temperature 1, in nats,
+    in windows of block_size that are independent of each other. flags: as denoise has them.
     """
     W, device = model.config.block_size, next(model.parameters()).device
-    windows = torch.tensor(tokenizer.encode(text)).split(W)
+    whole = len(tokens) // W * W
+    batches = [*tokens[:whole].view(-1, W).split(batch_size), tokens[None, whole:]]
     nats = 0.0
-    for start in tqdm(range(0, len(windows), batch_size), unit="batch", leave=False):
-        tokens = pad_sequence(windows[start : start + batch_size], True, NOTHING).to(device)  # (B, T)
-        canvas = tokens.masked_fill(tokens != NOTHING, model.config.mask_id)
-        probability = torch.ones(tokens.shape, device=device)
-        for _ in denoise(model, canvas, steps, text=tokens, probability=probability, **flags):
+    for x0 in tqdm(batches, unit="batch", leave=False):
+        x0 = x0.to(device)  # (B, W), and a last one that is shorter or empty
+        take = Recorded(functools.partial(read, x0), x0)
+        for _ in denoise(model, torch.full_like(x0, model.config.mask_id), steps, take=take, **flags):
             pass
-        nats -= probability.double().log().sum().item()
-    return nats, sum(map(len, windows))
+        nats -= take.log_p.cpu().double().sum().item()
+    return nats
 
 
-def check(config, prompts):
+def write(model, tokenizer, canvas, seeds, config, token_nats):
+    """Fill a canvas (B, T) as the flags say: (ids, log p per hole, History) of each row; the History is None
+    where no flag needs it.
+    """
+    holes, n_rows = canvas == tokenizer.mask_id, len(canvas)
+    shown = config.watch or config.save is not None
+    histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * n_rows
+    take = functools.partial(draw_at, config.temperature, config.top_k, config.top_p)
+    take = Recorded(take, canvas)
+    canvases = denoise(
+        model, canvas, config.steps, config.order, seeds=seeds, tau=config.tau, block_len=config.block_len,
+        revise=config.revise, guidance=config.guidance, token_nats=token_nats, take=take,
+    )  # fmt: skip
+    with Watch() if config.watch else nullcontext() as watch:
+        for canvas in tqdm(canvases, unit="step", leave=False, disable=config.watch):
+            if shown:
+                for history, ids, p in zip(histories, canvas.tolist(), take.log_p.exp().tolist()):
+                    history.add(ids, p)
+            if watch:
+                watch.show(histories[0], n_rows)
+    log_p = take.log_p.sum(1) / holes.sum(1).clamp(min=1)
+    return list(zip(canvas.tolist(), log_p.tolist(), histories))
+
+
+def check(config, given, prompts):
     """Raise Mistake for flags that cannot work together, before the model is loaded."""
-    for text in (*prompts, config.suffix):
-        if re.search("[\ud800-\udfff]", text):  # what Python makes of bytes that are no text
-            raise Mistake("--prompt: it is not UTF-8")
-    n_holes = max(sum(part[0] for part in split_prompt(text) if isinstance(part, range)) for text in prompts)
-    if n_holes > (config.length or MOST):
-        raise Mistake(f"--prompt: {n_holes} holes; the canvas has {config.length or MOST} tokens (--length)")
-    if HOLE.search(config.suffix):
-        raise Mistake("--suffix: holes go into --prompt, which may have several")
-    if config.revise and config.order == "remask":
-        raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
-    if config.guidance and not all(HOLE.sub("", text) or config.suffix for text in prompts):
-        raise Mistake("--guidance: it needs a --prompt to heed")
+    goes_with_score = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
+    wrong = [name for name in given if name not in goes_with_score]
+    if config.score is not None and wrong:
+        raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
     if config.score is not None and config.order in ("random", "remask"):
         raise Mistake(
             f"--score: under --order {config.order} a text has no one probability; see train.py's bound"
         )
+    if config.order == "threshold" and config.steps is not None:
+        raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
+    check_prompts(prompts, config.suffix, config.length or MOST)
+    if config.revise and config.order == "remask":
+        raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
+    if config.guidance and not all(HOLE.sub("", text) or config.suffix for text in prompts):
+        raise Mistake("--guidance: it needs a --prompt to heed")
     if config.save is not None:
-        path = Path(config.save)
-        if path.suffix not in (".html", ".svg"):
-            raise Mistake(f"--save {path}: the name of a page ends in .html, that of a picture in .svg")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise Mistake(f"--save {path}: it cannot be written there")
+        check_path(config.save)
     if config.ckpt == SampleConfig.ckpt and not os.path.exists(config.ckpt):
         raise Mistake(f"{config.ckpt}: there is no checkpoint yet; `python train.py` makes one")
-
-
-def write(model, tokenizer, rows, config, token_nats):
-    """Fill the canvases of rows [(text's number, ids, seed)] as the flags say: [(ids, log p, History)],
-    log p per token as the model gave it; the latter two are None where no flag needs them.
-    """
-    device = next(model.parameters()).device
-    start = pad_sequence([torch.tensor(ids) for _, ids, _ in rows], True, NOTHING).to(device)  # (B, T)
-    several = len({text for text, *_ in rows}) < len(rows)
-    recorded = config.watch or config.save is not None
-    probability = torch.ones(start.shape, device=device) if several or recorded else None
-    histories = [History(tokenizer, row) for row in start.tolist()] if recorded else [None] * len(rows)
-    canvas = start
-    canvases = denoise(
-        model, start, config.steps, config.order, config.temperature, config.top_k, config.top_p,
-        seeds=[seed for *_, seed in rows], tau=config.tau, block_len=config.block_len, revise=config.revise,
-        guidance=config.guidance, token_nats=token_nats, probability=probability,
-    )  # fmt: skip
-    with Watch() if config.watch else nullcontext() as watch:
-        for canvas in tqdm(canvases, unit="step", leave=False, disable=config.watch):
-            if recorded:
-                for history, ids, p in zip(histories, canvas.tolist(), probability.tolist()):
-                    history.add(ids, p)
-            if watch:
-                watch.show(histories[0], len(rows))
-    is_open = start == tokenizer.mask_id
-    log_p = [None] * len(rows)
-    if several:
-        log_p = ((probability.log() * is_open).sum(1) / is_open.sum(1).clamp(min=1)).tolist()
-    texts = [[i for i in ids if i != NOTHING] for ids in canvas.tolist()]
-    return list(zip(texts, log_p, histories))
-
-
-def likeliest(rows, written):
-    """Of every text the likeliest of its rows: rows [(text's number, ...)], written as `write` has it."""
-    best = {}
-    for (text, *_), (ids, log_p, history) in zip(rows, written):
-        if text not in best or log_p > best[text][1]:
-            best[text] = ids, log_p, history
-    return [best[text] for text in sorted(best)]
 
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
     config = SampleConfig(**given)
-    if config.score is not None:
-        goes = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
-        if wrong := [name for name in given if name not in goes]:
-            raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
     prompts = [*config.prompt, *map(read_text, config.prompt_file)] or [""]
-    check(config, prompts)
+    check(config, given, prompts)
     scored = None if config.score is None else read_text(config.score)
     if scored == "":
         raise Mistake(f"--score {config.score}: it is empty")
@@ -453,38 +529,37 @@ def main():
     token_nats = checkpoint.get("token_nats")
     if config.order == "information" and token_nats is None:
         raise Mistake(f"--order information: {config.ckpt} does not say how common its tokens are")
+    W = model.config.block_size
     if scored is not None:
         if tokenizer.bos_id is not None:
             raise Mistake("--score: not of a model whose lines begin with a token of their own")
-        flags = {
-            "order": config.order,
-            "tau": config.tau,
-            "block_len": config.block_len,
-            "token_nats": token_nats,
-        }
+        tokens = torch.tensor(tokenizer.encode(scored))
+        flags = {"order": config.order, "tau": config.tau, "block_len": config.block_len}
         with autocast(device, config.dtype):
-            nats, n_tokens = negative_log_likelihood(model, scored, tokenizer, config.steps, **flags)
+            nats = score(model, tokens, config.steps, token_nats=token_nats, **flags)
         bits = nats / math.log(2) / len(scored.encode())
-        return print(f"{nats / n_tokens:.4f} nats per token, {bits:.4f} bits per byte; {n_tokens:,} tokens")
-    W = model.config.block_size
-    rows = []
+        n = len(tokens)
+        return print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
+
+    rows = []  # (text's number, ids of its canvas, seed): a text is the likeliest of its rows
     for prompt in prompts:
         canvases = make_canvases(prompt, config.suffix, config.length, tokenizer, W)
         if (config.block_len or 0) > W or (config.block_len == W < max(map(len, canvases))):
             raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
         for sample in range(config.num_samples):
             rows += [(len(rows), ids, config.seed + sample) for ids in canvases]
-
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
-    began, results = time.perf_counter(), {}
+    began, best = time.perf_counter(), {}
     with autocast(device, config.dtype):
-        for long in (False, True):  # canvases that the model sees whole, and those it does not
-            group = [row for row in rows if (len(row[1]) > W) == long]
-            if group:
-                results |= zip(map(id, group), write(model, tokenizer, group, config, token_nats))
+        for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row[1])), lambda row: len(row[1])):
+            numbers, canvas, seeds = zip(*group)
+            canvas = torch.tensor(canvas, device=device)  # (B, T): rows of one batch have one length
+            for number, result in zip(numbers, write(model, tokenizer, canvas, seeds, config, token_nats)):
+                if number not in best or result[1] > best[number][1]:
+                    best[number] = result
     seconds = time.perf_counter() - began
-    texts = likeliest(rows, [results[id(row)] for row in rows])
+    texts = [best[number] for number in sorted(best)]
     for number, (ids, _, _) in enumerate(texts, 1):
         if len(texts) > 1:
             print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
@@ -494,8 +569,7 @@ def main():
     speed = f"{n_written:,} tokens in {seconds:.2f} s: {n_written / seconds:,.0f} tokens/s"
     print(f"{speed}, {len(passes)} forward passes", file=sys.stderr)
     if config.save is not None:
-        save = save_html if config.save.endswith(".html") else save_svg
-        save(config.save, [history for *_, history in texts])
+        save_histories(config.save, [history for *_, history in texts])
 
 
 if __name__ == "__main__":

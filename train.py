@@ -1,9 +1,14 @@
 """Train a masked text diffusion model: corrupt text with holes, learn to fill them.
 
-A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>` with probability t.
-The model sees the corrupted canvas xt and predicts x0 at the holes. What tells the methods apart
-has one place each: how t is drawn (`draw_levels`), how likely it masks each token (`mask_rates`), and
-what a hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion draws t from all of (0, 1].
+A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>` with a probability, its
+rate, that rises with t. The model sees the corrupted canvas xt and predicts x0 at the holes:
+
+    xt, holes, weights = corrupt(x0, text, t, u, ...)              # level -> rates -> holes -> weights
+    loss = (weights[holes] * cross_entropy(model(xt, where=holes), x0[holes])).sum()
+
+Three choices tell the methods apart, and each has one place: how t is drawn (`draw_levels`), the rate of
+each token (`mask_rates`), and what a hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion
+draws t from all of (0, 1].
 
     python train.py                                      # ten minutes on the Python library
     python train.py --data shakespeare --max_minutes 5
@@ -11,26 +16,58 @@ what a hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion dra
     python train.py --eval_only --init_from out/ckpt.pt
 """
 
+import dataclasses
+import functools
+import itertools
 import math
 import shutil
 import sys
-import textwrap
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data.canvas import inert
-from data.corpus import load_corpus
-from data.files import Log, replacing
-from data.flags import Mistake, command, ctrl_c, flag, parse
-from data.prompt import make_canvases
-from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device, save_checkpoint
+from data.canvas.prompt import make_canvases
+from data.corpus import load_corpus, token_nats
+from data.run.checkpoint import save_checkpoint
+from data.run.errors import Mistake, command, ctrl_c
+from data.run.fast import Muon, cross_entropy
+from data.run.files import replacing
+from data.run.flags import Span, as_plain, flag, from_plain, parse
+from data.run.machine import autocast, pick_device
+from data.run.report import Report
+from model import ModelConfig, Transformer, load_checkpoint
 from sample import denoise
+
+
+class Level(NamedTuple):
+    """How noise levels are drawn: `uniform`, `bell:S`, `grid:N`, or a number, which is kind `fixed`."""
+
+    kind: str
+    value: float = 0.0
+
+    @classmethod
+    def from_text(cls, text):
+        kind, colon, value = text.partition(":")
+        if not colon and kind != "uniform":
+            kind, value = "fixed", text
+        try:
+            value = int(value) if kind == "grid" else float(value or 0)
+            limits = {"uniform": not colon, "bell": 0 < value < math.inf, "grid": 1 <= value <= 2**20}
+            fits = {**limits, "fixed": 0 < value <= 1 and not colon}[kind]
+        except (ValueError, KeyError):
+            fits = False
+        if not fits:
+            raise ValueError("uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
+        return cls(kind, value)
+
+    def __str__(self):
+        return {"uniform": "uniform", "fixed": str(self.value)}.get(self.kind, f"{self.kind}:{self.value}")
+
+
+UNIFORM = Level("uniform")
 
 
 @dataclass
@@ -41,12 +78,14 @@ class TrainConfig:
     init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
     eval_only: bool = flag(False, "print the NELBO of --init_from and stop")
     # noise and objective
-    level: str = flag("bell:1.2", "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
+    level: Level = flag(Level("bell", 1.2), "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     one_level: bool = flag(False, "draw one t for the whole batch, not one a sequence")
     slant: float = flag(0.0, "mask the right end first by this much, to write from the left", least=0)
     spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
-    prompt_len: str = flag("0:16", "tokens at the start that stay: N, or a range M:N; 0 for --eval_only")
+    prompt_len: Span = flag(
+        Span(0, 16), "tokens at the start that stay: N, or a range M:N; 0 for --eval_only"
+    )
     # model
     n_layer: int = flag(4, "blocks", least=1)
     n_head: int = flag(2, "attention heads", least=1)
@@ -80,38 +119,23 @@ class TrainConfig:
     seed: int = flag(0, "of weights, batches, levels and masks", least=0, most=2**32)
 
 
-# The fields that shape the model; a model that is loaded has its own.
-SHAPE = ("n_layer", "n_head", "n_embd", "conv", "causal", "norm", "position")
-
-
-# --- noise ---------------------------------------------------------------------------------------
+# --- the objective -------------------------------------------------------------------------------
 
 
 def draw_levels(level, B, generator):
     """Noise levels of a batch: t (B, 1) in (0, 1].
 
-    Stratified: t_b = (u + b/B) mod 1 with one u for all, so that every batch covers all levels; the
+    Stratified: t_b = (v + b/B) mod 1 with one v for all, so that every batch covers all levels; the
     variance of the loss falls and its mean stays. `bell:S` sends these through a normal of scale S
-    and a sigmoid (2605.13026): language is local, so the middle levels teach most. `grid:N` rounds
-    them up to 1/N .. 1 (D3PM's N steps, 2107.03006). A number is itself, for every sequence.
+    and a sigmoid (the idea of 2605.13026: language is local, so the middle levels teach most). `grid:N`
+    rounds them up to 1/N .. 1 (D3PM's N steps, 2107.03006). A number is itself, for every sequence.
     """
-    u = 1 - (torch.rand(1, generator=generator) + torch.arange(B)[:, None] / B) % 1  # (B, 1) in (0, 1]
-    kind, _, value = level.partition(":")
-    if kind == "uniform":
-        return u
-    if kind == "bell":
-        return torch.sigmoid(float(value) * torch.special.ndtri(u.clamp(max=1 - 1e-6)))
-    if kind == "grid":
-        return (u * int(value)).ceil() / int(value)
-    return torch.full_like(u, float(kind))
-
-
-def maskable(x0, prompt_len, special_ids):
-    """Which tokens of x0 (B, T) may become holes, bool: not the first prompt_len, (B, 1) or a number,
-    and none that is not text, such as RoBERTa's `<s>`.
-    """
-    text = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype), invert=True)
-    return text & (torch.arange(x0.shape[1]) >= prompt_len)
+    t = 1 - (torch.rand(1, generator=generator) + torch.arange(B)[:, None] / B) % 1  # (B, 1) in (0, 1]
+    if level.kind == "bell":
+        return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
+    if level.kind == "grid":
+        return (t * level.value).ceil() / level.value
+    return t if level.kind == "uniform" else torch.full_like(t, level.value)
 
 
 def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
@@ -125,6 +149,63 @@ def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
     return (rate + spindle * torch.sin(torch.pi * t) * information).clamp(0, 1)  # (B, T)
 
 
+def hole_weights(weight, rates, slant, n_holes, n_text):
+    """What a hole counts in the loss, (B, T).
+
+    `elbo`: rate'(t)/rate(t), which is 1/t without a slant, over the number of tokens that could be
+    holes; the expectation of this loss is the bound in nats per token (2502.09992, eq. 3) for uniform
+    levels, and D3PM's N-step bound for grid:N. A token whose rate has reached 1 before t has is a hole
+    for good, and counts no more.
+    `mean`: 1 over the number of holes in the batch. With a level for each sequence all levels' holes
+    count alike. With one level for the whole batch (RoBERTa diffusion) a batch of few holes counts as
+    much as one of many, so that a hole counts 1/t: in expectation this is the elbo by another name.
+    """
+    if weight == "mean":
+        return torch.full_like(rates, 1 / max(1, n_holes))
+    slope = (1 + slant) * (rates < 1) if slant else 1.0
+    return slope / (rates.clamp(min=1e-12) * max(1, n_text))
+
+
+def corrupt(x0, text, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, information=0.0):
+    """x0 (B, T) with holes, xt; where they are, bool; and what each counts in the loss: (B, T) each.
+
+    text (B, T) bool: which tokens may become holes. t (B, 1): noise levels. u (B, T): uniform numbers in
+    [0, 1); a token is a hole when its rate at t has risen above its u.
+    """
+    rates = mask_rates(t, x0.shape[1], slant, spindle, information)  # (B, T)
+    holes = text & (u < rates)  # (B, T)
+    weights = hole_weights(weight, rates, slant, holes.sum().item(), text.sum().item())  # (B, T)
+    return x0.masked_fill(holes, mask_id), holes, weights
+
+
+def loss_of(model, x0, xt, holes, weights):
+    """The loss of each sequence, (B,): the sum over its holes of weight times cross-entropy, in nats."""
+    nats = cross_entropy(model(xt, where=holes), x0[holes])  # (N,)
+    return torch.zeros_like(weights).masked_scatter(holes, weights[holes] * nats).sum(1)
+
+
+def draw_batch(split, config, generator, model_config, token_nats=None):
+    """A batch of windows of a split, corrupted: x0, xt, holes and weights, (B, T) each."""
+    B, T = config.batch_size, config.block_size
+    starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
+    x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
+    t = draw_levels(config.level, 1 if config.one_level else B, generator).expand(B, 1)
+    prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
+    text = maskable(x0, prompt_len, model_config.special_ids)
+    information = relative_information(x0, token_nats) if config.spindle else 0.0
+    u = torch.rand(x0.shape, generator=generator)
+    noise = {"slant": config.slant, "spindle": config.spindle, "information": information}
+    return x0, *corrupt(x0, text, t, u, model_config.mask_id, config.weight, **noise)
+
+
+def maskable(x0, prompt_len, special_ids):
+    """Which tokens of x0 (B, T) may become holes, bool: not the first prompt_len, (B, 1) or a number,
+    and none that is not text, such as RoBERTa's `<s>`.
+    """
+    text = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype), invert=True)
+    return text & (torch.arange(x0.shape[1]) >= prompt_len)
+
+
 def relative_information(x0, token_nats):
     """How much more than the mean of its sequence each token of x0 (B, T) says, (B, T): 1 - mean / own,
     from token_nats (V,), minus the log of each token's share of the training split (2211.15029).
@@ -133,103 +214,78 @@ def relative_information(x0, token_nats):
     return 1 - nats.mean(1, keepdim=True) / nats
 
 
-def draw_holes(rates, text, generator):
-    """Which tokens are masked, (B, T) bool: those of text (B, T), by their rates, (B, T) or (B, 1)."""
-    return text & (torch.rand(text.shape, generator=generator) < rates)
+# --- the bound -----------------------------------------------------------------------------------
+#
+# The same corruption and loss, with levels uniform (or of a grid) and the weight elbo. Levels are
+# stratified over STRATA sequences at a time: enough to take most of the variance out, and few enough for
+# many groups, whose draws then show what variance is left.
 
-
-def hole_weights(weight, rates, slant, n_holes, n_text):
-    """What each hole counts in the loss, (B, T); the loss is the sum over all holes.
-
-    `mean`: an average over the holes of the batch. `elbo`: rate'(t)/rate(t), which is 1/t without a
-    slant, over the number of tokens that could be holes; the expectation of this loss is the bound in
-    nats per token (2502.09992, eq. 3) for uniform levels, and D3PM's N-step bound for grid:N. A token whose
-    rate has reached 1 before t has is a hole for good, and counts no more.
-    """
-    if weight == "mean":
-        return torch.full_like(rates, 1 / max(1, n_holes))
-    slope = (1 + slant) * (rates < 1) if slant else 1.0
-    return slope / (rates.clamp(min=1e-12) * max(1, n_text))
-
-
-class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of logits (N, V) and target (N,), in nats, (N,), without a float32 copy of the logits.
-
-    The gradient takes the logits' place in memory, a few rows at a time: at RoBERTa's vocabulary
-    they are by far the largest tensor of a training step.
-    """
-
-    @staticmethod
-    def rows(logits):
-        return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
-
-    @staticmethod
-    def forward(ctx, logits, target):
-        parts = logits.split(CrossEntropy.rows(logits))
-        log_z = torch.cat([part.to(torch.float32).logsumexp(-1) for part in parts])  # (N,)
-        ctx.save_for_backward(logits, target, log_z)
-        return log_z - logits.gather(1, target[:, None]).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, target, log_z = ctx.saved_tensors
-        logits, rows = logits.detach(), CrossEntropy.rows(logits)
-        for part, y, z, g in zip(*(tensor.split(rows) for tensor in (logits, target, log_z, gradient))):
-            p = (part.to(torch.float32) - z[:, None]).exp()
-            p[torch.arange(len(p), device=p.device), y] -= 1
-            part.copy_(p * g[:, None])
-        return logits, None
-
-
-def hole_nats(model, x0, xt, holes):
-    """Cross-entropy of x0 at each hole given the canvas xt, in nats, (N,)."""
-    return CrossEntropy.apply(model(xt, where=holes), x0[holes])
-
-
-# --- likelihood ----------------------------------------------------------------------------------
-
-
-# Levels of the bound are stratified over this many sequences at a time: enough to take most of the
-# variance out, and few enough for many groups, whose draws then show what variance is left.
 STRATA = 16
 
 
-def masked_first(text, t, slant, generator):
-    """Holes (B, T), and what each counts, (B, T), in the bound in nats per sequence.
+def uniform_holes(x0, text, t, mask_id, generator):
+    """What `corrupt` returns, without the variance of 1/t (2502.09992, eq. 6): of the M tokens of text the
+    first k = ceil(tM) of a random order are holes, and each counts M/k.
+    """
+    M = text.sum(1, keepdim=True)  # (B, 1)
+    order = torch.rand(text.shape, generator=generator).masked_fill(~text, torch.inf)
+    place = order.argsort(1).argsort(1)  # (B, T): 0 .. M - 1 are text
+    return corrupt(x0, text, (t * M).ceil() / M, place / M, mask_id)
 
-    Of a sequence's M tokens of text (B, T) the first k = ceil(tM) to be masked are holes, t (B, 1).
-    They share the weight M, each by its chance to be the one masked last of them: all alike without
-    a slant (2502.09992, eq. 6), else as rate'/rate has it at that level. The mean is that of
-    rate'/rate over levels and holes, but there is no 1/t that blows up.
+
+def grid_holes(x0, text, t, mask_id, generator):
+    """The same for t of grid:N: the mean over t is D3PM's sum over its N steps (2107.03006)."""
+    return corrupt(x0, text, t, torch.rand(text.shape, generator=generator), mask_id)
+
+
+def slanted_holes(x0, text, t, mask_id, generator, slant):
+    """The same where rates are slanted by w: r_i(t) = clip(t(1 + w) - w(1 - i/(T-1)), 0, 1).
+
+    Token i is masked at level s_i = (u_i + w(1 - i/(T-1))) / (1 + w), at which its rate rises above u_i.
+    The first k = ceil(tM) to be masked are holes, the last of them at level s. Each of the k was that
+    last one with a probability proportional to r_i'(s) / r_i(s), and counts M times that probability.
+    So the mean is that of rate'/rate over levels and holes, but no weight is above M.
     """
     M = text.sum(1, keepdim=True)  # (B, 1)
     early = slant * (1 - torch.linspace(0, 1, text.shape[1]))
-    masked_at = (torch.rand(text.shape, generator=generator) + early) / (1 + slant)  # each token's level
+    masked_at = (torch.rand(text.shape, generator=generator) + early) / (1 + slant)  # (B, T)
     place = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1)  # (B, T), 0 is masked first
     holes = place < (t * M).ceil()
     last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
     rates = mask_rates(last, text.shape[1], slant)
     # A rate that is 1 before that level does not rise there; the last itself is not lost to rounding.
     chance = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
-    return holes, M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
+    weights = M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
+    return x0.masked_fill(holes, mask_id), holes, weights / text.sum()
 
 
 @torch.no_grad()
 def sequence_bounds(
-    model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level="uniform", slant=0.0, strata=STRATA
+    model,
+    tokens,
+    prompt_len=0,
+    draws=1,
+    batch_size=64,
+    seed=0,
+    level=Level("uniform"),
+    slant=0.0,
+    strata=STRATA,
 ):
     """Unbiased estimates of the NELBO of each of tokens (N, T) int64, (draws, N) nats, and how many of its
-    tokens are text behind the prompt, (N,).
+    tokens are text after the prompt, (N,).
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
     (2406.07524); for level grid:N D3PM's, t one of 1/N .. 1. The same seed gives the same numbers. The
     draws are independent of each other; strata=1 makes the levels so, too, to compare.
     """
-    if level != "uniform" and (slant or not level.startswith("grid:")):
+    if level.kind not in ("uniform", "grid") or (slant and level.kind == "grid"):
         raise ValueError(f"level {level}, slant {slant}: the bound is uniform's, slanted or not, or grid:N's")
+    holes_of = {"uniform": uniform_holes, "grid": grid_holes}[level.kind]
+    if slant:
+        holes_of = functools.partial(slanted_holes, slant=slant)
     generator = torch.Generator().manual_seed(seed)
-    device, N = next(model.parameters()).device, len(tokens)
-    all_text = maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
+    (N, _), config, device = tokens.shape, model.config, next(model.parameters()).device
+    all_text = maskable(tokens, prompt_len, config.special_ids)  # (N, T)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike: they should not have neighbouring levels.
     levels = [draw_levels(level, n, generator)[torch.randperm(n, generator=generator)] for n in sizes]
@@ -239,138 +295,62 @@ def sequence_bounds(
     nats = []
     for rows in torch.arange(draws * N).split(batch_size):
         x0, text = tokens[rows % N], all_text[rows % N]  # (B, T)
-        if level == "uniform":
-            holes, weights = masked_first(text, t[rows], slant, generator)
-        else:
-            holes = draw_holes(t[rows], text, generator)
-            weights = holes / t[rows]
-        x0, holes, weights = x0.to(device), holes.to(device), weights.to(device)
-        xt = x0.masked_fill(holes, model.config.mask_id)
-        losses = torch.zeros_like(weights).masked_scatter(holes, hole_nats(model, x0, xt, holes))
-        nats.append((weights * losses).sum(1).cpu())
+        batch = x0, *holes_of(x0, text, t[rows], config.mask_id, generator)
+        losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,), shares of a mean over text
+        nats.append(losses.cpu() * text.sum())
     model.train(was_training)
     return torch.cat(nats).double().view(draws, N), all_text.sum(1)
 
 
+class Bound(float):
+    """A NELBO in nats per token, with its standard `error` over seeds for the same text. The error says
+    nothing of other texts, and is nan if there was one draw.
+    """
+
+    error = math.nan
+
+
 def nelbo(model, tokens, **flags):
-    """Negative evidence lower bound of tokens (N, T) int64, in nats per token; flags as sequence_bounds has.
+    """Negative evidence lower bound of tokens (N, T) int64, a Bound; flags as sequence_bounds has them.
 
     For uniform levels it is also the mean negative log-likelihood over all orders of generation
     (2406.03736); a slant makes those from the left likelier.
     """
-    return mean_nats(*sequence_bounds(model, tokens, **flags))
+    nats, n_text = sequence_bounds(model, tokens, **flags)
+    bound = Bound(nats.mean(0).sum() / n_text.sum())
+    if len(nats) > 1:  # from how far the draws of each group of sequences are apart
+        sums = torch.stack([group.sum(1) for group in nats.split(STRATA, dim=1)])  # (groups, draws)
+        bound.error = (sums.var(1).sum() / len(nats)).sqrt().item() / n_text.sum().item()
+    return bound
 
 
-def mean_nats(nats, n_text):
-    """The NELBO of all sequences together from sequence_bounds, in nats per token."""
-    return (nats.mean(0).sum() / n_text.sum()).item()
+# --- the loop ------------------------------------------------------------------------------------
 
 
-def standard_error(nats, n_text):
-    """Of mean_nats, over seeds and for this text, in nats per token: from how far two draws or more of each
-    group of sequences are apart. It says nothing of other texts.
+def train(run, batches):
+    """Train on batches, (x0, xt, holes, weights) each; yields the loss of each step, in nats per hole or per
+    token as --weight says, and its gradient's norm. If that is not finite, the weights stay as they were.
     """
-    sums = torch.stack([group.sum(1) for group in nats.split(STRATA, dim=1)])  # (groups, draws)
-    return (sums.var(1).sum() / len(nats)).sqrt().item() / n_text.sum().item()
-
-
-def windows(split, T, n_tokens):
-    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
-    count = max(1, min(n_tokens, len(split)) // T)
-    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
-    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
-
-
-# --- the run -------------------------------------------------------------------------------------
-
-
-def parse_prompt_len(text):
-    """`16` or `0:64` as (low, high), both included."""
-    low, _, high = text.partition(":")
-    if not (low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)):
-        raise Mistake(f"--prompt_len {text}: a number of tokens such as 16, or a range such as 0:64")
-    return int(low), int(high or low)
-
-
-def check(config):
-    """Raise Mistake for flags that cannot work together, before anything is written."""
-    kind, _, value = config.level.partition(":")
-    try:
-        known = {
-            "uniform": lambda: config.level == "uniform",
-            "bell": lambda: 0 < float(value) < math.inf,
-            "grid": lambda: 1 <= int(value) <= 2**20,
-        }.get(kind, lambda: 0 < float(config.level) <= 1)()
-    except ValueError:
-        known = False
-    if not known:
-        raise Mistake(f"--level {config.level}: uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
-    if config.eval_only and config.init_from == "scratch":
-        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
-    bound = config.eval_only or config.weight == "elbo"
-    if config.spindle and bound:
-        raise Mistake(
-            f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
-            "it goes with --weight mean, and not with --eval_only"
-        )
-    if config.slant and config.spindle:
-        raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
-    if config.slant and kind == "grid" and bound:
-        raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
-    if bound and kind not in ("uniform", "grid"):
-        # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
-        reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
-        raise Mistake(f"--level {config.level}: {reason} the bound, which needs uniform or grid:N")
-    if config.eval_only and not config.prompt_len.isdecimal():
-        raise Mistake(f"--prompt_len {config.prompt_len}: --eval_only needs one number")
-    if config.batch_size % config.grad_accum:
-        raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
-    if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
-        raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
-    if parse_prompt_len(config.prompt_len)[1] >= config.block_size:
-        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
-
-
-def make_optimizers(model, config):
-    """Muon (2502.16982) on the blocks' matrices and AdamW on the rest, or AdamW on all.
-
-    Muon's update is scaled to the size of AdamW's, so one learning rate serves both.
-    """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    decay = {"weight_decay": config.weight_decay}
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], **decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
-    if matrices:
-        optimizers += [torch.optim.Muon(matrices, lr=config.lr, **decay, adjust_lr_fn="match_rms_adamw")]
-    return optimizers
-
-
-def token_information(split, vocab_size):
-    """Minus the log of each token's share of a split, in nats, (V,); one more of each, so that none is 0."""
-    parts = np.array_split(split, len(split) // 2**24 + 1)
-    counts = torch.from_numpy(sum(np.bincount(part, minlength=vocab_size) for part in parts) + 1.0)
-    return -(counts / counts.sum()).log().float()
-
-
-def draw_batch(split, config, generator, special_ids=(), token_nats=None):
-    """A corrupted batch: x0 (B, T) int64, holes (B, T) bool and what each hole counts (B, T)."""
-    B, T = config.batch_size, config.block_size
-    starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
-    x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
-    t = draw_levels(config.level, 1 if config.one_level else B, generator).expand(B, 1)
-    low, high = parse_prompt_len(config.prompt_len)
-    prompt_len = torch.randint(low, high + 1, (B, 1), generator=generator)
-    text = maskable(x0, prompt_len, special_ids)
-    information = relative_information(x0, token_nats) if config.spindle else 0.0
-    rates = mask_rates(t, T, config.slant, config.spindle, information)
-    holes = draw_holes(rates, text, generator)
-    n_holes, n_text = holes.sum().item(), text.sum().item()
-    return x0, holes, hole_weights(config.weight, rates, config.slant, n_holes, n_text)
+    config, model, scaler = run.config, run.model, run.scaler
+    for batch in batches:
+        loss, lr = 0.0, run.learning_rate()
+        for i in range(config.grad_accum):  # each piece has levels from all of (0, 1]
+            piece = [tensor[i :: config.grad_accum].to(run.device) for tensor in batch]
+            with run.precision:
+                mean_nats = loss_of(model, *piece).sum()
+            scaler.scale(mean_nats).backward()
+            loss += mean_nats.item()
+        for optimizer in run.optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+        for optimizer in run.optimizers if math.isfinite(norm) else ():
+            scaler.step(optimizer)
+        scaler.update()  # in float16 gradients overflow now and then: it lowers their scale
+        model.zero_grad(set_to_none=True)
+        run.step += 1
+        yield loss, norm
 
 
 class Run:
@@ -383,21 +363,24 @@ class Run:
             steps = config.epochs * train_tokens / (config.batch_size * config.block_size)
             self.max_iters = min(self.max_iters, math.ceil(steps))
         self.precision = autocast(device, config.dtype)
-        self.optimizers = make_optimizers(model, config)
+        self.optimizers = make_optimizers(model, config, self.precision.fast_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
         self.step, self.minutes, self.best = 0, 0.0, math.inf
+        # The bound that its noise trains for: ckpt.pt is the checkpoint at which this was lowest.
+        self.bound = {"prompt_len": config.prompt_len.low, "slant": config.slant}
+        self.bound_name = bound_name(**self.bound)
 
     def state(self):
         random = {"batches": self.generator.get_state(), "cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
-            "train": asdict(self.config),
+            "train": as_plain(self.config),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "random": random,
-            **{name: getattr(self, name) for name in ("step", "minutes", "best", "token_nats")},
+            **{name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "token_nats")},
         }
 
     def restore(self, state):
@@ -410,7 +393,9 @@ class Run:
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        self.step, self.minutes, self.best = state["step"], state["minutes"], state["best"]
+        self.step, self.minutes = state["step"], state["minutes"]
+        if self.bound == state.get("bound", {"prompt_len": 0, "slant": 0.0}):  # as an earlier version chose
+            self.best = state["best"]
 
     def progress(self):
         """How far the run is, in [0, 1], by the limit that will end it: steps or minutes."""
@@ -419,66 +404,67 @@ class Run:
         by_minutes = self.minutes / (self.config.max_minutes or default)
         return min(1.0, max(by_steps, by_minutes))
 
-    def evals_due(self):
-        """How many of the run's evaluations should have been made by now."""
-        return int(self.progress() * self.config.evals)
-
     def learning_rate(self):
         """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
         warmup, progress = self.config.warmup, self.progress()
-        rise = progress / warmup if progress < warmup else 1.0
-        return self.config.lr * min(rise, (1 - progress) / (1 - warmup))
+        rise = max(progress, 0.001) / warmup if progress < warmup else 1.0  # the first step moves, too
+        return self.config.lr * min(1.0, rise, (1 - progress) / (1 - warmup))
 
-    def update(self, batch):
-        """One optimizer step on a batch, in grad_accum pieces. Returns its loss, in nats per hole
-        or per token as --weight says, and its gradient's norm; if that is not finite, the
-        weights stay as they were.
-        """
-        loss = 0.0
-        for x0, holes, weights in zip(*(tensor.chunk(self.config.grad_accum) for tensor in batch)):
-            weights = weights[holes].to(self.device)  # (N,)
-            x0, holes = x0.to(self.device), holes.to(self.device)
-            with self.precision:
-                xt = x0.masked_fill(holes, self.model.config.mask_id)
-                piece = (weights * hole_nats(self.model, x0, xt, holes)).sum()
-            self.scaler.scale(piece).backward()
-            loss += piece.item()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-        limit = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if math.isfinite(norm):
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()  # in float16 gradients overflow now and then: it lowers their scale
-        self.model.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss, norm
 
-    def evaluate(self, val_tokens, val_counts, **flags):
-        """NELBO of val_tokens (N, T): its estimates, nats per token and bits per byte."""
-        with self.precision:
-            estimates = sequence_bounds(self.model, val_tokens, seed=self.config.seed, **flags)
-        nats = mean_nats(*estimates)
-        text = maskable(val_tokens, 0, self.model.config.special_ids).float().mean().item()
-        return estimates, nats, nats * text * val_counts["tokens"] / val_counts["bytes"] / math.log(2)
+# --- what stands around it: optimizers, reports, flags -------------------------------------------
 
-    def sample(self, tokenizer):
-        """A short text written from an empty canvas."""
-        canvases = make_canvases("", "", self.config.block_size, tokenizer, self.config.block_size)
-        canvas = torch.tensor(canvases, device=self.device)  # (1, T)
-        self.model.eval()
-        with self.precision:
-            *_, canvas = denoise(self.model, canvas, steps=64, temperature=0.7)
-        self.model.train()
-        return tokenizer.decode(canvas[0].tolist())
+
+def make_optimizers(model, config, dtype):
+    """Muon on the blocks' matrices and AdamW on the rest, or AdamW on all."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
+    if matrices:
+        optimizers += [Muon(matrices, config.lr, config.weight_decay, dtype)]
+    return optimizers
+
+
+def windows(split, T, n_tokens):
+    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
+    count = max(1, min(n_tokens, len(split)) // T)
+    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
+    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
+
+
+def evaluate(run, tokens, counts, **flags):
+    """The Bound of tokens (N, T) in nats per token, and in bits per byte; counts are those of their split."""
+    with run.precision:
+        bound = nelbo(run.model, tokens, seed=run.config.seed, **flags)
+    share = maskable(tokens, 0, run.model.config.special_ids).float().mean().item()
+    return bound, bound * share * counts["tokens"] / counts["bytes"] / math.log(2)
+
+
+def bound_name(prompt_len=0, slant=0.0, level=UNIFORM):
+    """What to call the bound of these flags."""
+    of = [f"level {level}"] * (level.kind != "uniform") + [f"slant {slant:g}"] * (slant > 0)
+    of += [f"after a prompt of {prompt_len}"] * (prompt_len > 0)
+    return f"NELBO ({', '.join(of)})" if of else "NELBO"
+
+
+def sample(run, tokenizer):
+    """A short text written from an empty canvas."""
+    T = run.config.block_size
+    canvas = torch.tensor(make_canvases("", "", T, tokenizer, T), device=run.device)  # (1, T)
+    run.model.eval()
+    with run.precision:
+        *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
+    run.model.train()
+    return tokenizer.decode(canvas[0].tolist())
 
 
 def save(run, tokenizer, nats=math.inf):
-    """Write last.pt, and ckpt.pt as well if its NELBO, in nats per token, is the best so far."""
-    best, run.best = nats < run.best, min(nats, run.best)
+    """Write last.pt, and ckpt.pt as well if its bound, in nats per token, is the lowest so far."""
+    best, run.best = nats < run.best, float(min(nats, run.best))
     last = Path(run.config.out_dir) / "last.pt"
     save_checkpoint(last, run.model, tokenizer, **run.state())
     if best:
@@ -486,100 +472,103 @@ def save(run, tokenizer, nats=math.inf):
             shutil.copyfileobj(source, file)
 
 
-def train(run, tokenizer, corpus):
-    """Train until the run is complete or Ctrl-C; writes log.csv, last.pt, and ckpt.pt at the best NELBO."""
-    config, out_dir = run.config, Path(run.config.out_dir)
-    train_split, val_split, meta = corpus
-    val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log = Log(out_dir / "log.csv", run.step)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"{parameters:,} parameters on {run.device} in {run.precision.fast_dtype}")
-
-    run.model.train()
-    start = time.perf_counter() - 60 * run.minutes
-    layout = "{percentage:3.0f}%|{bar:20}| {desc}"
-    pace = 0.5 if sys.stderr.isatty() else 10  # seconds between drawings
-    bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace)
-    with ctrl_c() as stopped, bar:
-        while run.progress() < 1 and not stopped:
-            before, lr, evals_done = time.perf_counter(), run.learning_rate(), run.evals_due()
-            batch = draw_batch(
-                train_split, config, run.generator, run.model.config.special_ids, run.token_nats
-            )
-            loss, norm = run.update(batch)
-            now = time.perf_counter()
-            run.minutes = (now - start) / 60
-            speed = batch[0].numel() / (now - before)
-            nats = bits = None
-            if run.evals_due() > evals_done:
-                _, nats, bits = run.evaluate(val_tokens, meta["val"])
-            finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
-            if not finite or not math.isfinite(nats or 0):
-                kept = f"{out_dir / 'last.pt'} is from before" if run.best < math.inf else "nothing was saved"
-                raise Mistake(
-                    f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}, validation NELBO {nats}; "
-                    f"a smaller --lr may help ({kept})"
-                )
-            if nats or run.step % config.log_every == 0:
-                log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
-            if nats:
-                save(run, tokenizer, nats)
-                bar.write(
-                    f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation NELBO "
-                    f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n"
-                    + textwrap.indent(inert(run.sample(tokenizer)), "  | ", lambda line: True)
-                )
-            left = run.minutes / run.progress() * (1 - run.progress())
-            text = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
-            bar.set_description_str(text, refresh=False)
-            bar.update(run.progress() - bar.n)
-    if run.progress() < 1:
-        save(run, tokenizer)
-        print(f"stopped at step {run.step}; --init_from resume goes on from there", file=sys.stderr)
-        sys.exit(130)
+def print_bound(run, val_split, counts):
+    """Print the bound of a split, or of --eval_tokens of it, with its standard error."""
+    config = run.config
+    tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
+    draws = 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows and more, to show the error
+    flags = {"level": config.level, "slant": config.slant, "prompt_len": config.prompt_len.low}
+    bound, bits = evaluate(run, tokens, counts, draws=draws, **flags)
+    print(
+        f"{config.data}: {bound_name(**flags)} {bound:.4f} nats per token (standard error {bound.error:.4f}), "
+        f"{bits:.4f} bits per byte, perplexity {math.exp(bound):.3f}; {tokens.numel():,} validation tokens, {draws} draws"
+    )
 
 
-def load_model(config, given):
-    """The model of --init_from, its tokenizer and the checkpoint, with config brought in line with it."""
+def compile_ahead(run, draw, report):
+    """Have torch compile at passes of every kind before the clock of a run starts; they leave no trace."""
+    generator, run.generator = run.generator, torch.Generator()
+    with torch.random.fork_rng():
+        for batch in (draw(), draw(), draw()):
+            with run.precision:
+                loss_of(run.model, *(tensor.to(run.device) for tensor in batch)).sum().backward()
+            run.model.zero_grad(set_to_none=True)
+        report.evaluate()
+        report.sample()
+    run.generator = generator
+    report.start_clock()
+
+
+# The fields that shape the model; a model that is loaded has its own.
+SHAPE = ("n_layer", "n_head", "n_embd", "conv", "causal", "norm", "position")
+
+
+def settle(given):
+    """What the run uses, of what was given and what the checkpoint of --init_from was trained with: (config,
+    model, tokenizer, checkpoint), the latter three None for a run from scratch.
+    """
+    config = TrainConfig(**given)
+    if config.init_from == "scratch":
+        return config, None, None, None
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
         raise Mistake(f"--init_from {path}: --out_dir {config.out_dir} would overwrite it; name another")
     dropout = {"dropout": given["dropout"]} if "dropout" in given else {}
     model, tokenizer, checkpoint = load_checkpoint(path, **dropout)
-    saved = checkpoint.get("train", {})
-    if resume and not config.eval_only:
-        try:
-            config = TrainConfig(**{**saved, **given, "out_dir": config.out_dir})
-        except TypeError as error:
-            raise Mistake(f"{path}: cannot be resumed ({error})") from None
-    elif config.eval_only:  # what it was trained on, unless --data names another
-        config.data = given.get("data", saved.get("data", config.data))
-        config.prompt_len, config.level = given.get("prompt_len", "0"), given.get("level", "uniform")
-    longest = model.config.block_size
-    config.block_size = given.get("block_size", saved.get("block_size", longest))
+    trained, longest = checkpoint.get("train", {}), model.config.block_size
+    kept = trained if resume else {}
+    if config.eval_only:  # the corpus that it was trained on, and whole texts
+        kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
+    shape = {name: getattr(model.config, name) for name in SHAPE}
+    own = {"block_size": trained.get("block_size", longest), "out_dir": config.out_dir, **shape}
+    try:
+        config = dataclasses.replace(from_plain(TrainConfig, {**kept, **own}), **given)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Mistake(f"{path}: cannot be resumed ({error})") from None
     if config.block_size > longest:
         raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
-    for name in SHAPE:
-        value = getattr(model.config, name)
-        if given.get(name, value) != value:
-            raise Mistake(f"--{name} {given[name]}: the model in {path} has {value}")
-        setattr(config, name, value)
-    return model, tokenizer, checkpoint, config
+    for name, value in shape.items():
+        if getattr(config, name) != value:
+            raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
+    return config, model, tokenizer, checkpoint
+
+
+def check(config):
+    """Raise Mistake for flags that cannot work together, before anything is written."""
+    if config.eval_only and config.init_from == "scratch":
+        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
+    bound = config.eval_only or config.weight == "elbo"
+    if config.spindle and bound:
+        raise Mistake(
+            f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
+            "it goes with --weight mean, and not with --eval_only"
+        )
+    if config.slant and config.spindle:
+        raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
+    if config.slant and config.level.kind == "grid" and bound:
+        raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
+    if bound and config.level.kind not in ("uniform", "grid"):
+        # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
+        reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
+        raise Mistake(f"--level {config.level}: {reason} the bound, which needs uniform or grid:N")
+    if config.eval_only and config.prompt_len.low < config.prompt_len.high:
+        raise Mistake(f"--prompt_len {config.prompt_len}: --eval_only needs one number")
+    if config.batch_size % config.grad_accum:
+        raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
+    if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
+        raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
+    if config.prompt_len.high >= config.block_size:
+        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
 
 
 def main():
-    given = parse(TrainConfig, __doc__.splitlines()[0])
-    config = TrainConfig(**given)
-    checkpoint = None
-    if config.init_from != "scratch":
-        model, tokenizer, checkpoint, config = load_model(config, given)
+    config, model, tokenizer, checkpoint = settle(parse(TrainConfig, __doc__.splitlines()[0]))
     check(config)
     device = pick_device(config.device)
     train_split, val_split, corpus_tokenizer, meta = load_corpus(config.data, config.block_size)
-    if checkpoint is None:
-        torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    if model is None:
         tokenizer = corpus_tokenizer
         shape = {name: getattr(config, name) for name in (*SHAPE, "block_size", "dropout")}
         shape["special_ids"] = tokenizer.special_ids
@@ -589,19 +578,10 @@ def main():
     model.to(device)
     if config.compile:
         model.compile()
-    token_nats = None if config.eval_only else token_information(train_split, tokenizer.vocab_size)
-    run = Run(config, model, device, len(train_split), token_nats)
+    said = torch.from_numpy(token_nats(meta, train_split, tokenizer.vocab_size))
+    run = Run(config, model, device, len(train_split), said)
     if config.eval_only:
-        tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
-        draws = 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows and more, to show the error
-        flags = {"level": config.level, "slant": config.slant, "prompt_len": int(config.prompt_len)}
-        estimates, nats, bits = run.evaluate(tokens, meta["val"], draws=draws, **flags)
-        error = standard_error(*estimates)
-        print(
-            f"{config.data}: NELBO {nats:.4f} nats per token (standard error {error:.4f}), {bits:.4f} bits "
-            f"per byte, perplexity {math.exp(nats):.3f}; {tokens.numel():,} validation tokens, {draws} draws"
-        )
-        return
+        return print_bound(run, val_split, meta["val"])
     if config.init_from == "resume":
         try:
             run.restore(checkpoint)
@@ -613,7 +593,32 @@ def main():
             raise Mistake(
                 "--init_from resume: that run is complete; more --max_iters, --epochs or --max_minutes go on"
             )
-    train(run, tokenizer, (train_split, val_split, meta))
+    val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)
+    report = Report(
+        run,
+        Path(config.out_dir),
+        lambda: evaluate(run, val_tokens, meta["val"], **run.bound),
+        lambda: sample(run, tokenizer),
+        lambda nats: save(run, tokenizer, nats),
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters on {device} in {run.precision.fast_dtype}")
+    model.train()
+
+    def draw():
+        return draw_batch(train_split, config, run.generator, model.config, said)
+
+    with ctrl_c() as stopped, report.bar:
+        if config.compile:
+            compile_ahead(run, draw, report)
+        for loss, norm in train(run, (draw() for _ in itertools.count())):
+            report(loss, norm)
+            if run.progress() >= 1 or stopped:
+                break
+    if run.progress() < 1:
+        save(run, tokenizer)
+        print(f"stopped at step {run.step}; --init_from resume goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""A corpus is a folder: train.bin and val.bin, token ids as uint16, and meta.json beside them."""
+"""A corpus is a folder: train.bin and val.bin, token ids as uint16, and meta.json beside them.
+
+meta.json has the tokenizer and the source; of each split how many tokens and bytes it has, and its
+sha256; and how often each token occurs in the training split.
+"""
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 
-from data.files import replacing
-from data.flags import Mistake
-from data.tokenizer import tokenizer_from_state
+from data.run.errors import Mistake
+from data.run.files import replacing
+from data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
 DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
@@ -21,8 +27,10 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
     """Write data/NAME from pieces, (split, text) pairs that are read one at a time.
 
     encode: text to ids (the tokenizer's encode). The files take their names at the end, meta.json
-    last; on an error none does. Returns its dict.
+    last; on an error none does. Returns its dict. Mistake if data/ can have no folder of that name.
     """
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise Mistake(f"--name {name}: a corpus is one folder of data/, so no path but a name is needed")
     if tokenizer.vocab_size > 2**16:
         raise Mistake(
             f"{source}: its tokens are kept as 16-bit numbers, and {tokenizer.vocab_size:,} are too many"
@@ -31,25 +39,28 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
     folder = DATA / name
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
+    occurrences = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     with ExitStack() as stack:
         meta_file, *bins = [
             stack.enter_context(replacing(folder / file)) for file in ("meta.json", "train.bin", "val.bin")
         ]
         files = dict(zip(SPLITS, bins))
         for split, text in pieces:
-            ids = encode(text)
-            data = np.array(ids, dtype=np.uint16).tobytes()
-            files[split].write(data)
-            digests[split].update(data)
+            ids = np.array(encode(text), dtype=np.uint16)
+            files[split].write(ids)
+            digests[split].update(ids)
             counts[split]["tokens"] += len(ids)
             # Bits per byte are those of the bytes that are predicted: a newline that became a token is not.
             newline = text.endswith("\n") and tokenizer.eos_id in ids
             counts[split]["bytes"] += len(text.encode("utf-8")) - newline
+            if split == "train":
+                np.add.at(occurrences, ids, 1)
         for split in SPLITS:
             if counts[split]["tokens"] == 0:
                 raise Mistake(f"{source}: too little text, its {split} split is empty")
             counts[split]["sha256"] = digests[split].hexdigest()
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state}
+        meta |= {"occurrences": occurrences.tolist()}
         meta_file.write(json.dumps(meta, indent=1).encode())
     tokens = ", ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
     print(f"{folder}: {tokens} tokens")
@@ -101,6 +112,7 @@ def load_corpus(name, block_size=1):
         tokenizer = tokenizer_from_state(meta["tokenizer"])
         train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
         intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
+        intact &= len(meta.get("occurrences", range(tokenizer.vocab_size))) == tokenizer.vocab_size
     except (ValueError, KeyError, TypeError, FileNotFoundError):
         intact = False
     if not intact:
@@ -110,3 +122,34 @@ def load_corpus(name, block_size=1):
             shortage = f"{len(tokens)} tokens, fewer than one --block_size of {block_size}"
             raise Mistake(f"--data {name}: its {split} split has {shortage}")
     return train, val, tokenizer, meta
+
+
+def token_nats(meta, train, vocab_size):
+    """How much each token says: minus the log of its share of the training split, in nats, (V,) float32.
+
+    One occurrence more of each than there are, so that none says infinitely much.
+    """
+    occurrences = meta.get("occurrences")
+    if occurrences is None:  # an earlier version prepared it: count them now
+        parts = np.array_split(train, len(train) // 2**24 + 1)
+        occurrences = sum(np.bincount(part, minlength=vocab_size) for part in parts)
+    smoothed = np.array(occurrences) + 1.0
+    return -np.log(smoothed / smoothed.sum()).astype(np.float32)
+
+
+def tokenizer_by_name(name):
+    """`bytes`; `gpt2`, whose merges tiktoken downloads once and keeps; or that of a checkpoint's path."""
+    if name == "bytes":
+        return ByteTokenizer()
+    if name.endswith(".pt") or os.path.isfile(name):
+        from data.run.checkpoint import read_checkpoint  # torch takes a second to load; only this needs it
+
+        return tokenizer_from_state(read_checkpoint(name)["tokenizer"])
+    if name != "gpt2":
+        raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # what requests raises is an OSError
+        raise Mistake(f"--tokenizer gpt2: tiktoken cannot download its merges ({error})") from None
+    merges = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    return BPETokenizer([token.decode("latin-1") for token in merges], encoding._pat_str)

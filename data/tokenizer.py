@@ -8,13 +8,10 @@ sampling never writes them.
 
 import codecs
 import functools
-import os
 import re
 import unicodedata
 
 import tiktoken
-
-from data.flags import Mistake
 
 # What a special token becomes in decoded text; the others become nothing.
 SHOWN = {"<mask>": "<mask>", "[MASK]": "<mask>", "[UNK]": "[UNK]", "<unk>": "<unk>"}
@@ -188,21 +185,3 @@ def tokenizer_from_state(state):
     """The inverse of `.state`."""
     kinds = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer}
     return kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
-
-
-def tokenizer_by_name(name):
-    """`bytes`; `gpt2`, whose merges tiktoken downloads once and keeps; or that of a checkpoint's path."""
-    if name == "bytes":
-        return ByteTokenizer()
-    if name.endswith(".pt") or os.path.isfile(name):
-        from model import read_checkpoint  # which needs this file
-
-        return tokenizer_from_state(read_checkpoint(name)["tokenizer"])
-    if name != "gpt2":
-        raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # what requests raises is an OSError
-        raise Mistake(f"--tokenizer gpt2: tiktoken cannot download its merges ({error})") from None
-    merges = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    return BPETokenizer([token.decode("latin-1") for token in merges], encoding._pat_str)

@@ -25,9 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from data.corpus import load_corpus
-from data.flags import command, flag, parse
 from data.roberta.prepare import byte_symbols
-from model import ModelConfig, Transformer, autocast, load_checkpoint, pick_device
+from data.run.errors import command
+from data.run.flags import flag, parse
+from data.run.machine import autocast, pick_device
+from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import STRATA, Run, TrainConfig, draw_batch, nelbo, sequence_bounds, standard_error, windows
 

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 
 from data.corpus import load_corpus
-from data.flags import Mistake, argument, command, flag, parse
 from data.hmm.prepare import text_nats
-from model import autocast, load_checkpoint, pick_device
+from data.run.errors import Mistake, command
+from data.run.flags import argument, flag, parse
+from data.run.machine import autocast, pick_device
+from model import load_checkpoint
 from sample import ORDERS, denoise
 from train import hole_nats, mean_nats, nelbo, sequence_bounds, standard_error, windows
 

@@ -23,10 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import tiny_model
 
-from data.canvas import HOLE, History, columns, inert, lines_of, save_html, save_svg, tokens_of, visible
+from data.canvas.history import HOLE, History, columns, inert, lines_of, tokens_of, visible
+from data.canvas.picture import save_html, save_svg
+from data.run.checkpoint import save_checkpoint
 from data.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
-from model import ModelConfig, Transformer, save_checkpoint
-from sample import denoise
+from model import ModelConfig, Transformer
+from sample import Recorded, denoise, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = ByteTokenizer()
@@ -56,7 +58,7 @@ def test_pieces_join_to_the_text(tokenizer, data):
 def test_a_character_of_several_tokens_appears_with_its_last():
     assert BYTES.pieces(list("aé日".encode())) == ["a", "", "é", "", "", "日"]
     assert BYTES.pieces([0xC3, 256, 0xA9]) == ["\ufffd", "<mask>", "\ufffd"]
-    assert tokens_of(BYTES, [97, 256, 10, -1]) == ["a", HOLE, "\n"]
+    assert tokens_of(BYTES, [97, 256, 10]) == ["a", HOLE, "\n"]
 
 
 @given(st.text())
@@ -84,10 +86,11 @@ def test_lines_keep_to_the_width(tokens, width):
 def run_of(start, steps=8, order="random", **flags):
     """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
     model = tiny_model(V=256, T=len(start))
-    canvas, probability = torch.tensor([start]), torch.ones(1, len(start))
-    run, canvases = History(BYTES, start), [(start, probability[0].tolist())]
-    for canvas in denoise(model, canvas, steps, order, probability=probability, **flags):
-        canvases.append((canvas[0].tolist(), probability[0].tolist()))
+    canvas = torch.tensor([start])
+    take = Recorded(lambda logits, u, where: draw(logits, u), canvas)
+    run, canvases = History(BYTES, start), [(start, [1.0] * len(start))]
+    for canvas in denoise(model, canvas, steps, order, take=take, **flags):
+        canvases.append((canvas[0].tolist(), take.log_p[0].exp().tolist()))
         run.add(*canvases[-1])
     return run, canvases
 
@@ -127,7 +130,7 @@ def test_the_page_is_small_and_alone(tmp_path):
 def test_text_in_the_page_is_inert(tmp_path):
     save_html(tmp_path / "run.html", [run_of([*NASTY.encode(), 256])[0]])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
-    template = (ROOT / "data" / "canvas.html").read_text(encoding="utf-8")
+    template = (ROOT / "data" / "canvas" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
     assert "\x1b" not in page
     (run,) = json.loads(data_of(page))

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import data.corpus
+import data.run.report
 import sample
 import train
 from data.corpus import write_corpus
-from data.flags import Mistake, command
+from data.run.errors import Mistake, command
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer
 from model import Transformer, load_checkpoint
@@ -56,6 +57,15 @@ def run_train(patch, flags):
 
 def run_process(*arguments, **kwargs):
     return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **kwargs)
+
+
+def copy_project(folder):
+    """The code without its corpora, as in a fresh clone."""
+    for path in [ROOT / "model.py", ROOT / "train.py", ROOT / "sample.py", *(ROOT / "data").rglob("*.*")]:
+        if path.suffix in (".py", ".html"):
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
 
 
 def state_of(folder):
@@ -136,11 +146,11 @@ def test_score_prints_the_likelihood_of_the_sampler(tmp_path, monkeypatch, capsy
 
 def test_from_a_text_to_samples_as_a_user_would(tmp_path):
     (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
-    corpus = tmp_path / "poem"
-    prepared = run_process(ROOT / "data/text/prepare.py", tmp_path / "poem.txt", "--name", corpus)
+    copy_project(tmp_path)
+    prepared = run_process("data/text/prepare.py", "poem.txt", cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr
-    flags = f"--data {corpus} --out_dir {tmp_path}/out --max_iters 60 --evals 2 {SMALL}".split()
-    trained = run_process(ROOT / "train.py", *flags)
+    flags = f"--data poem --max_iters 60 --evals 2 {SMALL}".split()
+    trained = run_process("train.py", *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "nats per token" in trained.stdout
     assert "bits per byte" in trained.stdout
@@ -197,12 +207,7 @@ def test_eval_only_prints_the_same_number_and_writes_nothing(world, monkeypatch,
 
 def test_python_corpus_is_made_when_it_is_missing(tmp_path):
     """In a copy of the project: a fresh clone has no corpus."""
-    for name in ("model.py", "train.py", "sample.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for path in (ROOT / "data").rglob("*.py"):
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
+    copy_project(tmp_path)
     result = run_process("train.py", "--max_iters", 1, *SMALL.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "data/python is not there yet" in result.stdout
@@ -242,16 +247,16 @@ def test_resume_is_bitwise_identical(tmp_path, monkeypatch):
     """A run stopped by Ctrl-C after some steps and resumed equals one that was never stopped."""
     flags = f"--data book --max_iters 12 --evals 3 --log_every 1 --dropout 0.1 {SMALL}"
     run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/whole")
-    update, steps = train.Run.update, []
+    draw_batch, steps = train.draw_batch, []
 
-    def update_then_interrupt(run, batch):
-        steps.append(run.step)
+    def interrupt_in_step_7(*args):
+        steps.append(args)
         if len(steps) == 7:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(run, batch)
+        return draw_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "update", update_then_interrupt)
+        patch.setattr(train, "draw_batch", interrupt_in_step_7)
         with pytest.raises(SystemExit) as stopped:
             run_train(patch, f"{flags} --out_dir {tmp_path}/halves")
     assert stopped.value.code == 130
@@ -266,15 +271,16 @@ def test_resume_is_bitwise_identical(tmp_path, monkeypatch):
 
 def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_twice(tmp_path, monkeypatch):
     flags = f"--data book --max_iters 12 --evals 3 --log_every 1 {SMALL} --out_dir {tmp_path}/out"
-    update = train.Run.update
+    draw_batch, steps = train.draw_batch, []
 
-    def update_or_die(run, batch):
-        if run.step == 6:
+    def die_in_step_7(*args):
+        steps.append(args)
+        if len(steps) == 7:
             raise RuntimeError("killed")
-        return update(run, batch)
+        return draw_batch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "update", update_or_die)
+        patch.setattr(train, "draw_batch", die_in_step_7)
         with pytest.raises(RuntimeError, match="killed"):
             run_train(patch, flags)
     run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}/out")
@@ -285,15 +291,17 @@ def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_tw
 def test_minutes_bound_a_run_and_its_learning_rate(tmp_path, monkeypatch):
     """On a clock that moves 3 seconds each time it is read, which is twice a step."""
     ticks = itertools.count(step=3.0)
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(data.run.report, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_minutes 1 --log_every 1 {SMALL}")
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["minutes"]) for row in rows] == pytest.approx([0.1 * step for step in range(1, 11)])
-    whole = train.TrainConfig.lr / (1 - train.TrainConfig.warmup)
-    assert [float(row["lr"]) for row in rows[1:]] == pytest.approx(
-        [whole * (1 - 0.1 * step) for step in range(1, 10)], rel=1e-4
-    )
+    minutes = [float(row["minutes"]) for row in rows]
+    assert minutes == pytest.approx([0.1 * step - 0.05 for step in range(1, 12)])
+    config = train.TrainConfig
+    assert float(rows[0]["lr"]) == pytest.approx(config.lr * 0.001 / config.warmup)  # above 0
+    whole = config.lr / (1 - config.warmup)
+    expected = [whole * (1 - before) for before in minutes[:-1]]
+    assert [float(row["lr"]) for row in rows[1:]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
@@ -432,6 +440,7 @@ SAMPLE_MISTAKES = {
     ("--save", "run.png"): ".html",
     ("--save", ""): "--save",
     ("--save", "nowhere/run.svg"): "nowhere/run.svg",
+    ("--order", "threshold", "--steps", "9"): "--steps 9",
     ("--score", "book.txt", "--order", "random"): "no one probability",
     ("--score", "book.txt", "--order", "remask"): "no one probability",
     ("--score", "book.txt", "--order", "left", "--top_k", "3"): "--top_k",
@@ -513,11 +522,18 @@ def test_a_checkpoint_of_another_tokenizer(monkeypatch, capsys):
 PREPARE_MISTAKES = [
     ("text", ["good", "--nonsense"], "--nonsense"),
     ("text", ["good", "--tokenizer", "klingon"], "bytes, gpt2"),
-    ("text", ["good", "--name", "{here}/good/below"], "good"),
+    ("text", ["good", "--name", "{here}/new"], "one folder of data/"),
+    ("text", ["good", "--name", "../new"], "--name ../new"),
+    ("text", ["good", "--name", "text/new"], "--name text/new"),
+    ("text", ["good", "--name", ".."], "--name .."),
+    ("text", ["good", "--name", ""], "one folder of data/"),
+    ("python", ["--name", "../new"], "--name ../new"),
+    ("hmm", ["--name", "../new", "--tokens", "10000"], "--name ../new"),
+    ("text", ["good", "--name", "prepare.py/.."], "one folder of data/"),
     ("text", [], "path"),
     ("text", ["none"], "no such file"),
-    ("text", ["latin", "--name", "{here}/new"], "not UTF-8"),
-    ("text", ["empty", "--name", "{here}/new"], "no text"),
+    ("text", ["latin", "--name", "never-written"], "not UTF-8"),
+    ("text", ["empty", "--name", "never-written"], "no text"),
     ("python", ["--tokenizer", "klingon"], "bytes, gpt2"),
     ("shakespeare", ["--file", "good"], "sha256"),
     ("shakespeare", ["--file", "none"], "No such file"),
@@ -549,7 +565,8 @@ def test_a_corpus_is_streamed(tmp_path):
     peaks = []
     for megabytes in (6, 60):
         (tmp_path / "text").write_text("A line of text that comes again and again.\n" * (megabytes * 23_000))
-        prepare_text = ROOT / "data/text/prepare.py", tmp_path / "text", "--name", tmp_path / "corpus"
+        copy_project(tmp_path)
+        prepare_text = tmp_path / "data/text/prepare.py", tmp_path / "text", "--name", "corpus"
         peaks.append(int(run_process("-c", script, *prepare_text).stdout.split()[-1]) / 1024)
     assert peaks[1] < peaks[0] + 10
 

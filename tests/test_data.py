@@ -16,8 +16,8 @@ import data.corpus
 import data.python.prepare as python_prepare
 import data.shakespeare.prepare as shakespeare_prepare
 from data.corpus import load_corpus, split_at, write_corpus
-from data.files import download, replacing
-from data.flags import Mistake
+from data.run.errors import Mistake
+from data.run.files import download, replacing
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 

@@ -1,5 +1,6 @@
 """The denoiser: what it draws, what it leaves alone, and in which order."""
 
+import functools
 import math
 
 import pytest
@@ -8,22 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Conditionals, all_texts, chi_square_p, tiny_model
 
-from data.flags import Mistake
-from data.prompt import make_canvases, split_prompt
+from data.canvas.prompt import make_canvases, split_prompt
+from data.run.errors import Mistake
 from data.tokenizer import ByteTokenizer
-from sample import (
-    NOTHING,
-    ORDERS,
-    SURENESS,
-    denoise,
-    draw,
-    likeliest,
-    predict,
-    uniforms,
-)
+from sample import ORDERS, Recorded, denoise, draw, look_at, read, uniforms
 from train import nelbo
 
-CHOSEN_UNSEEN = [order for order in ORDERS if order not in SURENESS]
+BLIND = ["random", "remask", "left"]  # orders that choose before the model looks
+SCORED = [order for order in ORDERS if order not in ("random", "remask")]  # a text has one probability
 STAYING = [order for order in ORDERS if order != "remask"]  # what they set stays set
 
 
@@ -229,7 +222,7 @@ def test_only_what_the_rule_needs_has_logits(order):
     model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
     complete(model, torch.full((2, 8), 5), steps=4, order=order, block_len=4, tau=1.0)
     expected = {"remask": [4, 8, 4, 8], "threshold": [8, 6, 4, 2] * 2}
-    assert rows == expected.get(order, [4] * 4 if order in CHOSEN_UNSEEN else [8, 4, 8, 4])
+    assert rows == expected.get(order, [4] * 4 if order in BLIND else [8, 4, 8, 4])
 
 
 def test_threshold_sets_all_that_is_sure_and_at_least_one():
@@ -327,7 +320,7 @@ def test_random_and_remask_equal_a_slow_loop():
     for order in ("random", "remask"):
         expected, holes = start.clone(), [i for i in range(10) if i != 3]
         for step in range(1, 5):
-            noise = uniforms([5], 0, step, 10)[0, :, 0].float()
+            noise = uniforms([5], 0, expected[None], step)[0][0]
             mine = holes if order == "remask" else [i for i in holes if expected[i] == 7]
             n = round(9 * step / 4) - (0 if order == "remask" else 9 - len(mine))
             chosen = sorted(mine, key=lambda i: noise[i], reverse=True)[:n]
@@ -337,64 +330,53 @@ def test_random_and_remask_equal_a_slow_loop():
         assert complete(model, start[None], 4, order, 0, seeds=[5])[0].tolist() == expected.tolist()
 
 
-def test_likeliest_keeps_the_likeliest_of_each_text():
-    rows = [(0, [1], 5), (0, [1, 2], 5), (0, [3], 5), (3, [4], 6)]
-    written = [([1], -0.5, "a"), ([1, 2], -0.2, "b"), ([3], -0.9, "c"), ([4], None, None)]
-    assert likeliest(rows, written) == [([1, 2], -0.2, "b"), ([4], None, None)]
-
-
 @pytest.mark.parametrize("flags", [{}, {"block_len": 3}, {"revise": 0.3, "top_p": 0.9}, {"guidance": 1.0}])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_row_is_written_the_same_in_any_batch(order, flags, device):
-    """Prompts, holes and lengths of all kinds, and a canvas that is longer than the model's."""
+    """Prompts and holes of all kinds, and a canvas that is longer than the model's."""
     if order == "remask" and "revise" in flags:
         pytest.skip("remask revises all")
-    for T in (12, 5):
-        model = tiny_model(V=7, T=T, conv=3).to(device)
-        rows = [[1, 2, *[7] * 10], [7] * 9, [7, 3, 7, 7, 7, 2], [5, 7, *[7] * 10], [1, 1]]
-        rows = [row for row in rows if T == 12 or len(row) > T]  # all seen whole, or all through a window
-        batch = torch.full((len(rows), 12), NOTHING)
-        for line, row in zip(batch, rows):
-            line[: len(row)] = torch.tensor(row)
-        probability = torch.zeros(batch.shape, device=device)
-        together = complete(
-            model,
-            batch.to(device),
-            6,
-            order,
-            seeds=range(len(rows)),
-            tau=0.5,
-            probability=probability,
-            **flags,
-        )
-        for i, row in enumerate(rows):
-            alone_p = torch.zeros(1, len(row), device=device)
-            start = torch.tensor([row], device=device)
-            alone = complete(model, start, 6, order, seeds=[i], tau=0.5, probability=alone_p, **flags)
-            assert together[i, : len(row)].tolist() == alone[0].tolist()
-            assert together[i, len(row) :].eq(NOTHING).all()
-            torch.testing.assert_close(probability[i, : len(row)], alone_p[0], rtol=1e-4, atol=1e-6)
+    rows = [[1, 2, *[7] * 10], [7] * 12, [7, 3, 7, 7, 7, 2] * 2, [5, 7, *[7] * 10], [1] * 12, [1] * 11 + [7]]
+    for W in (12, 5):
+        model = tiny_model(V=7, T=W, conv=3).to(device)
+        batch = torch.tensor(rows, device=device)
+        take = Recorded(lambda logits, u, where: draw(logits, u), batch)
+        flags = {"tau": 0.5, **flags}
+        together = complete(model, batch, 6, order, seeds=range(len(rows)), take=take, **flags)
+        for i, row in enumerate(batch):
+            take_alone = Recorded(lambda logits, u, where: draw(logits, u), row[None])
+            alone = complete(model, row[None], 6, order, seeds=[i], take=take_alone, **flags)
+            assert together[i].tolist() == alone[0].tolist()
+            torch.testing.assert_close(take.log_p[i], take_alone.log_p[0], rtol=1e-4, atol=1e-5)
 
 
-def test_probability_is_what_the_model_gave():
+def test_recorded_is_what_the_model_gave():
     model, canvas = tiny_model(V=5, T=6), torch.tensor([[1, 5, 5, 2, 5, 5]])
-    probability = torch.ones(1, 6)
-    written = complete(model, canvas, 1, temperature=2.0, probability=probability)
-    expected = model(canvas)[0].softmax(-1).gather(1, written[0, :, None])[:, 0]
-    torch.testing.assert_close(probability[0], expected.where(canvas[0] == 5, 1.0))
+    take = Recorded(lambda logits, u, where: draw(logits, u, 2.0), canvas)
+    written = complete(model, canvas, 1, take=take)
+    expected = model(canvas)[0].log_softmax(-1).gather(1, written[0, :, None])[:, 0]
+    torch.testing.assert_close(take.log_p[0], expected.where(canvas[0] == 5, 0.0))
 
 
 def nats_of_texts(model, texts, steps, order, **flags):
     """Minus the log of the probability with which the sampler writes each of texts (N, T), (N,)."""
-    probability = torch.ones(texts.shape)
+    take = Recorded(functools.partial(read, texts), texts)
     canvas = torch.full_like(texts, model.config.mask_id)
-    written = complete(model, canvas, steps, order, text=texts, probability=probability, **flags)
-    assert written.equal(texts)
-    return -probability.double().log().sum(1)
+    assert complete(model, canvas, steps, order, take=take, **flags).equal(texts)
+    return -take.log_p.double().sum(1)
+
+
+def test_a_text_that_is_all_but_impossible_has_a_finite_likelihood():
+    """Far below the smallest number of float32."""
+    model = tiny_model(V=3, T=4)
+    model.head.weight.data.mul_(300)
+    nats = nats_of_texts(model, all_texts(3, 4), 4, "left")
+    assert nats.isfinite().all()
+    assert nats.max() > 300
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("order", [*SURENESS, "left"])
+@pytest.mark.parametrize("order", SCORED)
 def test_probabilities_of_all_texts_sum_to_one(order, steps):
     """DUEL, 2603.01367: in an order that looks at the distributions alone, a text has one probability."""
     model, texts = tiny_model(V=3, T=4), all_texts(3, 4)
@@ -435,12 +417,12 @@ def test_information_sets_what_says_least_first():
 
 
 def test_guidance_is_the_formula():
-    """(1 + w) times the logits less w times those without the prompt (2502.09992); `<s>` stays."""
+    """(1 + w) times the logits less w times those without the prompt (2410.18514); `<s>` stays."""
     model = tiny_model(V=6, T=5, special_ids=(0, 6))
     canvas, blank = torch.tensor([[0, 2, 6, 3, 6]]), torch.tensor([[0, 6, 6, 6, 6]])
     where = canvas == 6
     given = torch.tensor([[False, True, False, True, False]])
-    guided = predict(model, canvas, where, given, 1.5)[:, 1:6]
+    guided = look_at(model, canvas, given, 1.5)(where)[:, 1:6]
     expected = 2.5 * model(canvas)[0, [2, 4], 1:6] - 1.5 * model(blank)[0, [2, 4], 1:6]
     torch.testing.assert_close(guided, expected)
     strong = complete(model, canvas, 1, temperature=0, guidance=1.5)

@@ -12,31 +12,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Conditionals, all_texts, tiny_model
 
+from data.corpus import token_nats
+from data.run.fast import CrossEntropy, cross_entropy
+from data.run.flags import Span
 from model import ModelConfig
 from train import (
     STRATA,
-    CrossEntropy,
+    Level,
     Run,
     TrainConfig,
+    corrupt,
     draw_batch,
-    draw_holes,
     draw_levels,
-    hole_nats,
-    hole_weights,
+    loss_of,
     mask_rates,
     maskable,
-    mean_nats,
     nelbo,
     relative_information,
     sequence_bounds,
-    standard_error,
-    token_information,
+    train,
     windows,
 )
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def level(text):
+    return Level.from_text(text)
+
+
+def update(run, batch):
+    """A step on a batch: its loss and its gradient's norm."""
+    return next(train(run, [batch]))
 
 
 def nats_of_mask(model, x0, holes):
@@ -123,12 +132,13 @@ def test_grid_with_elbo_is_the_d3pm_bound(N):
                 q_step = (1 - stay) * F.one_hot(x0[0, i], V + 1) + stay * F.one_hot(torch.tensor(V), V + 1)
                 p_step = (1 - stay) * p[i] + stay * F.one_hot(torch.tensor(V), V + 1)
                 d3pm += chance * torch.special.xlogy(q_step, q_step / p_step).nansum().item()
-            weight = hole_weights("elbo", torch.tensor([[t]]), 0.0, k, T)
-            nats = hole_nats(model, x0, x0.masked_fill(holes, V), holes)
-            ours += chance / N * (weight * nats).sum().item() * T
+            everything, t = torch.ones(1, T, dtype=torch.bool), torch.tensor([[t]])
+            batch = corrupt(x0, everything, t, 1.0 - holes.float(), V)  # u is 0 at the holes
+            assert batch[1].equal(holes)
+            ours += chance / N * loss_of(model, x0, *batch).item() * T
     assert ours == pytest.approx(d3pm, rel=1e-5)
-    levels = draw_levels(f"grid:{N}", 10 * N, rng())
-    flags = {"level": f"grid:{N}", "draws": 20_000, "batch_size": 20_000}
+    levels = draw_levels(level(f"grid:{N}"), 10 * N, rng())
+    flags = {"level": level(f"grid:{N}"), "draws": 20_000, "batch_size": 20_000}
     assert nelbo(model, x0, **flags) * T == pytest.approx(d3pm, rel=0.02)
     values, counts = levels.unique(return_counts=True)
     torch.testing.assert_close(values, torch.arange(1, N + 1) / N)
@@ -136,16 +146,15 @@ def test_grid_with_elbo_is_the_d3pm_bound(N):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("level", ["uniform", "grid:1000"])
-def test_the_elbo_loss_is_the_bound(level):
+@pytest.mark.parametrize("name", ["uniform", "grid:1000"])
+def test_the_elbo_loss_is_the_bound(name):
     """In expectation; D3PM's bound meets it when its steps are many."""
     model = tiny_model(V=3, T=3)
     x0 = all_texts(3, 3)[[5]].expand(200_000, -1)
-    t = draw_levels(level, len(x0), rng())
+    t = draw_levels(level(name), len(x0), rng())
     everything = torch.ones(len(x0), 3, dtype=torch.bool)
-    holes = draw_holes(t, everything, rng(1))
-    weights = hole_weights("elbo", t, 0.0, 0, 3 * len(x0)).expand_as(holes)[holes]
-    loss = (weights * hole_nats(model, x0, x0.masked_fill(holes, 3), holes)).sum().item()
+    batch = corrupt(x0, everything, t, torch.rand(x0.shape, generator=rng(1)), 3)
+    loss = loss_of(model, x0, *batch).sum().item()
     assert loss == pytest.approx(mean_nats_over_all_orders(model, x0[:1]).item(), rel=0.02)
 
 
@@ -175,7 +184,7 @@ def test_prompt_is_not_counted_by_nelbo():
 @settings(deadline=None, max_examples=50)
 def test_uniform_levels_are_stratified(B, seed):
     """One level in each of B intervals of length 1/B, whatever the draw."""
-    t = draw_levels("uniform", B, rng(seed))
+    t = draw_levels(level("uniform"), B, rng(seed))
     assert t.shape == (B, 1)
     assert ((t > 0) & (t <= 1)).all()
     gaps = t.flatten().sort().values.diff()
@@ -205,11 +214,11 @@ def test_stratified_levels_lower_the_variance_of_the_loss():
 
     def losses(draw):
         t = torch.cat([draw() for _ in range(n_batches)])
-        holes = draw_holes(t, torch.ones(x0.shape, dtype=torch.bool), generator)
-        nats = hole_nats(SurerWithMoreToSee(), x0, x0.masked_fill(holes, 3), holes)
-        return (torch.zeros(holes.shape).masked_scatter(holes, nats) / t).view(n_batches, -1).mean(1)
+        u = torch.rand(x0.shape, generator=generator)
+        batch = corrupt(x0, torch.ones(x0.shape, dtype=torch.bool), t, u, 3)
+        return loss_of(SurerWithMoreToSee(), x0, *batch).view(n_batches, -1).sum(1) * n_batches
 
-    stratified = losses(lambda: draw_levels("uniform", 16, generator))
+    stratified = losses(lambda: draw_levels(level("uniform"), 16, generator))
     independent = losses(lambda: 1 - torch.rand(16, 1, generator=generator))
     assert stratified.var() < independent.var() / 3
     assert stratified.mean() == pytest.approx(independent.mean().item(), rel=0.02)
@@ -217,25 +226,33 @@ def test_stratified_levels_lower_the_variance_of_the_loss():
 
 def test_bell_levels_are_the_sigmoid_of_a_normal():
     """2605.13026."""
-    t = draw_levels("bell:0.8", 100_000, rng())
+    t = draw_levels(level("bell:0.8"), 100_000, rng())
     normal = torch.distributions.Normal(0.0, 0.8)
-    for level in (0.05, 0.3, 0.5, 0.9):
-        below = normal.cdf(torch.logit(torch.tensor(level))).item()
-        assert (t < level).float().mean().item() == pytest.approx(below, abs=1e-4)
+    for at in (0.05, 0.3, 0.5, 0.9):
+        below = normal.cdf(torch.logit(torch.tensor(at))).item()
+        assert (t < at).float().mean().item() == pytest.approx(below, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("level", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})]
+    ("name", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})]
 )
-def test_levels_of_a_grid_and_fixed_levels(level, values):
-    assert set(draw_levels(level, 64, rng()).flatten().tolist()) == values
+def test_levels_of_a_grid_and_fixed_levels(name, values):
+    assert set(draw_levels(level(name), 64, rng()).flatten().tolist()) == values
+
+
+@pytest.mark.parametrize("name", ["uniform", "bell:1.2", "bell:0.123456789", "grid:100", "0.15", "1"])
+def test_a_level_is_its_text(name):
+    assert Level.from_text(str(Level.from_text(name))) == Level.from_text(name)
 
 
 @given(st.floats(0.01, 1), st.integers(0, 20), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=50)
 def test_prompt_is_never_masked(t, prompt_len, seed):
-    text = maskable(torch.zeros(50, 20, dtype=torch.int64), torch.full((50, 1), prompt_len), ())
-    holes = draw_holes(torch.full((50, 1), t), text, rng(seed))
+    x0 = torch.zeros(50, 20, dtype=torch.int64)
+    text = maskable(x0, torch.full((50, 1), prompt_len), ())
+    u = torch.rand(x0.shape, generator=rng(seed))
+    xt, holes, _ = corrupt(x0, text, torch.full((50, 1), t), u, 3)
+    assert xt.equal(x0.masked_fill(holes, 3))
     assert not holes[:, :prompt_len].any()
     assert t < 1 or holes[:, prompt_len:].all()
 
@@ -245,8 +262,8 @@ def test_special_tokens_are_never_masked_and_never_counted():
     model = tiny_model(V=3, T=3, special_ids=(1, 3))
     x0 = torch.tensor([[0, 1, 2]])
     batch = torch.arange(1000).numpy() % 3
-    config = TrainConfig(block_size=3, batch_size=64, level="1", prompt_len="0")
-    _, holes, weights = draw_batch(batch, config, rng(), model.config.special_ids)
+    config = TrainConfig(block_size=3, batch_size=64, level=level("1"), prompt_len=Span(0, 0))
+    _, _, holes, weights = draw_batch(batch, config, rng(), model.config)
     assert holes.float().mean() == pytest.approx(2 / 3)
     assert weights.unique().tolist() == pytest.approx([1 / (2 * 64)])
     first, last = torch.eye(3, dtype=torch.bool)[[0, 2]]
@@ -257,10 +274,11 @@ def test_special_tokens_are_never_masked_and_never_counted():
 
 def test_one_level_for_the_whole_batch():
     """Barry 2025: a rate from 0.1, 0.2 .. 1 per batch."""
-    config = TrainConfig(level="grid:10", one_level=True, block_size=4096, batch_size=4, prompt_len="0")
+    flags = {"one_level": True, "block_size": 4096, "batch_size": 4, "prompt_len": Span(0, 0)}
+    config = TrainConfig(level=level("grid:10"), **flags)
     levels = set()
     for seed in range(60):
-        _, holes, _ = draw_batch(torch.zeros(5000).numpy(), config, rng(seed))
+        _, _, holes, _ = draw_batch(torch.zeros(5000).numpy(), config, rng(seed), ModelConfig())
         rates = holes.float().mean(1)
         assert rates.max() - rates.min() < 0.06
         levels.add(round(rates.mean().item(), 1))
@@ -275,7 +293,7 @@ def test_cross_entropy_is_that_of_torch():
         target, weights = torch.arange(50) % 4, torch.rand(50, generator=rng())
         ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
         with mock.patch.object(CrossEntropy, "rows", lambda logits, rows=rows: rows):
-            nats = CrossEntropy.apply(ours * 1, target)
+            nats = cross_entropy(ours * 1, target)
             (weights * nats).sum().backward()
         expected = F.cross_entropy(theirs.float(), target, reduction="none")
         (weights * expected).sum().backward()
@@ -286,7 +304,8 @@ def test_cross_entropy_is_that_of_torch():
 def test_each_token_is_masked_with_the_probability_of_its_level():
     t = torch.tensor([[0.1], [0.5], [0.9]])
     everything = torch.ones(3, 100, dtype=torch.bool)
-    holes = torch.stack([draw_holes(t, everything, rng(i)) for i in range(400)]).float()
+    draws = [torch.rand(3, 100, generator=rng(i)) for i in range(400)]
+    holes = torch.stack([corrupt(everything.long(), everything, t, u, 3)[1] for u in draws]).float()
     torch.testing.assert_close(holes.mean((0, 2))[:, None], t, atol=0.01, rtol=0)
     pairs = (holes[..., ::2] * holes[..., 1::2]).mean((0, 2))[:, None]  # independent of its neighbour
     torch.testing.assert_close(pairs, t**2, atol=0.01, rtol=0)
@@ -294,15 +313,15 @@ def test_each_token_is_masked_with_the_probability_of_its_level():
 
 def test_weights_of_holes():
     t = torch.tensor([[0.25], [1.0]])
-    holes = torch.tensor([[False, True, False, False], [False, True, True, True]])
-    text = maskable(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0], [1]]), ())
-    n_text = text.sum().item()
-    mean = hole_weights("mean", t, 0.0, 4, n_text).expand_as(holes)
+    u = torch.tensor([[0.9, 0.1, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9]])
+    x0 = torch.zeros(2, 4, dtype=torch.int64)
+    text = maskable(x0, torch.tensor([[0], [1]]), ())
+    _, holes, mean = corrupt(x0, text, t, u, 3, "mean")
+    assert holes.tolist() == [[False, True, False, False], [False, True, True, True]]
     assert mean[holes].tolist() == [0.25] * 4  # an average: the weights add up to 1
-    elbo = hole_weights("elbo", t, 0.0, 4, n_text)
-    torch.testing.assert_close(elbo, 1 / t / 7)  # 4 + 3 tokens could have been masked
-    nothing = hole_weights("mean", t, 0.0, 0, n_text)
-    assert nothing.isfinite().all()
+    _, _, elbo = corrupt(x0, text, t, u, 3, "elbo")
+    torch.testing.assert_close(elbo, (1 / t / 7).expand(2, 4))  # 4 + 3 tokens could have been masked
+    assert corrupt(x0, text, t, torch.ones(2, 4), 3, "mean")[2].isfinite().all()  # no hole at all
 
 
 @given(st.floats(0, 1), st.integers(2, 40), st.floats(0, 50), st.floats(0, 2), st.integers(0, 10**6))
@@ -310,12 +329,12 @@ def test_weights_of_holes():
 def test_rates_rise_from_0_to_1(t, T, slant, spindle, seed):
     information = torch.rand(3, T, generator=rng(seed)) * 2 - 1
     rates = {}
-    for level in (0.0, t / 2, t, 1.0):
-        rates[level] = mask_rates(torch.full((3, 1), level), T, slant, spindle, information)
-        assert ((rates[level] >= 0) & (rates[level] <= 1)).all()
+    for at in (0.0, t / 2, t, 1.0):
+        rates[at] = mask_rates(torch.full((3, 1), at), T, slant, spindle, information)
+        assert ((rates[at] >= 0) & (rates[at] <= 1)).all()
     assert rates[0.0].max() < 1e-5
     assert rates[1.0].min() > 1 - 1e-5
-    slanted = [mask_rates(torch.full((1, 1), level), T, slant) for level in (t / 2, t)]
+    slanted = [mask_rates(torch.full((1, 1), at), T, slant) for at in (t / 2, t)]
     assert (slanted[0] <= slanted[1] + 1e-6).all()
     assert (slanted[1].diff() >= -1e-6).all()  # the right end is masked first
     torch.testing.assert_close(mask_rates(torch.full((1, 1), t), T), torch.full((1, T), t))
@@ -323,11 +342,13 @@ def test_rates_rise_from_0_to_1(t, T, slant, spindle, seed):
 
 def test_informative_tokens_are_masked_first():
     """2211.15029: in the middle of the noise, by 1 - mean / own; a token of mean information by t."""
-    token_nats = token_information(np.array([0] * 70 + [1] * 20 + [2] * 7), 3)
-    torch.testing.assert_close(token_nats, -torch.tensor([0.71, 0.21, 0.08]).log())
+    split = np.array([0] * 70 + [1] * 20 + [2] * 7)
+    nats = torch.from_numpy(token_nats({}, split, 3))  # counted, or as prepare.py has counted them
+    assert nats.equal(torch.from_numpy(token_nats({"occurrences": [70, 20, 7]}, None, 3)))
+    torch.testing.assert_close(nats, -torch.tensor([0.71, 0.21, 0.08]).log())
     x0 = torch.tensor([[0, 1, 2, 0]])
-    information = relative_information(x0, token_nats)
-    torch.testing.assert_close(information, 1 - token_nats[x0].mean() / token_nats[x0])
+    information = relative_information(x0, nats)
+    torch.testing.assert_close(information, 1 - nats[x0].mean() / nats[x0])
     rates = mask_rates(torch.full((1, 1), 0.5), 4, spindle=0.3, information=information)[0]
     assert rates[0] == rates[3] < rates[1] < rates[2]
     torch.testing.assert_close(rates[2], 0.5 + 0.3 * information[0, 2])
@@ -383,9 +404,9 @@ def test_standard_error_is_the_spread_over_seeds(strata):
     """Some texts are harder than others, which adds nothing to it."""
     x0 = (torch.arange(200)[:, None] % 3 == 0).long().expand(-1, 64)
     flags = {"draws": 2, "strata": strata}
-    runs = [sequence_bounds(SurerWithMoreToSee(), x0, seed=seed, **flags) for seed in range(300)]
-    spread = torch.tensor([mean_nats(*estimates) for estimates in runs]).std().item()
-    squares = [standard_error(*estimates) ** 2 for estimates in runs]
+    runs = [nelbo(SurerWithMoreToSee(), x0, seed=seed, **flags) for seed in range(300)]
+    spread = torch.tensor(runs).std().item()
+    squares = [bound.error**2 for bound in runs]
     assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(spread, rel=0.15)
 
 
@@ -401,8 +422,9 @@ def test_stratified_levels_lower_the_variance_of_the_bound():
 
 def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
     corpus = np.arange(1000, dtype=np.uint16)
-    config = TrainConfig(batch_size=400, block_size=16, prompt_len="2:5", level="1")
-    x0, holes, weights = draw_batch(corpus, config, rng())
+    config = TrainConfig(batch_size=400, block_size=16, prompt_len=Span(2, 5), level=level("1"))
+    x0, xt, holes, weights = draw_batch(corpus, config, rng(), ModelConfig(mask_id=1000))
+    assert xt.equal(x0.masked_fill(holes, 1000))
     assert (x0.diff(dim=1) == 1).all()
     assert x0.min() < 20
     assert x0.max() > 980
@@ -426,17 +448,17 @@ def test_training_overfits_one_batch(optimizer, device):
     config = TrainConfig(
         batch_size=4,
         block_size=16,
-        level="0.5",
+        level=level("0.5"),
         lr=0.01,
         max_iters=60,
         warmup=0,
         optimizer=optimizer,
-        prompt_len="0",
+        prompt_len=Span(0, 0),
     )
     model = tiny_model(V=8, T=16, n_embd=32).to(device)
     run = Run(config, model.train(), device)
-    batch = draw_batch(np.arange(200, dtype=np.uint16) * 7 % 8, config, rng())
-    losses = [run.update(batch)[0] for _ in range(60)]
+    batch = draw_batch(np.arange(200, dtype=np.uint16) * 7 % 8, config, rng(), model.config)
+    losses = [update(run, batch)[0] for _ in range(60)]
     assert losses[0] > 1.5
     assert losses[-1] < 0.1
 
@@ -451,14 +473,14 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole_batch():
             batch_size=8,
             block_size=8,
             grad_accum=pieces,
-            prompt_len="0:3",
+            prompt_len=Span(0, 3),
             dtype="float32",
             grad_clip=0,
             max_iters=9,
         )
         run = Run(config, model, torch.device("cpu"))
         run.model.zero_grad = lambda **_: None  # keep them to be compared
-        run.update(draw_batch(corpus, config, rng()))
+        update(run, draw_batch(corpus, config, rng(), model.config))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
 
@@ -467,11 +489,11 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole_batch():
 def test_an_update_with_a_gradient_that_is_not_finite_changes_no_weight(dtype):
     """One parameter of Muon's alone is enough, though AdamW's gradients are finite."""
     model = tiny_model(V=3, T=8)
-    config = TrainConfig(batch_size=4, block_size=8, prompt_len="0", dtype=dtype, max_iters=9)
+    config = TrainConfig(batch_size=4, block_size=8, prompt_len=Span(0, 0), dtype=dtype, max_iters=9)
     run = Run(config, model, torch.device("cpu"))
     before = [p.clone() for p in model.parameters()]
     model.blocks[0].mlp.up.weight.register_hook(lambda gradient: gradient * torch.inf)
-    _, norm = run.update(draw_batch(np.arange(100, dtype=np.uint16) % 3, run.config, rng()))
+    _, norm = update(run, draw_batch(np.arange(100, dtype=np.uint16) % 3, config, rng(), model.config))
     assert not math.isfinite(norm)
     assert all(p.equal(q) for p, q in zip(model.parameters(), before))
 
@@ -482,11 +504,11 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
     for clip in (0, 1e-3):
         model = tiny_model(V=3, T=8)
         config = TrainConfig(
-            batch_size=4, block_size=8, prompt_len="0", grad_clip=clip, max_iters=9, dtype="float32"
+            batch_size=4, block_size=8, prompt_len=Span(0, 0), grad_clip=clip, max_iters=9, dtype="float32"
         )
         run = Run(config, model, torch.device("cpu"))
         run.model.zero_grad = lambda **_: None
-        _, norm = run.update(draw_batch(corpus, config, rng()))
+        _, norm = update(run, draw_batch(corpus, config, rng(), model.config))
         norms[clip] = norm, torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert norms[0][0] == pytest.approx(norms[1e-3][0]) == pytest.approx(norms[0][1])
     assert norms[1e-3][1] == pytest.approx(1e-3, rel=1e-3)

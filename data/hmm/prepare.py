@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from data.corpus import split_at, write_corpus
-from data.flags import Mistake, command, flag, parse
+from data.run.errors import Mistake, command
+from data.run.flags import flag, parse
 from data.tokenizer import ByteTokenizer
 
 STATES, LETTERS, SEED = 12, 16, 0  # of the source; letters are a, b, ..

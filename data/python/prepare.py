@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import write_corpus
-from data.flags import Mistake, command, flag, parse
-from data.tokenizer import tokenizer_by_name
+from data.corpus import tokenizer_by_name, write_corpus
+from data.run.errors import Mistake, command
+from data.run.flags import flag, parse
 
 SKIPPED_FOLDERS = {
     *("test", "tests", "idlelib", "turtledemo"),  # tests and demonstrations

@@ -21,10 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import DATA
-from data.files import download, replacing
-from data.flags import Mistake, argument, command, flag, parse
+from data.run.checkpoint import save, save_checkpoint
+from data.run.errors import Mistake, command
+from data.run.files import download, replacing
+from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer, WordPieceTokenizer
-from model import ModelConfig, Transformer, load_checkpoint, save, save_checkpoint
+from model import ModelConfig, Transformer, load_checkpoint
 
 HUB = "https://huggingface.co"
 REPOSITORIES = {
@@ -127,7 +129,6 @@ def our_config(theirs, tokenizer, tied):
         qk_norm=False,
         norm_eps=theirs["layer_norm_eps"],
         token_types=theirs["type_vocab_size"],
-        pad_id=theirs["pad_token_id"],
         first_position=first_position,
         head_activation="gelu" if roberta else activation,  # RoBERTa's head has it whatever its blocks have
         tied=tied,
@@ -151,7 +152,7 @@ def their_config(config, tokenizer):
         "type_vocab_size": config.token_types,
         "layer_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-        "pad_token_id": config.pad_id,
+        "pad_token_id": tokenizer.first("<pad>"),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
     }
@@ -163,7 +164,7 @@ NAMES = {
     "token_embedding": "embeddings.word_embeddings",
     "position_embedding": "embeddings.position_embeddings",
     "type_embedding": "embeddings.token_type_embeddings",
-    "norm": "embeddings.LayerNorm",
+    "embedding_norm": "embeddings.LayerNorm",
     "attention.query": "attention.self.query",
     "attention.key": "attention.self.key",
     "attention.value": "attention.self.value",
@@ -313,7 +314,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 
 def padding_ids(n, vocab_size):
-    """The ids behind n tokens that a vocab_size has which was rounded up, for speed, to a multiple of 8."""
+    """The ids after n tokens that a vocab_size has which was rounded up, for speed, to a multiple of 8."""
     return range(n, vocab_size) if vocab_size % 8 == 0 and vocab_size - n < 128 else range(0)
 
 

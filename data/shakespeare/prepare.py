@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import DATA
-from data.files import check_sha256, download
-from data.flags import command, flag, parse
+from data.corpus import DATA, tokenizer_by_name
+from data.run.errors import command
+from data.run.files import check_sha256, download
+from data.run.flags import flag, parse
 from data.text.prepare import prepare
-from data.tokenizer import tokenizer_by_name
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import read_pieces, split_at, write_corpus
-from data.flags import Mistake, argument, command, flag, parse
-from data.tokenizer import tokenizer_by_name
+from data.corpus import read_pieces, split_at, tokenizer_by_name, write_corpus
+from data.run.errors import Mistake, command
+from data.run.flags import argument, flag, parse
 
 VAL_SHARE = 0.1
 
@@ -38,7 +38,7 @@ def prepare(path, name, tokenizer):
 
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    name = config.name or Path(config.path).resolve().stem
+    name = Path(config.path).resolve().stem if config.name is None else config.name
     prepare(config.path, name, tokenizer_by_name(config.tokenizer))
 
 

@@ -1,6 +1,5 @@
-"""Files that appear only when they are complete: writes that replace, checked downloads; and logs."""
+"""Files that appear only when they are complete: writes that replace, and checked downloads."""
 
-import csv
 import hashlib
 import http.client
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.flags import Mistake
+from data.run.errors import Mistake
 
 
 @contextmanager
@@ -86,22 +85,3 @@ def download(url, path, sha256=None, instead="--file takes a copy of it"):
             part.unlink()
             raise
     os.replace(part, path)
-
-
-class Log:
-    """log.csv, a row per log point; resuming drops the rows that come after the step resumed from."""
-
-    columns = "step minutes loss lr grad_norm tokens_per_second val_nats_per_token val_bits_per_byte".split()
-
-    def __init__(self, path, step):
-        rows = [self.columns]
-        if step and path.exists():
-            with open(path, newline="") as file:
-                old = [row for row in csv.reader(file) if row and row[0].isdecimal()]
-            rows += [row for row in old if int(row[0]) <= step]
-        self.file = open(path, "w", newline="", buffering=1)  # a line at a time, to be watched
-        self.writer = csv.writer(self.file)
-        self.writer.writerows(rows)
-
-    def write(self, *row):
-        self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)

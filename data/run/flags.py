@@ -1,20 +1,11 @@
-"""What every script shares: flags from a dataclass, Ctrl-C, and mistakes told in one sentence."""
+"""Flags from a dataclass: its fields are the flags, its annotations say how they are read."""
 
 import argparse
 import dataclasses
 import math
 import operator
-import os
-import signal
-import sys
 import types
-from contextlib import contextmanager
-from typing import Literal, get_args, get_origin, get_type_hints
-
-
-class Mistake(ValueError):
-    """What the user asked for cannot be done; the message is the sentence that says why."""
-
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # What a bound of flag() demands of a value, and how to say so.
 BOUNDS = {
@@ -23,6 +14,23 @@ BOUNDS = {
     "above": (operator.gt, "above"),
     "below": (operator.lt, "below"),
 }
+
+
+class Span(NamedTuple):
+    """A number of tokens, or a range of them such as `0:64`, both ends included."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def from_text(cls, text):
+        low, _, high = text.partition(":")
+        if not (low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)):
+            raise ValueError("a number of tokens such as 16, or a range such as 0:64")
+        return cls(int(low), int(high or low))
+
+    def __str__(self):
+        return f"{self.low}:{self.high}" if self.low < self.high else str(self.low)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +55,8 @@ def parse(config_class, description):
     """Read sys.argv into a dict of the fields that were given, typed as config_class annotates them.
 
     Fields that were not given are left out, so that whoever resumes a run can tell the two apart;
-    `config_class(**parse(...))` fills in the defaults.
+    `config_class(**parse(...))` fills in the defaults. An annotation with a method `from_text` reads
+    its value by that; its ValueError says what was expected.
     """
     parser = Parser(description=description, allow_abbrev=False)
     hints = get_type_hints(config_class)
@@ -55,7 +64,7 @@ def parse(config_class, description):
         kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")
         if isinstance(kind, types.UnionType):  # `int | None`
             kind = get_args(kind)[0]
-        options = {"type": kind}
+        options = {"type": str if hasattr(kind, "from_text") else kind}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
@@ -78,41 +87,23 @@ def parse(config_class, description):
             value, (holds, words) = given.get(field.name), BOUNDS[bound]
             if value is not None and not holds(value, limit):
                 parser.error(f"--{field.name} {value}: must be {words} {limit}")
+    for name, value in given.items():
+        if hasattr(hints[name], "from_text"):
+            try:
+                given[name] = hints[name].from_text(value)
+            except ValueError as error:
+                parser.error(f"--{name} {value}: {error}")
     return given
 
 
-@contextmanager
-def ctrl_c():
-    """A list that is no longer empty after Ctrl-C, so that the step under way is finished; a second
-    Ctrl-C ends the program at once."""
-    came = []
-
-    def note(*_):
-        came.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, before)
+def as_plain(config):
+    """The fields of a config as a dict of numbers and strings, which a checkpoint can hold."""
+    plain = (bool, int, float, str, type(None))
+    return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
 
 
-def command(main):
-    """Call main(). A Mistake, or a refusal of the system such as a full disk, ends the process
-    with one sentence on stderr and exit code 2; anything else is a bug and keeps its traceback.
-    """
-    sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show must not end a run
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has left, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Mistake, OSError) as error:
-        sentence = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            sentence = f"{error.filename}: {error.strerror}"
-        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def from_plain(config_class, fields):
+    """The inverse of as_plain. TypeError for a field that is not there, ValueError for a value."""
+    hints = get_type_hints(config_class)
+    read = {name: hints[name].from_text for name in fields if hasattr(hints.get(name), "from_text")}
+    return config_class(**{name: read.get(name, lambda value: value)(fields[name]) for name in fields})

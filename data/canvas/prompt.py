@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.flags import Mistake
+from data.run.errors import Mistake
 
 MOST = 10**6  # tokens of a canvas
 HOLE = re.compile(r"<mask(\*[^>]*)?>")
@@ -27,6 +27,18 @@ def split_prompt(prompt):
     return [*parts, prompt[end:]]
 
 
+def check_prompts(prompts, suffix, length):
+    """Raise Mistake for what is wrong with prompts on canvases of `length` tokens whatever the model."""
+    for text in (*prompts, suffix):
+        if re.search("[\ud800-\udfff]", text):  # what Python makes of bytes that are no text
+            raise Mistake("--prompt: it is not UTF-8")
+    n_holes = max(sum(part[0] for part in split_prompt(text) if isinstance(part, range)) for text in prompts)
+    if n_holes > length:
+        raise Mistake(f"--prompt: {n_holes} holes; the canvas has {length} tokens (--length)")
+    if HOLE.search(suffix):
+        raise Mistake("--suffix: holes go into --prompt, which may have several")
+
+
 def make_canvases(prompt, suffix, length, tokenizer, block_size):
     """The canvases of a prompt, lists of ids, one for every choice of lengths in its ranges.
 
@@ -40,8 +52,8 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [] if tokenizer.eos_id is None or not (own or suffix) else [tokenizer.eos_id]
     parts = [part if isinstance(part, range) else tokenizer.encode(part) for part in parts]
-    behind = tokenizer.encode(suffix) + end
-    n_text = len(begin) + len(behind) + sum(len(part) for part in parts if isinstance(part, list))
+    suffix = tokenizer.encode(suffix) + end
+    n_text = len(begin) + len(suffix) + sum(len(part) for part in parts if isinstance(part, list))
     ranges = [part for part in parts if isinstance(part, range)]
     longest = n_text + sum(lengths[-1] for lengths in ranges)
     T = length or max(longest if own else 0, block_size)
@@ -54,8 +66,8 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
         sizes = iter(lengths)
         filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(sizes) for part in parts)
         ids = begin + list(itertools.chain(*filled))
-        rest = 0 if own else T - len(ids) - len(behind)
-        canvases.append(ids + [tokenizer.mask_id] * rest + behind)
+        rest = 0 if own else T - len(ids) - len(suffix)
+        canvases.append(ids + [tokenizer.mask_id] * rest + suffix)
     return canvases
 
 

@@ -1,0 +1,57 @@
+"""A canvas in the terminal, while it fills (`--watch`)."""
+
+import os
+import sys
+import time
+
+from data.canvas.history import lines_of, visible
+
+
+class Watch:
+    """Draws a canvas on stderr, over and over in the same place if that is a terminal, and stdout too."""
+
+    codes = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
+
+    def __init__(self):
+        self.moving = sys.stdout.isatty() and sys.stderr.isatty()
+        self.n_lines, self.n_set, self.began = 0, 0, time.perf_counter()
+
+    def __enter__(self):
+        if self.moving:
+            self.write("\x1b[?25l\x1b[?7l")  # no cursor, and no line that the terminal wraps itself
+        return self
+
+    def __exit__(self, failure, *_):
+        if self.moving:  # the text itself will take the place of the last canvas
+            self.write(f"{'' if failure else self.back()}\x1b[J\x1b[?7h\x1b[?25h")
+
+    def write(self, text):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    def back(self):
+        return f"\x1b[{self.n_lines}F" if self.n_lines else ""
+
+    def show(self, history, n_canvases):
+        """Draw the canvas after its newest step, the first of n_canvases."""
+        kinds = history.kinds
+        self.n_set += kinds.count("new")
+        filled = 1 - kinds.count("hole") / max(1, sum(history.holes))
+        speed = self.n_set / (time.perf_counter() - self.began)
+        status = f"step {len(history.steps)}, {filled:.0%} filled, {speed:,.0f} tokens/s"
+        status += f" (the first of {n_canvases})" if n_canvases > 1 else ""
+        if self.moving:
+            self.redraw(history.tokens, kinds, status)
+        else:
+            self.write(f"--- {status}\n{''.join(history.tokens)}\n")
+
+    def redraw(self, tokens, kinds, status):
+        width, height = os.get_terminal_size(sys.stderr.fileno())
+        width, height = width or 80, height or 24  # some do not know
+        lines = visible(lines_of(tokens, kinds, width), max(1, height - 2))  # below: status and cursor
+        rows = [
+            "".join(f"{self.codes[k]}{c}\x1b[0m" if k in self.codes else c for c, k in line) for line in lines
+        ]
+        rows.append(f"\x1b[7m{status[:width]}\x1b[0m")
+        self.write(self.back() + "".join(f"\x1b[K{row}\n" for row in rows) + "\x1b[J")
+        self.n_lines = len(rows)

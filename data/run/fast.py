@@ -1,0 +1,81 @@
+"""What makes a training step fast and small, and changes nothing of what it computes."""
+
+from collections import defaultdict
+
+import torch
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy of logits (N, V) and target (N,), in nats, (N,), without a float32 copy of the logits.
+
+    The gradient takes the logits' place in memory, a few rows at a time: at RoBERTa's vocabulary
+    they are by far the largest tensor of a training step.
+    """
+
+    @staticmethod
+    def rows(logits):
+        return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        parts = logits.split(CrossEntropy.rows(logits))
+        log_z = torch.cat([part.to(torch.float32).logsumexp(-1) for part in parts])  # (N,)
+        ctx.save_for_backward(logits, target, log_z)
+        return log_z - logits.gather(1, target[:, None]).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, target, log_z = ctx.saved_tensors
+        logits, rows = logits.detach(), CrossEntropy.rows(logits)
+        for part, y, z, g in zip(*(tensor.split(rows) for tensor in (logits, target, log_z, gradient))):
+            p = (part.to(torch.float32) - z[:, None]).exp()
+            p[torch.arange(len(p), device=p.device), y] -= 1
+            part.copy_(p * g[:, None])
+        return logits, None
+
+
+cross_entropy = CrossEntropy.apply
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is a matrix with singular values near 1 (Jordan 2024; 2502.16982).
+
+    The step's size is that of AdamW's (2502.16982, eq. 4), so one learning rate serves both. This is
+    torch.optim.Muon but for two things: products are in `dtype`, the run's own, where torch's are in
+    bfloat16, which a CPU without instructions for it multiplies a hundred times slower; and matrices
+    of one shape are one product.
+    """
+
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for (A, B), matrices in alike.items():
+                averages = []
+                for p in matrices:
+                    average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                    average.lerp_(p.grad, 1 - group["momentum"])
+                    averages.append(p.grad.lerp(average, group["momentum"]))  # Nesterov's
+                size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's
+                for p, step in zip(matrices, orthogonalised(torch.stack(averages), self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * size)
+
+
+def orthogonalised(x, dtype):
+    """Matrices x (n, A, B) with all their singular values moved to about 1, in dtype, by five steps of a
+    polynomial that has its steepest rise at 0 (Newton and Schulz; coefficients of Jordan 2024).
+    """
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT

@@ -1,0 +1,86 @@
+"""What is shown and kept of a training run while it goes on."""
+
+import csv
+import math
+import sys
+import textwrap
+import time
+
+from tqdm import tqdm
+
+from data.canvas.history import inert
+from data.run.errors import Mistake
+
+
+class Report:
+    """The bar, log.csv, evaluations with a sample, and checkpoints of a run: one call after each step."""
+
+    def __init__(self, run, out_dir, evaluate, sample, save):
+        """evaluate() -> (nats per token, bits per byte), sample() -> text, and save(nats) are called when due."""
+        self.run, self.out_dir, self.evaluate, self.sample, self.save = run, out_dir, evaluate, sample, save
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.log = Log(out_dir / "log.csv", run.step)
+        layout, pace = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10  # seconds
+        self.bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace)
+        self.evals_done = self.evals_due()
+        self.start_clock()
+
+    def start_clock(self):
+        """Training takes place from now on."""
+        self.last = time.perf_counter()  # when the step under way began
+        self.start = self.last - 60 * self.run.minutes
+
+    def evals_due(self):
+        """How many of the run's evaluations should have been made by now."""
+        return int(self.run.progress() * self.run.config.evals)
+
+    def __call__(self, loss, norm):
+        """After a step with this loss and gradient norm. Mistake if these, or the bound, are not finite."""
+        run, config, now, nats, bits = self.run, self.run.config, time.perf_counter(), None, None
+        run.minutes = (now - self.start) / 60
+        speed = config.batch_size * config.block_size / (now - self.last)
+        if self.evals_due() > self.evals_done:
+            self.evals_done = self.evals_due()
+            nats, bits = self.evaluate()
+        finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
+        if not finite or not math.isfinite(nats or 0):
+            last = self.out_dir / "last.pt"
+            kept = f"{last} is from before" if run.best < math.inf else "nothing was saved"
+            raise Mistake(
+                f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}, validation NELBO {nats}; "
+                f"a smaller --lr may help ({kept})"
+            )
+        if nats or run.step % config.log_every == 0:
+            lr = run.optimizers[0].param_groups[0]["lr"]
+            self.log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
+        if nats:
+            self.save(nats)
+            text = textwrap.indent(inert(self.sample()), "  | ", lambda line: True)
+            self.bar.write(
+                f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation {run.bound_name} "
+                f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n{text}"
+            )
+        left = run.minutes / run.progress() * (1 - run.progress())
+        status = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
+        self.bar.set_description_str(status, refresh=False)
+        self.bar.update(run.progress() - self.bar.n)
+        self.last = time.perf_counter()
+
+
+class Log:
+    """log.csv, a row per log point; resuming drops the rows that come after the step resumed from."""
+
+    columns = "step minutes loss lr grad_norm tokens_per_second val_nats_per_token val_bits_per_byte".split()
+
+    def __init__(self, path, step):
+        rows = [self.columns]
+        if step and path.exists():
+            with open(path, newline="") as file:
+                old = [row for row in csv.reader(file) if row and row[0].isdecimal()]
+            rows += [row for row in old if int(row[0]) <= step]
+        self.file = open(path, "w", newline="", buffering=1)  # a line at a time, to be watched
+        self.writer = csv.writer(self.file)
+        self.writer.writerows(rows)
+
+    def write(self, *row):
+        self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
