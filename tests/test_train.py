@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Conditionals, all_texts, tiny_model
 
 from data.corpus import token_nats
-from data.run.fast import CrossEntropy, cross_entropy
+from data.run.fast import CrossEntropy, Muon, cross_entropy, orthogonalised
 from data.run.flags import Span
 from model import ModelConfig
+from sample import denoise
 from train import (
     STRATA,
     Level,
@@ -543,3 +545,109 @@ def test_a_run_is_bounded_by_ten_minutes_unless_steps_are_given():
         run = Run(TrainConfig(**{**minutes, **flags}), tiny_model(), torch.device("cpu"))
         run.minutes = 5
         assert run.progress() == expected
+
+
+# --- Muon, and the precision of products ---------------------------------------------------------
+
+SHAPES = [(8, 8), (8, 8), (24, 8), (8, 24), (24, 8)]
+
+
+def optimise(optimizer_of, steps=4):
+    """Matrices after some steps on random gradients, with weight decay."""
+    matrices = [torch.randn(shape, generator=rng(i)).requires_grad_() for i, shape in enumerate(SHAPES)]
+    optimizer = optimizer_of(matrices)
+    for step in range(steps):
+        for i, p in enumerate(matrices):
+            p.grad = torch.randn(p.shape, generator=rng(100 * step + i))
+        optimizer.step()
+    starts = [torch.randn(shape, generator=rng(i)) for i, shape in enumerate(SHAPES)]
+    return torch.cat([(p.detach() - start).flatten() for p, start in zip(matrices, starts)])
+
+
+def torch_muon(matrices):
+    return torch.optim.Muon(matrices, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float32, 0.02)])
+def test_muon_is_that_of_torch(dtype, tolerance):
+    """In bfloat16, which is torch's precision, up to rounding; and in float32 up to torch's rounding."""
+    expected = optimise(torch_muon)
+    moved = optimise(lambda matrices: Muon(matrices, 0.1, 0.1, dtype))
+    assert (moved - expected).norm() < tolerance * expected.norm()
+
+
+def test_muon_goes_on_from_the_state_of_torch_s():
+    matrices = [torch.randn(shape, generator=rng(i)).requires_grad_() for i, shape in enumerate(SHAPES)]
+    theirs, ours = torch_muon(matrices), Muon(matrices, 0.3, 0.2, torch.float32)
+    for p in matrices:
+        p.grad = torch.randn(p.shape, generator=rng(9))
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.1
+    for p in matrices:
+        assert ours.state[p]["momentum_buffer"].equal(theirs.state[p]["momentum_buffer"])
+    ours.step()
+
+
+def test_muon_s_steps_are_nearly_orthogonal():
+    """All singular values near 1, whatever those of the gradient, tall or wide; 2502.16982, sec. 2.1."""
+    for shape in ((2, 16, 16), (2, 16, 40), (2, 40, 16)):
+        x = torch.randn(shape, generator=rng()) * torch.tensor([1.0, 1e-6])[:, None, None]
+        values = torch.linalg.svdvals(orthogonalised(x, torch.float32))
+        assert values.max() < 1.3
+        assert values.median() > 0.6
+
+
+class Products(TorchDispatchMode):
+    """The precisions in which matrix products, convolutions and attention are computed."""
+
+    names = "mm", "addmm", "bmm", "baddbmm", "addbmm", "linear", "matmul", "dot", "mv", "addmv"
+    names += "convolution", "convolution_backward"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._overloadpacket.__name__
+        if name in self.names or "scaled_dot_product" in name:
+            self.seen.setdefault(args[0].dtype, set()).add(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_product_is_in_the_precision_of_the_run(dtype, optimizer, dropout):
+    """Of training, the optimizer's included, and of sampling: another one can take a hundred times as long."""
+    model = tiny_model(V=8, T=16, dropout=dropout)
+    config = TrainConfig(
+        batch_size=4, block_size=16, max_iters=9, dtype=dtype, optimizer=optimizer, prompt_len=Span(0, 3)
+    )
+    run = Run(config, model.train(), torch.device("cpu"))
+    with Products() as training:
+        update(run, draw_batch(np.arange(200, dtype=np.uint16) % 8, config, rng(), model.config))
+    with Products() as sampling, run.precision:
+        list(denoise(model.eval(), torch.full((2, 16), 8), 4, "confidence"))
+    assert {*training.seen} == {*sampling.seen} == {getattr(torch, dtype)}
+    everything = set().union(*training.seen.values())
+    assert {"mm", "convolution", "convolution_backward"} <= everything
+    assert ("baddbmm" in everything) == (optimizer == "muon")
+
+
+def test_pieces_of_a_batch_are_alike():
+    """Each piece of --grad_accum has levels from all of (0, 1], so that none has many more holes."""
+    config = TrainConfig(batch_size=16, block_size=64, grad_accum=4, level=level("uniform"), max_iters=9)
+    config.prompt_len, shares = Span(0, 0), []
+
+    def watch(model, x0, xt, holes, weights):
+        shares[-1].append(holes.float().mean().item())
+        return loss_of(model, x0, xt, holes, weights)
+
+    run = Run(config, tiny_model(V=3, T=64), torch.device("cpu"))
+    with mock.patch("train.loss_of", watch):
+        for seed in range(20):
+            shares.append([])
+            split = np.arange(999, dtype=np.uint16) % 3
+            update(run, draw_batch(split, config, rng(seed), run.model.config))
+    assert np.mean([max(pieces) for pieces in shares]) < 0.65  # of rows in order: 0.85
