@@ -198,15 +198,16 @@ def look_at(model, canvas, given, guidance=0.0):
 
 
 def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
-    """The Rule of one of ORDERS. tau is for `threshold`, token_nats (V,) for `information`."""
-    said = functools.partial(expected_nats, token_nats=token_nats)
+    """The Rule of one of ORDERS. tau is for `threshold`; token_nats (V,), how much each token says, for
+    `information`, which sets what is expected to say the least.
+    """
     rule = {
         "random": Rule(blind(at_random)),  # MDLM 2406.07524, MD4 2406.04329, with counts that are not drawn
         "left": Rule(blind(leftmost)),  # the order of autoregressive models
         "confidence": Rule(surest(largest)),  # LLaDA 2502.09992, MaskGIT 2202.04200: of the drawn token there
         "margin": Rule(surest(margin)),  # 2502.06768
-        "entropy": Rule(surest(lambda logits: -entropy(logits))),  # Dream 2508.15487
-        "information": Rule(surest(lambda logits: -said(logits))),  # DiffusionBERT 2211.15029
+        "entropy": Rule(surest(negative_entropy)),  # Dream 2508.15487
+        "information": Rule(surest(lambda p: -p @ token_nats.to(p))),  # DiffusionBERT 2211.15029
         "threshold": Rule(surest(largest, tau), pace=as_needed),  # Fast-dLLM 2505.22618
         "remask": Rule(blind(at_random), pace=at_every_step, reopen=all_anew),  # Barry 2025
     }[order]
@@ -227,11 +228,14 @@ def blind(score):
 
 
 def surest(score, tau=math.inf):
-    """The n of which the model is surest by score(logits) (N,), and all of which it is as sure as tau."""
+    """The n of which the model is surest by score(p) (N,) of its distributions p (N, V), and all of which it
+    is as sure as tau.
+    """
 
     def choose(look, candidates, n, lot):
         logits = look(candidates)
-        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, in_parts(score, logits))
+        sure = in_parts(lambda logits: score(logits.float().softmax(-1)), logits)
+        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, sure)
         chosen = highest(scores, candidates, torch.maximum(n, (scores >= tau).sum(1, keepdim=True)))
         return chosen, logits[chosen[candidates]]
 
@@ -253,32 +257,17 @@ def leftmost(lot):
     return -torch.arange(lot.shape[1], device=lot.device, dtype=torch.float32).expand_as(lot)
 
 
-def largest(logits):
-    """Probability of the likeliest token, (N,)."""
-    return 1 / weights_of(logits).sum(-1)
+def largest(p):
+    return p.amax(-1)
 
 
-def margin(logits):
-    """Probability of the likeliest token less that of the next, (N,)."""
-    weights = weights_of(logits)
-    total = weights.sum(-1)
-    weights.scatter_(1, weights.argmax(-1, keepdim=True), 0)  # its 1, so that the next is the largest
-    return (1 - weights.amax(-1)) / total
+def margin(p):
+    first, second = p.topk(2).values.unbind(-1)
+    return first - second
 
 
-def entropy(logits):
-    """Minus the sum of p log p, (N,), in nats."""
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)  # 0 log 0 is 0
-    weights = logits.exp()
-    total = weights.sum(-1)
-    return total.log() - (weights.mul_(logits)).sum(-1) / total
-
-
-def expected_nats(logits, token_nats):
-    """What the token is expected to say, (N,), by its nats in token_nats (V,)."""
-    weights = weights_of(logits)
-    return (weights * token_nats.to(weights.device)).sum(-1) / weights.sum(-1)
+def negative_entropy(p):
+    return -torch.special.entr(p).sum(-1)
 
 
 def at_every_step(n_open, n_steps, n_written):
@@ -337,8 +326,8 @@ class Rule(NamedTuple):
 #
 # The draw must be that of the softmax, at a vocabulary of 50,000 too. In float32 it is not: Gumbel noise
 # and cumulative sums lose the tail, which lowers the temperature unseen and makes text look better than
-# the model is (2409.02908). So sums are in float64; and since a float64 copy of all logits would take
-# longer than the draw, they are made a few rows, and of long rows a few pieces, at a time.
+# the model is (2409.02908). So sums and random numbers are in float64; and since a float64 copy of all
+# logits would take longer than the draw itself, they are made a few rows at a time.
 
 
 def uniforms(seeds, number, canvas, step):
@@ -388,12 +377,6 @@ def in_parts(function, logits, *more):
     return torch.cat([function(*part) for part in parts])
 
 
-def weights_of(logits, temperature=1.0):
-    """The probabilities of logits (N, V) over the largest in the row, float32."""
-    logits = logits.float()
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # overflows at no temperature
-
-
 def log_probability(logits, tokens):
     """What logits (N, V) give to tokens (N,), in nats, (N,) float32."""
     logits = logits.float()
@@ -401,52 +384,33 @@ def log_probability(logits, tokens):
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """One token per row of logits (N, V), which u (N,) float64, uniform in (0, 1], selects: (N,) int64."""
+    """One token per row of logits (N, V), which u (N,) float64, uniform in (0, 1], selects: (N,) int64.
+
+    top_k: of the k likeliest alone. top_p: of the likeliest, as many as reach that share (1904.09751).
+    """
     if temperature < 1e-6:
         return logits.argmax(-1)
 
     def draw_part(logits, u):
+        logits = (logits.cpu() if logits.device.type == "mps" else logits).float()  # mps has no float64
+        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # none overflows
         places = None
-        if logits.device.type == "mps":  # it has no float64
-            logits = logits.cpu()
         if top_k:
-            logits, places = logits.topk(min(top_k, logits.shape[1]))
-        weights = weights_of(logits, temperature)
+            weights, places = weights.topk(min(top_k, weights.shape[1]))  # largest first
         if top_p < 1:
             enough = top_p * weights.sum(-1, keepdim=True)
-            for k in (min(1024, weights.shape[1]), weights.shape[1]) if places is None else ():
-                kept, places = weights.topk(k)
+            for k in (1024, weights.shape[1]) if places is None else ():
+                kept, places = weights.topk(min(k, weights.shape[1]))
                 if (kept.sum(-1, keepdim=True) >= enough).all():  # which is so unless they are very flat
                     break
-            weights = drop_tail(weights if top_k else kept, enough)
-        tokens = select(weights, u.to(weights.device))
-        return tokens if places is None else places.gather(1, tokens[:, None]).squeeze(1)
+            weights = kept if not top_k else weights
+            weights = weights.masked_fill(weights.cumsum(-1) - weights >= enough, 0)  # those before reach it
+        sums = weights.cumsum(-1, dtype=torch.float64)  # (N, V or k)
+        # u > 0, so that no weight of 0 is ever selected.
+        tokens = torch.searchsorted(sums, u.to(sums.device)[:, None] * sums[:, -1:])
+        return (tokens if places is None else places.gather(1, tokens)).squeeze(1)
 
     return in_parts(draw_part, logits, u).to(logits.device)
-
-
-def drop_tail(weights, enough):
-    """weights (N, K), largest first, without those that follow a sum of `enough` (N, 1) (1904.09751)."""
-    before = weights.cumsum(-1) - weights  # the sum of those before each
-    return weights.masked_fill(before >= enough, 0)
-
-
-def select(weights, u, size=256):
-    """Where the running sum of weights (N, V) first reaches the share u (N,) of the whole: (N,) int64.
-
-    First by sums over pieces of a long row, then inside of one.
-    """
-    if weights.shape[1] < 4 * size:
-        sums = weights.cumsum(-1, dtype=torch.float64)
-        return torch.searchsorted(sums, u[:, None] * sums[:, -1:]).squeeze(1)
-    pieces = F.pad(weights, (0, -weights.shape[1] % size)).unflatten(1, (-1, size))
-    sums = pieces.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, V / size)
-    target = u[:, None] * sums[:, -1:]  # above 0, so that no weight of 0 is ever selected
-    piece = torch.searchsorted(sums, target)  # (N, 1)
-    target -= F.pad(sums, (1, 0)).gather(1, piece)
-    inside = pieces[torch.arange(len(weights), device=weights.device), piece[:, 0]].double().cumsum(-1)
-    place = torch.searchsorted(inside, torch.minimum(target, inside[:, -1:]))
-    return (piece * size + place).squeeze(1)
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -198,6 +198,13 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
     return x0, *corrupt(x0, text, t, u, model_config.mask_id, config.weight, **noise)
 
 
+def windows(split, T, n_tokens):
+    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
+    count = max(1, min(n_tokens, len(split)) // T)
+    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
+    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
+
+
 def maskable(x0, prompt_len, special_ids):
     """Which tokens of x0 (B, T) may become holes, bool: not the first prompt_len, (B, 1) or a number,
     and none that is not text, such as RoBERTa's `<s>`.
@@ -429,13 +436,6 @@ def make_optimizers(model, config, dtype):
     return optimizers
 
 
-def windows(split, T, n_tokens):
-    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
-    count = max(1, min(n_tokens, len(split)) // T)
-    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
-    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
-
-
 def evaluate(run, tokens, counts, **flags):
     """The Bound of tokens (N, T) in nats per token, and in bits per byte; counts are those of their split."""
     with run.precision:
@@ -479,9 +479,10 @@ def print_bound(run, val_split, counts):
     draws = 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows and more, to show the error
     flags = {"level": config.level, "slant": config.slant, "prompt_len": config.prompt_len.low}
     bound, bits = evaluate(run, tokens, counts, draws=draws, **flags)
+    name, error, n = bound_name(**flags), bound.error, tokens.numel()
     print(
-        f"{config.data}: {bound_name(**flags)} {bound:.4f} nats per token (standard error {bound.error:.4f}), "
-        f"{bits:.4f} bits per byte, perplexity {math.exp(bound):.3f}; {tokens.numel():,} validation tokens, {draws} draws"
+        f"{config.data}: {name} {bound:.4f} nats per token (standard error {error:.4f}), {bits:.4f} bits per "
+        f"byte, perplexity {math.exp(bound):.3f}; {n:,} validation tokens, {draws} draws"
     )
 
 

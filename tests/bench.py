@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +32,7 @@ from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
-from train import STRATA, Run, TrainConfig, draw_batch, nelbo, sequence_bounds, standard_error, windows
+from train import STRATA, Run, TrainConfig, draw_batch, loss_of, nelbo, sequence_bounds, train, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,18 +67,48 @@ def step_flops(model, config):
 
 
 def training_speed(device, **flags):
-    """Tokens per second of one training step, and the share of the matrix products' peak it reaches."""
+    """Of one training step: tokens per second, the share of the matrix products' peak it reaches, that peak,
+    and the shares of its time in forward, backward and optimizer, at the step that was fastest.
+    """
     torch.manual_seed(0)
     config = TrainConfig(max_iters=100, **flags)
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     model = Transformer(ModelConfig(**shape)).to(device)
     if config.compile:
         model.compile()
-    run = Run(config, model, device)
-    batch = draw_batch(torch.randint(0, 256, (100_000,)).numpy(), config, torch.Generator().manual_seed(0))
-    (seconds,) = best_seconds(lambda: run.update(batch), repeats=4)
+    run = Run(config, model.train(), device)
+    split = torch.randint(0, 256, (100_000,)).numpy()
+    batch = draw_batch(split, config, torch.Generator().manual_seed(0), model.config)
+    clock, parts = {}, []
+
+    def timed(name, function):
+        def call(*args):
+            start = now(device)
+            result = function(*args)
+            clock[name] = clock.get(name, 0.0) + now(device) - start
+            return result
+
+        return call
+
+    for optimizer in run.optimizers:
+        optimizer.step = timed("optimizer", optimizer.step)
+    with mock.patch("train.loss_of", timed("forward", loss_of)):
+        for _ in range(8):
+            clock.clear()
+            start = now(device)
+            next(train(run, [batch]))
+            parts.append((now(device) - start, dict(clock)))
+    seconds, clock = min(parts[1:], key=lambda part: part[0])
+    shares = [clock["forward"] / seconds, 1 - sum(clock.values()) / seconds, clock["optimizer"] / seconds]
     peak = matmul_flops(device, run.precision)
-    return batch[0].numel() / seconds, step_flops(model, config) / seconds / peak, peak
+    return batch[0].numel() / seconds, step_flops(model, config) / seconds / peak, peak, shares
+
+
+def now(device):
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def sampling_cost(device, B=16, T=256, steps=64, **shape):
@@ -187,8 +218,7 @@ def bound_rows(device):
     _, val, _, _ = load_corpus("python", 256)
     tokens = windows(val, 256, 2**18)  # (1024, 256)
     with autocast(device):
-        estimates = sequence_bounds(model, tokens, draws=8)
-        error = standard_error(*estimates) * 2**0.5  # that of half as many tokens
+        error = nelbo(model, tokens, draws=8).error * 2**0.5  # that of half as many tokens
         yield "standard error of the bound", f"{error:.4f} nats per token", f"{4 * tokens.numel():,} tokens"
         few, draws, variance = tokens[::16], 256, {}
         for strata in (STRATA, 1):
@@ -308,8 +338,8 @@ def fine_tuning_step(folder, side, dropout, device):
     if side == "ours":
         model, tokenizer, _ = load_checkpoint(folder / "roberta.pt", device, dropout=dropout)
         run = Run(TrainConfig(max_iters=100, optimizer="adamw", lr=5e-5), model.train(), device)
-        batch = x0, holes, torch.full((16, 1), 1 / holes.sum().item())
-        return best_seconds(lambda: run.update(batch), repeats=3)[0]
+        batch = x0, x0.masked_fill(holes, tokenizer.mask_id), holes, holes / holes.sum()
+        return best_seconds(lambda: next(train(run, [batch])), repeats=3)[0]
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = RobertaForMaskedLM.from_pretrained(folder, dtype=torch.float32, **rates).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
@@ -384,9 +414,13 @@ def main():
         ("6 layers, 6 heads, width 384, batch 64", {**large, "batch_size": 64}),
         ("the same in float32", {**large, "batch_size": 64, "dtype": "float32"}),
         ("the default", {}),
+        ("the default in float32", {"dtype": "float32"}),
     ):
-        speed, share, peak = training_speed(device, **flags)
-        measure = f"{share:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a bare matrix product"
+        speed, share, peak, (forward, backward, optimizer) = training_speed(device, **flags)
+        measure = (
+            f"{share:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a bare matrix product; forward {forward:.0%}, "
+        )
+        measure += f"backward {backward:.0%}, optimizer {optimizer:.0%}"
         rows.append((f"training step, {name}", f"{speed:,.0f} tokens/s", measure))
     for name, shape in (("6 layers, 6 heads, width 384", large), ("the default", {})):
         sample, passes = sampling_cost(device, **shape)

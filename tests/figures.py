@@ -27,7 +27,7 @@ from data.run.flags import argument, flag, parse
 from data.run.machine import autocast, pick_device
 from model import load_checkpoint
 from sample import ORDERS, denoise
-from train import hole_nats, mean_nats, nelbo, sequence_bounds, standard_error, windows
+from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "levels", "limit", "parallel", "orders"
@@ -105,8 +105,9 @@ def loss_at(model, tokens, t):
     for x0 in tokens.split(64):
         holes = (torch.rand(x0.shape, generator=generator) < t).to(device)
         x0 = x0.to(device)
-        nats = hole_nats(model, x0, x0.masked_fill(holes, model.config.mask_id), holes)
-        total, count = total + nats.sum().item(), count + len(nats)
+        xt = x0.masked_fill(holes, model.config.mask_id)
+        total += loss_of(model, x0, xt, holes, holes.float()).sum().item()
+        count += holes.sum().item()
     return total / count
 
 
@@ -154,9 +155,8 @@ def limit(config, device):
     entropy = text_nats(tokens).mean()
     model, _, _ = load_checkpoint(path, device)
     with autocast(device):
-        estimates = sequence_bounds(model, tokens, draws=8)
-    bound, error = mean_nats(*estimates), standard_error(*estimates)
-    print(f"NELBO {bound:.4f} nats per token, standard error {error:.4f}")
+        bound = nelbo(model, tokens, draws=8)
+    print(f"NELBO {bound:.4f} nats per token, standard error {bound.error:.4f}")
     print(f"true entropy of the same windows {entropy:.4f}: {bound / entropy - 1:.2%} above")
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]

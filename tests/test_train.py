@@ -619,7 +619,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_product_is_in_the_precision_of_the_run(dtype, optimizer, dropout):
-    """Of training, the optimizer's included, and of sampling: another one can take a hundred times as long."""
+    """Of training, with the optimizer, and of sampling: another one can take a hundred times as long."""
     model = tiny_model(V=8, T=16, dropout=dropout)
     config = TrainConfig(
         batch_size=4, block_size=16, max_iters=9, dtype=dtype, optimizer=optimizer, prompt_len=Span(0, 3)

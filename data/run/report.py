@@ -16,7 +16,7 @@ class Report:
     """The bar, log.csv, evaluations with a sample, and checkpoints of a run: one call after each step."""
 
     def __init__(self, run, out_dir, evaluate, sample, save):
-        """evaluate() -> (nats per token, bits per byte), sample() -> text, and save(nats) are called when due."""
+        """When due: evaluate() -> (nats per token, bits per byte), sample() -> text, and save(nats)."""
         self.run, self.out_dir, self.evaluate, self.sample, self.save = run, out_dir, evaluate, sample, save
         out_dir.mkdir(parents=True, exist_ok=True)
         self.log = Log(out_dir / "log.csv", run.step)
