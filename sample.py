@@ -207,7 +207,7 @@ def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
         "confidence": Rule(surest(largest)),  # LLaDA 2502.09992, MaskGIT 2202.04200: of the drawn token there
         "margin": Rule(surest(margin)),  # 2502.06768
         "entropy": Rule(surest(negative_entropy)),  # Dream 2508.15487
-        "information": Rule(surest(lambda p: -p @ token_nats.to(p))),  # DiffusionBERT 2211.15029
+        "information": Rule(surest(lambda p: -(p * token_nats.to(p)).sum(-1))),  # DiffusionBERT 2211.15029
         "threshold": Rule(surest(largest, tau), pace=as_needed),  # Fast-dLLM 2505.22618
         "remask": Rule(blind(at_random), pace=at_every_step, reopen=all_anew),  # Barry 2025
     }[order]

@@ -33,11 +33,12 @@ from data.canvas.prompt import make_canvases
 from data.corpus import load_corpus, token_nats
 from data.run.checkpoint import save_checkpoint
 from data.run.errors import Mistake, command, ctrl_c
-from data.run.fast import Muon, cross_entropy
+from data.run.fast import cross_entropy
 from data.run.files import replacing
-from data.run.flags import Span, as_plain, flag, from_plain, parse
-from data.run.machine import autocast, pick_device
+from data.run.flags import Span, flag, from_plain, parse
+from data.run.machine import pick_device
 from data.run.report import Report
+from data.run.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import denoise
 
@@ -360,80 +361,7 @@ def train(run, batches):
         yield loss, norm
 
 
-class Run:
-    """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
-
-    def __init__(self, config, model, device, train_tokens=0, token_nats=None):
-        self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
-        self.max_iters = config.max_iters or math.inf
-        if config.epochs:
-            steps = config.epochs * train_tokens / (config.batch_size * config.block_size)
-            self.max_iters = min(self.max_iters, math.ceil(steps))
-        self.precision = autocast(device, config.dtype)
-        self.optimizers = make_optimizers(model, config, self.precision.fast_dtype)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
-        self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
-        self.step, self.minutes, self.best = 0, 0.0, math.inf
-        # The bound that its noise trains for: ckpt.pt is the checkpoint at which this was lowest.
-        self.bound = {"prompt_len": config.prompt_len.low, "slant": config.slant}
-        self.bound_name = bound_name(**self.bound)
-
-    def state(self):
-        random = {"batches": self.generator.get_state(), "cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            "train": as_plain(self.config),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),
-            "random": random,
-            **{name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "token_nats")},
-        }
-
-    def restore(self, state):
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            for group, ours in zip(saved["param_groups"], optimizer.param_groups):
-                group["weight_decay"] = ours["weight_decay"]  # a flag may have changed it
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["random"]["batches"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        self.step, self.minutes = state["step"], state["minutes"]
-        if self.bound == state.get("bound", {"prompt_len": 0, "slant": 0.0}):  # as an earlier version chose
-            self.best = state["best"]
-
-    def progress(self):
-        """How far the run is, in [0, 1], by the limit that will end it: steps or minutes."""
-        by_steps = self.step / self.max_iters
-        default = 10 if self.max_iters == math.inf else math.inf
-        by_minutes = self.minutes / (self.config.max_minutes or default)
-        return min(1.0, max(by_steps, by_minutes))
-
-    def learning_rate(self):
-        """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
-        warmup, progress = self.config.warmup, self.progress()
-        rise = max(progress, 0.001) / warmup if progress < warmup else 1.0  # the first step moves, too
-        return self.config.lr * min(1.0, rise, (1 - progress) / (1 - warmup))
-
-
-# --- what stands around it: optimizers, reports, flags -------------------------------------------
-
-
-def make_optimizers(model, config, dtype):
-    """Muon on the blocks' matrices and AdamW on the rest, or AdamW on all."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
-    if matrices:
-        optimizers += [Muon(matrices, config.lr, config.weight_decay, dtype)]
-    return optimizers
+# --- the run around it ---------------------------------------------------------------------------
 
 
 def evaluate(run, tokens, counts, **flags):
@@ -598,6 +526,7 @@ def main():
     report = Report(
         run,
         Path(config.out_dir),
+        bound_name(**run.bound),
         lambda: evaluate(run, val_tokens, meta["val"], **run.bound),
         lambda: sample(run, tokenizer),
         lambda nats: save(run, tokenizer, nats),

@@ -134,7 +134,7 @@ for row in ROWS:
                 corpus = np.random.default_rng(0).integers(0, 20, 5000).astype(np.uint16)
                 nats = torch.rand(21) + 1
                 a = old_train.Run(old_train.TrainConfig(**flags), old.train(), torch.device("cpu"), 0, nats)
-                b = new_train.Run(
+                b = sys.modules["data.run.training"].Run(
                     new_train.TrainConfig(**parsed(flags)), new.train(), torch.device("cpu"), 0, nats
                 )
                 a.model.zero_grad = b.model.zero_grad = lambda **_: None

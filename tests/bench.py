@@ -30,9 +30,10 @@ from data.roberta.prepare import byte_symbols
 from data.run.errors import command
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
+from data.run.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
-from train import STRATA, Run, TrainConfig, draw_batch, loss_of, nelbo, sequence_bounds, train, windows
+from train import STRATA, TrainConfig, draw_batch, loss_of, nelbo, sequence_bounds, train, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,12 +16,12 @@ from toys import Conditionals, all_texts, tiny_model
 from data.corpus import token_nats
 from data.run.fast import CrossEntropy, Muon, cross_entropy, orthogonalised
 from data.run.flags import Span
+from data.run.training import Run
 from model import ModelConfig
 from sample import denoise
 from train import (
     STRATA,
     Level,
-    Run,
     TrainConfig,
     corrupt,
     draw_batch,

@@ -15,9 +15,10 @@ from data.run.errors import Mistake
 class Report:
     """The bar, log.csv, evaluations with a sample, and checkpoints of a run: one call after each step."""
 
-    def __init__(self, run, out_dir, evaluate, sample, save):
+    def __init__(self, run, out_dir, bound_name, evaluate, sample, save):
         """When due: evaluate() -> (nats per token, bits per byte), sample() -> text, and save(nats)."""
-        self.run, self.out_dir, self.evaluate, self.sample, self.save = run, out_dir, evaluate, sample, save
+        self.run, self.out_dir, self.bound_name = run, out_dir, bound_name
+        self.evaluate, self.sample, self.save = evaluate, sample, save
         out_dir.mkdir(parents=True, exist_ok=True)
         self.log = Log(out_dir / "log.csv", run.step)
         layout, pace = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10  # seconds
@@ -57,7 +58,7 @@ class Report:
             self.save(nats)
             text = textwrap.indent(inert(self.sample()), "  | ", lambda line: True)
             self.bar.write(
-                f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation {run.bound_name} "
+                f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation {self.bound_name} "
                 f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n{text}"
             )
         left = run.minutes / run.progress() * (1 - run.progress())

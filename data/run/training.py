@@ -1,0 +1,81 @@
+"""The state of a training run: its optimizers and random numbers, how far it is, and how it resumes."""
+
+import math
+
+import torch
+
+from data.run.fast import Muon
+from data.run.flags import as_plain
+from data.run.machine import autocast
+
+
+class Run:
+    """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
+
+    def __init__(self, config, model, device, train_tokens=0, token_nats=None):
+        self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
+        self.max_iters = config.max_iters or math.inf
+        if config.epochs:
+            steps = config.epochs * train_tokens / (config.batch_size * config.block_size)
+            self.max_iters = min(self.max_iters, math.ceil(steps))
+        self.precision = autocast(device, config.dtype)
+        self.optimizers = make_optimizers(model, config, self.precision.fast_dtype)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
+        self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
+        self.step, self.minutes, self.best = 0, 0.0, math.inf
+        # Which bound its noise trains for: ckpt.pt is the checkpoint at which this was lowest.
+        self.bound = {"prompt_len": config.prompt_len.low, "slant": config.slant}
+
+    def state(self):
+        random = {"batches": self.generator.get_state(), "cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "train": as_plain(self.config),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+            **{name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "token_nats")},
+        }
+
+    def restore(self, state):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            for group, ours in zip(saved["param_groups"], optimizer.param_groups):
+                group["weight_decay"] = ours["weight_decay"]  # a flag may have changed it
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["random"]["batches"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        self.step, self.minutes = state["step"], state["minutes"]
+        if self.bound == state.get("bound", {"prompt_len": 0, "slant": 0.0}):  # as an earlier version chose
+            self.best = state["best"]
+
+    def progress(self):
+        """How far the run is, in [0, 1], by the limit that will end it: steps or minutes."""
+        by_steps = self.step / self.max_iters
+        default = 10 if self.max_iters == math.inf else math.inf
+        by_minutes = self.minutes / (self.config.max_minutes or default)
+        return min(1.0, max(by_steps, by_minutes))
+
+    def learning_rate(self):
+        """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
+        warmup, progress = self.config.warmup, self.progress()
+        rise = max(progress, 0.001) / warmup if progress < warmup else 1.0  # the first step moves, too
+        return self.config.lr * min(1.0, rise, (1 - progress) / (1 - warmup))
+
+
+def make_optimizers(model, config, dtype):
+    """Muon on the blocks' matrices and AdamW on the rest, or AdamW on all."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and config.optimizer == "muon"]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
+    if matrices:
+        optimizers += [Muon(matrices, config.lr, config.weight_decay, dtype)]
+    return optimizers
