@@ -1,9 +1,10 @@
-"""The denoiser: one Transformer that sees a canvas with holes and says what belongs in each.
+"""The denoiser: a Transformer that sees text with some tokens replaced by `<mask>`, its holes, and gives the
+logits of the token that belongs at each position.
 
-It knows nothing about noise. The masks in the canvas already show the noise level, so it takes no
-time input (2406.03736), and it never predicts `<mask>` itself ("SUBS", 2406.07524). Three things
-tell it from GPT-2: every token sees all others, positions turn queries and keys instead of being
-added to the tokens, and each block first mixes neighbours by a short convolution.
+Masking is the noise of this diffusion, and the holes show its level, so there is no time input
+(2406.03736); `<mask>` itself has probability 0 ("SUBS", 2406.07524). Unlike GPT-2's, every token sees
+all others; positions rotate queries and keys, which are normalised; a short convolution opens each
+block; and there are no biases. `attend` and `Dropout`, last, are torch's own, made faster on a CPU.
 """
 
 import functools
@@ -22,21 +23,21 @@ from data.tokenizer import tokenizer_from_state
 class ModelConfig:
     vocab_size: int = 257
     mask_id: int = 256
-    block_size: int = 256  # longest sequence that the positions are made for
+    block_size: int = 256  # tokens of a training sequence; the most that learned positions allow
     n_layer: int = 4
     n_head: int = 2
     n_embd: int = 192
     dropout: float = 0.0
-    special_ids: tuple[int, ...] = ()  # tokens that are not text: never masked, never written
+    special_ids: tuple[int, ...] = ()  # not text: train.py never masks them, sample.py never writes them
     conv: int = 5  # neighbours that a block's convolution mixes, the token itself included; 0: none
     causal: bool = False  # a token sees itself and those to its left
-    norm: str = "pre"  # "pre": normalise what a layer reads; "post": what it has written, as in BERT
+    norm: str = "pre"  # "pre": normalise what a layer reads; "post": the sum after it, as in BERT
     position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
-    # What only BERT and RoBERTa set (data/roberta), besides norm="post", position="learned", conv=0:
+    qk_norm: bool = True  # normalise queries and keys: Muon would let the attention logits grow
+    # What only BERT and RoBERTa set (data/roberta), besides norm="post", position="learned", qk_norm=False, conv=0:
     mlp_width: int = 0  # of the hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     bias: bool = False  # in linear layers and norms
-    qk_norm: bool = True  # normalised queries and keys bound the attention logits, which Muon would let grow
     norm_eps: float = 1e-5  # added to the variance
     token_types: int = 0  # rows of a table whose first is added to every token; 0: none
     first_position: int = 0  # of the table of positions; RoBERTa's begin at 2
@@ -79,14 +80,14 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_embd, config.bias)
         self.value = nn.Linear(config.n_embd, config.n_embd, config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, config.bias)
-        width = config.n_embd // config.n_head
-        self.query_norm = layer_norm(width, config) if config.qk_norm else nn.Identity()
-        self.key_norm = layer_norm(width, config) if config.qk_norm else nn.Identity()
+        head_dim = config.n_embd // config.n_head
+        self.query_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
+        self.key_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotation):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, self.n_head, -1) for linear in (self.query, self.key, self.value))
-        q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)
+        q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)  # CUDA makes norms float32
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
@@ -109,8 +110,8 @@ class MLP(nn.Module):
 class Convolution(nn.Module):
     """Adds to each token a weighted sum of its neighbours, channel by channel.
 
-    Most of what tells a character is next to it, and this is the cheapest way to look there: a
-    short depthwise convolution as in Primer (2109.08668), here on the residual stream.
+    Most of what determines a token is next to it, and this is the cheapest way to look there: a short
+    depthwise convolution as in Primer (2109.08668), here on the residual stream. It begins as nothing.
     """
 
     def __init__(self, config):
@@ -119,7 +120,8 @@ class Convolution(nn.Module):
         self.padding = config.conv - 1 if config.causal else config.conv // 2
 
     def forward(self, x):
-        # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied.
+        # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied. It is
+        # padded at both ends; the cut at the right makes the causal one look to the left alone.
         image = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
         mixed = F.conv2d(image, self.weight, padding=(0, self.padding), groups=x.shape[2])
         return x + mixed.squeeze(2).transpose(1, 2)[:, : x.shape[1]]
@@ -170,7 +172,7 @@ class Transformer(nn.Module):
         if self.config.tied:
             self.head.weight = self.token_embedding.weight
 
-    def init_weights(self, module):
+    def init_weights(self, module):  # embeddings keep torch's N(0, 1)
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
 
@@ -189,18 +191,17 @@ class Transformer(nn.Module):
         x = self.final_norm(x)
         if self.config.head_activation:
             x = self.transform_norm(ACTIVATIONS[self.config.head_activation](self.transform(x)))
-        ids = torch.arange(self.config.vocab_size, device=x.device)
-        bias = torch.zeros_like(ids, dtype=x.dtype) if self.head.bias is None else self.head.bias
-        bias = bias.masked_fill(ids == self.config.mask_id, -torch.inf)  # SUBS: no hole is filled with a hole
-        return F.linear(x, self.head.weight, bias)
+        bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
+        is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
+        # SUBS, without one more pass over the logits: no hole is filled with a hole.
+        return F.linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
 
     def forward(self, idx, where=None):
-        """Logits of the clean token at every position.
+        """Logits (B, T, V), in autocast's precision, of the token that belongs at each position of idx (B, T)
+        int64, which has `mask_id` at the holes.
 
-        idx: (B, T) int64, with `mask_id` at the holes. Returns (B, T, V), in autocast's precision;
-        with where, a (B, T) bool, only those positions' logits, (N, V), in row-major order: only
-        holes have a loss, and at a large vocabulary the full logits would be the largest tensor
-        there is.
+        where: (B, T) bool; only those positions' logits, (N, V), in row-major order: only holes have a
+        loss, and at a large vocabulary the full logits would be the largest tensor there is.
         """
         rotation = None
         if self.config.position == "rope":
@@ -224,13 +225,9 @@ def load_checkpoint(path, device="cpu", **changes):
     """
     checkpoint = read_checkpoint(path)
     try:
-        config = {name: value for name, value in checkpoint["config"].items() if name != "pad_id"}
         with torch.device("meta"):  # no memory, and no random weights that would be overwritten
-            model = Transformer(ModelConfig(**{**config, **changes}))
-        final = "final_norm." if model.config.norm == "pre" else "embedding_norm."
-        weights = checkpoint["model"].items()  # an earlier version called either norm just that
-        weights = {final + name[5:] if name[:5] == "norm." else name: value for name, value in weights}
-        model.load_state_dict(weights, assign=True)
+            model = Transformer(ModelConfig(**{**checkpoint["config"], **changes}))
+        model.load_state_dict(checkpoint["model"], assign=True)
         model.tie()
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -239,7 +236,7 @@ def load_checkpoint(path, device="cpu", **changes):
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-# --- what a CPU does slower ----------------------------------------------------------------------
+# --- faster on a CPU -----------------------------------------------------------------------------
 
 
 def attend(q, k, v, dropout, causal):
@@ -254,8 +251,7 @@ def attend(q, k, v, dropout, causal):
     if causal:
         T = q.shape[2]
         scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
-    with torch.autocast("cpu", enabled=False):  # it would make the probabilities float32
-        return dropout(scores.softmax(-1)) @ v
+    return dropout(scores.softmax(-1)) @ v
 
 
 class Dropout(nn.Dropout):

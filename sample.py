@@ -11,7 +11,6 @@ An autoregressive model calls `.append(token)`; this one calls `.setitem(i, toke
 """
 
 import functools
-import itertools
 import math
 import os
 import sys
@@ -28,13 +27,14 @@ from tqdm import tqdm
 
 from data.canvas.history import History, inert
 from data.canvas.picture import check_path, save_histories
-from data.canvas.prompt import HOLE, MOST, check_prompts, make_canvases, read_text
+from data.canvas.prompt import MASK_TAG, MOST, check_prompts, make_canvases, read_text
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
 from model import load_checkpoint
 
+NEAR = 4  # tokens on either side of a hole that say which of several lengths fits it
 ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "information", "left"
 
 
@@ -52,7 +52,7 @@ class SampleConfig:
     tau: float = flag(0.9, "threshold: set every hole as sure as this", least=0, most=1)
     block_len: int | None = flag(None, "fill the canvas from left to right in blocks of this", least=1)
     revise: float = flag(0.0, "share of the written tokens that each step writes anew", least=0, below=1)
-    guidance: float = flag(0.0, "how much likelier the prompt is to be heeded; 0 for none", least=0, most=1e3)
+    guidance: float = flag(0.0, "classifier-free guidance by the prompt; 0 for none", least=0, most=1e3)
     temperature: float = flag(0.7, "divides the logits; 0 takes the likeliest token", least=0, most=1e6)
     top_k: int = flag(0, "draw from the k likeliest tokens; 0 for all", least=0)
     top_p: float = flag(1.0, "draw from the likeliest that together reach this", above=0, most=1)
@@ -62,31 +62,50 @@ class SampleConfig:
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "write how it filled: a page, run.html, or an animated picture, run.svg")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "precision of the matrix products"
+    )
 
 
 # --- the loop: look, choose, take, set -----------------------------------------------------------
 
 
-def fill(canvas, block, n_steps, rule, look, take, noise, mask_id):
-    """Set the tokens of canvas (B, W) at block (B, W), in place, in n_steps (B, 1); yields after each step.
+class Rule(NamedTuple):
+    """An order, which says what is set next.
 
-    rule: the order, a Rule. look(where) -> logits (N, V) asks the model about positions of the canvas.
-    take(logits, u, where) -> tokens (N,). noise(step) -> three uniform numbers for each position.
+    choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits
+        (N, V); it looks before it chooses, or after.
+    pace(n_open, n_steps, n_written) -> for every step how many tokens are to be written after it, at
+        least, and which rows still go on, (B, 1) each; n_written() counts those that are.
+    reopen(holes, written, lot, n_left) -> which of the written become holes again, and which positions
+        may be set in this step, (B, W) each. n_left (B, 1) holes are to remain after it.
     """
-    n_open = block.sum(1, keepdim=True)  # (B, 1)
+
+    choose: Callable
+    pace: Callable
+    reopen: Callable
+
+
+def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
+    """Write canvas (B, W) where is_open (B, W), in place, in n_steps (B, 1); yields after each step.
+
+    look(where) -> logits (N, V) asks the model about positions of the canvas. take(logits, u, where) ->
+    tokens (N,). noise(step) -> three uniform numbers for each position.
+    """
+    n_open = is_open.sum(1, keepdim=True)  # (B, 1)
 
     def n_written():
-        return (block & (canvas != mask_id)).sum(1, keepdim=True)
+        return (is_open & (canvas != mask_id)).sum(1, keepdim=True)
 
     for step, (due, going) in enumerate(rule.pace(n_open, n_steps, n_written), 1):
         lot, again_lot, u = noise(step)  # (B, W) each
-        holes = block & (canvas == mask_id)
-        again, candidates = rule.reopen(holes, block & ~holes & going, again_lot, n_open - due)
-        n = due - n_written() + again.sum(1, keepdim=True)  # so that `due` are written after this step
-        chosen, logits = rule.choose(look, candidates & (n > 0), n, lot)
+        holes = is_open & (canvas == mask_id)
+        again, candidates = rule.reopen(holes, is_open & ~holes & going, again_lot, n_open - due)
+        n = due - n_written() + again.sum(1, keepdim=True)  # n_written - again + n = due
+        candidates &= n > 0  # a row with nothing to set costs no forward pass
+        chosen, logits = rule.choose(look, candidates, n, lot)
         canvas.masked_fill_(again, mask_id)
-        canvas[chosen] = take(logits, u[chosen.cpu()], chosen)  # .setitem
+        canvas[chosen] = take(logits, u[chosen.cpu()], where=chosen)  # .setitem
         yield
 
 
@@ -98,21 +117,21 @@ def denoise(
     """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
 
     The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay. After
-    step k of n, round(k/n) of each row's holes are set, so the last canvas has none; with more steps
-    than holes, it ends as soon as these are set, unless it rewrites. Without `steps`, 128, or half the
-    row's holes if that is more.
+    step k of n, k/n of each row's holes are written, rounded; so the last canvas has none. With more
+    steps than holes it ends as soon as these are written, unless it rewrites. Without `steps`, 128, or
+    half the row's holes if that is more; `threshold` takes as many as it needs.
 
     order: one of ORDERS; `rule_of` says what each does.
     block_len: fill the canvas in blocks of this many positions, from left to right; each has its
         share of the steps, and at least one (semi-autoregressive, 2502.09992). By default the canvas
         is one block, or if it is longer than the model's block_size, blocks of a quarter of that.
-    revise: each step masks a written token again with this probability, as far as there are steps
-        left to write as many more (ReMDM 2503.00307, at a constant rate with its cap).
+    revise: each step masks each written token again with this probability, and no more of them than
+        holes remain after it, which will replace them (ReMDM 2503.00307, at a constant rate).
     guidance: see `look_at`.
-    seeds: one for each row (0, 1, ..); what is written depends on the row's own, in any batch.
+    seeds: one for each row (0, 1, ..), on which alone its random numbers depend.
     token_nats: (V,), minus the log of each token's share of the training text, for `information`.
-    take: how a token comes of its logits, in place of a draw at temperature, top_k and top_p: `read`
-        sets those of a given text, `Recorded` keeps the probability of each.
+    take: how tokens come of logits, in place of a `draw` at temperature, top_k and top_p: `read` sets
+        those of a given text, `Recorded` keeps the probability of each.
     """
     mask_id, (B, T), W = model.config.mask_id, canvas.shape, model.config.block_size
     canvas, is_open = canvas.clone(), canvas == mask_id
@@ -120,23 +139,23 @@ def denoise(
     not_text = torch.tensor([mask_id, *model.config.special_ids], device=canvas.device)
     given = torch.isin(canvas, not_text, invert=True)  # (B, T)
     rule = rule_of(order, tau, token_nats, revise)
-    take = take or functools.partial(draw_at, temperature, top_k, top_p)
-    block_len = block_len or (W if T <= W else max(1, W // 4))
+    take = take or functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    block_len = min(block_len or (W if T <= W else max(1, W // 4)), W)
     n_holes = is_open.sum(1, keepdim=True)  # (B, 1)
     steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
     if not is_open.any():
         yield canvas
-    for number, window, block, n_steps in blocks(is_open, steps, block_len, W):
+    for number, window, block_open, n_steps in blocks(is_open, steps, block_len, W):
         view = canvas[:, window]  # (B, W), written in place
         look = look_at(model, view, given[:, window], guidance)
         noise = functools.partial(uniforms, seeds, number, view)
 
-        def take_here(logits, u, chosen, window=window):
-            where = torch.zeros_like(is_open)
-            where[:, window] = chosen
-            return take(logits, u, where)
+        def take_here(logits, u, where, window=window):
+            place = torch.zeros_like(is_open)  # the same positions, of the whole canvas
+            place[:, window] = where
+            return take(logits, u, where=place)
 
-        for _ in fill(view, block, n_steps, rule, look, take_here, noise, mask_id):
+        for _ in fill(view, block_open, n_steps, rule, look, take_here, noise, mask_id):
             yield canvas.clone()
 
 
@@ -144,8 +163,8 @@ def blocks(is_open, steps, block_len, W):
     """A canvas in blocks, from left to right, those with holes: (number, window, holes, steps) of each.
 
     The window is the slice of at most W positions through which the block is seen; holes are those of
-    is_open (B, T) that are the block's, (B, W) bool; steps (B, 1) are its share of steps (B, 1). A
-    canvas that is longer than W slides through, with up to a quarter of W in sight after the block.
+    is_open (B, T) that are the block's, (B, W or less) bool; steps (B, 1) are its share of steps (B, 1).
+    A canvas that is longer than W slides through, with up to a quarter of W in sight after the block.
     """
     T = is_open.shape[1]
     n_before = F.pad(is_open.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
@@ -175,7 +194,7 @@ def look_at(model, canvas, given, guidance=0.0):
         rows = where.any(1)
         if not rows.any():
             return torch.zeros(0, model.config.vocab_size, device=canvas.device)
-        text, prompt, where = canvas[rows], given[rows], where[rows]  # rows without a question wait
+        text, prompt, where = canvas[rows], given[rows], where[rows]
         if guidance:
             text = torch.cat((text, text.masked_fill(prompt, model.config.mask_id)))
             where = torch.cat((where, where))
@@ -192,9 +211,10 @@ def look_at(model, canvas, given, guidance=0.0):
 # --- orders: which holes are set next ------------------------------------------------------------
 #
 # An order scores the holes, and the highest are set. Some do without the logits. The others say how
-# sure the model is of a hole, from its distribution alone and not from the token that is then drawn.
-# So an order that writes each token once, with one hole a step, draws from a joint distribution of its
-# own, whose conditionals are the model's. (Since these do not quite agree, the joints differ a little.)
+# sure the model is of a hole, from its distributions p (N, V) alone. Since no score sees a token that is
+# drawn, an order that writes each token once, with one hole a step, draws exactly from the product of
+# p(x_i | tokens set before it). That joint distribution is the order's own: a network's conditionals do
+# not quite agree with each other, so the joints of two orders differ a little.
 
 
 def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
@@ -202,19 +222,25 @@ def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
     `information`, which sets what is expected to say the least.
     """
     rule = {
-        "random": Rule(blind(at_random)),  # MDLM 2406.07524, MD4 2406.04329, with counts that are not drawn
-        "left": Rule(blind(leftmost)),  # the order of autoregressive models
-        "confidence": Rule(surest(largest)),  # LLaDA 2502.09992, MaskGIT 2202.04200: of the drawn token there
-        "margin": Rule(surest(margin)),  # 2502.06768
-        "entropy": Rule(surest(negative_entropy)),  # Dream 2508.15487
-        "information": Rule(surest(lambda p: -(p * token_nats.to(p)).sum(-1))),  # DiffusionBERT 2211.15029
-        "threshold": Rule(surest(largest, tau), pace=as_needed),  # Fast-dLLM 2505.22618
-        "remask": Rule(blind(at_random), pace=at_every_step, reopen=all_anew),  # Barry 2025
+        # MDLM 2406.07524, MD4 2406.04329; they draw the number of each step, too, and so it is binomial
+        "random": Rule(blind(lambda lot: lot), evenly, never),
+        "left": Rule(blind(lambda lot: -torch.ones_like(lot).cumsum(1)), evenly, never),  # as GPT does
+        # MaskGIT 2202.04200 and LLaDA 2502.09992; they score the token that they have drawn
+        "confidence": Rule(surest(largest), evenly, never),
+        "margin": Rule(surest(lambda p: -p.topk(2).values.diff().squeeze(1)), evenly, never),  # 2502.06768
+        "entropy": Rule(surest(lambda p: -torch.special.entr(p).sum(1)), evenly, never),  # Dream 2508.15487
+        "information": Rule(surest(lambda p: -(p * token_nats.to(p)).sum(1)), evenly, never),  # 2211.15029
+        "threshold": Rule(surest(largest, tau), as_needed, never),  # Fast-dLLM 2505.22618
+        "remask": Rule(blind(lambda lot: lot), at_every_step, all_anew),  # RoBERTa diffusion, Barry 2025
     }[order]
-    if revise:
+    if revise:  # rewriting has a use for more steps than there are holes
         pace = at_every_step if rule.pace is evenly else rule.pace
         rule = rule._replace(pace=pace, reopen=some_again(revise))
     return rule
+
+
+def largest(p):
+    return p.amax(1)
 
 
 def blind(score):
@@ -249,29 +275,8 @@ def highest(scores, candidates, n):
     return candidates & (ranks < n)
 
 
-def at_random(lot):
-    return lot
-
-
-def leftmost(lot):
-    return -torch.arange(lot.shape[1], device=lot.device, dtype=torch.float32).expand_as(lot)
-
-
-def largest(p):
-    return p.amax(-1)
-
-
-def margin(p):
-    first, second = p.topk(2).values.unbind(-1)
-    return first - second
-
-
-def negative_entropy(p):
-    return -torch.special.entr(p).sum(-1)
-
-
 def at_every_step(n_open, n_steps, n_written):
-    """After step k of n, round(k/n) of the holes are written."""
+    """After step k of n, k/n of n_open are written, rounded. A row that has had its n steps rests."""
     for step in range(1, n_steps.max().item() + 1):
         yield (n_open * step / n_steps).round().long().minimum(n_open), step <= n_steps
 
@@ -287,47 +292,30 @@ def as_needed(n_open, n_steps, n_written):
         yield (n_written() + 1).minimum(n_open), n_open > 0
 
 
-def never(holes, written, lot, spare):
+def never(holes, written, lot, n_left):
     """What is written stays."""
     return torch.zeros_like(holes), holes
 
 
-def all_anew(holes, written, lot, spare):
+def all_anew(holes, written, lot, n_left):
     """All become holes again, and may be set at once. The model still sees what was written there."""
     return written, holes | written
 
 
 def some_again(share):
-    """Each becomes a hole again with this probability, and may be set from the next step on."""
+    """Each becomes a hole again with this probability, n_left at most, to be set in a later step."""
 
-    def reopen(holes, written, lot, spare):
-        n = (written & (lot < share)).sum(1, keepdim=True)
-        return highest(-lot, written, torch.minimum(n, spare)), holes
+    def reopen(holes, written, lot, n_left):
+        return highest(-lot, written & (lot < share), n_left), holes
 
     return reopen
-
-
-class Rule(NamedTuple):
-    """An order.
-
-    choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits.
-    pace(n_open, n_steps, n_written) -> for every step how many are to be written after it, at least,
-        and which rows still go on, (B, 1) each; n_written() counts those that are.
-    reopen(holes, written, lot (B, W), spare (B, 1)) -> which of the written become holes again, no more
-        than spare, and which positions may be set in this step, (B, W) each.
-    """
-
-    choose: Callable
-    pace: Callable = evenly
-    reopen: Callable = never
 
 
 # --- how a token is drawn ------------------------------------------------------------------------
 #
 # The draw must be that of the softmax, at a vocabulary of 50,000 too. In float32 it is not: Gumbel noise
 # and cumulative sums lose the tail, which lowers the temperature unseen and makes text look better than
-# the model is (2409.02908). So sums and random numbers are in float64; and since a float64 copy of all
-# logits would take longer than the draw itself, they are made a few rows at a time.
+# the model is (2409.02908). So sums and random numbers are in float64, a few rows at a time.
 
 
 def uniforms(seeds, number, canvas, step):
@@ -343,11 +331,6 @@ def uniforms(seeds, number, canvas, step):
     return lot.float().to(canvas.device), again_lot.float().to(canvas.device), 1 - u
 
 
-def draw_at(temperature, top_k, top_p, logits, u, where):
-    """A way to take: tokens (N,) drawn from logits (N, V) by u (N,)."""
-    return draw(logits, u, temperature, top_k, top_p)
-
-
 def read(text, logits, u, where):
     """A way to take: the tokens of text (B, T) at where (B, T), whatever the logits are."""
     return text[where]
@@ -356,22 +339,22 @@ def read(text, logits, u, where):
 class Recorded:
     """A way to take that keeps what the model, guided or not, gave each token when it was set.
 
-    log_p: (B, T) float32, in nats; 0 where none was. Of tokens that were `read`, in an order that looks
-    at the model's distributions alone, it sums to the log of the probability with which the sampler
-    writes that text at temperature 1 (DUEL 2603.01367).
+    log_p: (B, T) float32, in nats, of the token last set; 0 where none was. Of tokens that were `read`,
+    in an order that looks at the model's distributions alone, it sums to the log of the probability with
+    which the sampler writes that text at temperature 1 (DUEL 2603.01367).
     """
 
     def __init__(self, take, canvas):
         self.take, self.log_p = take, torch.zeros(canvas.shape, device=canvas.device)
 
     def __call__(self, logits, u, where):
-        tokens = self.take(logits, u, where)
+        tokens = self.take(logits, u, where=where)
         self.log_p[where] = in_parts(log_probability, logits, tokens)
         return tokens
 
 
 def in_parts(function, logits, *more):
-    """function(logits (N, V), ...), (N,), a few rows at a time, so that its copies stay in the cache."""
+    """function(logits (N, V), ...), (N,), a few rows at a time: no float copy of all logits."""
     rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
     parts = zip(*(tensor.split(rows) for tensor in (logits, *more)))
     return torch.cat([function(*part) for part in parts])
@@ -383,32 +366,25 @@ def log_probability(logits, tokens):
     return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
-def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """One token per row of logits (N, V), which u (N,) float64, uniform in (0, 1], selects: (N,) int64.
-
-    top_k: of the k likeliest alone. top_p: of the likeliest, as many as reach that share (1904.09751).
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, where=None):
+    """A way to take: one token per row of logits (N, V), the one that u (N,) float64, uniform in (0, 1],
+    selects: (N,) int64. top_k: of the k likeliest alone. top_p: of the likeliest, as many as reach that
+    share (1904.09751).
     """
+    V = logits.shape[1]
     if temperature < 1e-6:
         return logits.argmax(-1)
 
     def draw_part(logits, u):
         logits = (logits.cpu() if logits.device.type == "mps" else logits).float()  # mps has no float64
         weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # none overflows
-        places = None
-        if top_k:
-            weights, places = weights.topk(min(top_k, weights.shape[1]))  # largest first
-        if top_p < 1:
-            enough = top_p * weights.sum(-1, keepdim=True)
-            for k in (1024, weights.shape[1]) if places is None else ():
-                kept, places = weights.topk(min(k, weights.shape[1]))
-                if (kept.sum(-1, keepdim=True) >= enough).all():  # which is so unless they are very flat
-                    break
-            weights = kept if not top_k else weights
-            weights = weights.masked_fill(weights.cumsum(-1) - weights >= enough, 0)  # those before reach it
-        sums = weights.cumsum(-1, dtype=torch.float64)  # (N, V or k)
-        # u > 0, so that no weight of 0 is ever selected.
-        tokens = torch.searchsorted(sums, u.to(sums.device)[:, None] * sums[:, -1:])
-        return (tokens if places is None else places.gather(1, tokens)).squeeze(1)
+        ids = None
+        if top_k or top_p < 1:
+            weights, ids = weights.topk(min(top_k or V, V))  # largest first
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        total = sums.gather(1, torch.searchsorted(sums, top_p * sums[:, -1:]))  # the first to reach top_p
+        tokens = torch.searchsorted(sums, u.to(sums.device)[:, None] * total)  # u > 0: never a weight of 0
+        return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
     return in_parts(draw_part, logits, u).to(logits.device)
 
@@ -416,7 +392,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def score(model, tokens, steps, batch_size=32, **flags):
+def negative_log_likelihood(model, tokens, steps, batch_size=32, **flags):
     """Minus the log of the probability with which the sampler writes tokens (N,) at temperature 1, in nats,
     in windows of block_size that are independent of each other. flags: as denoise has them.
     """
@@ -433,15 +409,29 @@ def score(model, tokens, steps, batch_size=32, **flags):
     return nats
 
 
-def write(model, tokenizer, canvas, seeds, config, token_nats):
-    """Fill a canvas (B, T) as the flags say: (ids, log p per hole, History) of each row; the History is None
-    where no flag needs it.
+def fit(model, canvas):
+    """How well the holes of a canvas (1, T) fit in number: the mean log p, in nats, of the likeliest text for
+    them, one token a step, and of up to NEAR tokens on either side, each given all others.
     """
-    holes, n_rows = canvas == tokenizer.mask_id, len(canvas)
+    holes = canvas == model.config.mask_id  # (1, T)
+    take = Recorded(functools.partial(draw, temperature=0.0), canvas)
+    *_, text = denoise(model, canvas, int(holes.sum()), "confidence", take=take)
+    near = F.max_pool1d(holes.float(), 2 * NEAR + 1, 1, NEAR).bool() & ~holes
+    near &= torch.isin(canvas, torch.tensor(model.config.special_ids, device=canvas.device), invert=True)
+    each = torch.eye(canvas.shape[1], dtype=torch.bool, device=canvas.device)[near[0]]  # (n, T)
+    known = Recorded(functools.partial(read, text.expand_as(each)), each)
+    *_, _ = denoise(model, text.masked_fill(each, model.config.mask_id), take=known)
+    return ((take.log_p.sum() + known.log_p.sum()) / (holes.sum() + len(each))).item()
+
+
+def write(model, tokenizer, canvas, seeds, config, token_nats):
+    """Fill a canvas (B, T) as the flags say: (ids, History) of each row; the History is None where no flag
+    needs it.
+    """
     shown = config.watch or config.save is not None
-    histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * n_rows
-    take = functools.partial(draw_at, config.temperature, config.top_k, config.top_p)
-    take = Recorded(take, canvas)
+    histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * len(canvas)
+    rule = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    take = Recorded(functools.partial(draw, **rule), canvas)
     canvases = denoise(
         model, canvas, config.steps, config.order, seeds=seeds, tau=config.tau, block_len=config.block_len,
         revise=config.revise, guidance=config.guidance, token_nats=token_nats, take=take,
@@ -452,9 +442,8 @@ def write(model, tokenizer, canvas, seeds, config, token_nats):
                 for history, ids, p in zip(histories, canvas.tolist(), take.log_p.exp().tolist()):
                     history.add(ids, p)
             if watch:
-                watch.show(histories[0], n_rows)
-    log_p = take.log_p.sum(1) / holes.sum(1).clamp(min=1)
-    return list(zip(canvas.tolist(), log_p.tolist(), histories))
+                watch.show(histories[0], len(histories))
+    return list(zip(canvas.tolist(), histories))
 
 
 def check(config, given, prompts):
@@ -472,7 +461,7 @@ def check(config, given, prompts):
     check_prompts(prompts, config.suffix, config.length or MOST)
     if config.revise and config.order == "remask":
         raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
-    if config.guidance and not all(HOLE.sub("", text) or config.suffix for text in prompts):
+    if config.guidance and not all(MASK_TAG.sub("", text) or config.suffix for text in prompts):
         raise Mistake("--guidance: it needs a --prompt to heed")
     if config.save is not None:
         check_path(config.save)
@@ -500,40 +489,37 @@ def main():
         tokens = torch.tensor(tokenizer.encode(scored))
         flags = {"order": config.order, "tau": config.tau, "block_len": config.block_len}
         with autocast(device, config.dtype):
-            nats = score(model, tokens, config.steps, token_nats=token_nats, **flags)
+            nats = negative_log_likelihood(model, tokens, config.steps, token_nats=token_nats, **flags)
         bits = nats / math.log(2) / len(scored.encode())
         n = len(tokens)
         return print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
 
-    rows = []  # (text's number, ids of its canvas, seed): a text is the likeliest of its rows
-    for prompt in prompts:
-        canvases = make_canvases(prompt, config.suffix, config.length, tokenizer, W)
-        if (config.block_len or 0) > W or (config.block_len == W < max(map(len, canvases))):
-            raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
-        for sample in range(config.num_samples):
-            rows += [(len(rows), ids, config.seed + sample) for ids in canvases]
-    passes = []
+    passes, began = [], time.perf_counter()
     model.register_forward_hook(lambda *_: passes.append(1))
-    began, best = time.perf_counter(), {}
-    with autocast(device, config.dtype):
-        for _, group in itertools.groupby(sorted(rows, key=lambda row: len(row[1])), lambda row: len(row[1])):
-            numbers, canvas, seeds = zip(*group)
-            canvas = torch.tensor(canvas, device=device)  # (B, T): rows of one batch have one length
-            for number, result in zip(numbers, write(model, tokenizer, canvas, seeds, config, token_nats)):
-                if number not in best or result[1] > best[number][1]:
-                    best[number] = result
+    rows, texts = [], {}  # (number, ids, seed) of each text
+    with torch.no_grad(), autocast(device, config.dtype):
+        for prompt in prompts:
+            canvases = make_canvases(prompt, config.suffix, config.length, tokenizer, W)
+            if (config.block_len or 0) > W or (config.block_len == W < max(map(len, canvases))):
+                raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
+            if len(canvases) > 1:  # the hole may have several lengths
+                canvases.sort(key=lambda ids: fit(model, torch.tensor([ids], device=device)))
+            rows += [(len(rows) + i, canvases[-1], config.seed + i) for i in range(config.num_samples)]
+        for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
+            numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
+            canvas = torch.tensor(canvas, device=device)  # (B, T)
+            texts |= zip(numbers, write(model, tokenizer, canvas, seeds, config, token_nats))
     seconds = time.perf_counter() - began
-    texts = [best[number] for number in sorted(best)]
-    for number, (ids, _, _) in enumerate(texts, 1):
+    for number in range(len(texts)):
         if len(texts) > 1:
-            print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-        text = tokenizer.decode(ids)
+            print(f"--- {number + 1} of {len(texts)}", file=sys.stderr, flush=True)
+        text = tokenizer.decode(texts[number][0])
         print(inert(text) if sys.stdout.isatty() else text, flush=True)
     n_written = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
     speed = f"{n_written:,} tokens in {seconds:.2f} s: {n_written / seconds:,.0f} tokens/s"
     print(f"{speed}, {len(passes)} forward passes", file=sys.stderr)
     if config.save is not None:
-        save_histories(config.save, [history for *_, history in texts])
+        save_histories(config.save, [texts[number][1] for number in range(len(texts))])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Train a masked text diffusion model: corrupt text with holes, learn to fill them.
 
-A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>` with a probability, its
-rate, that rises with t. The model sees the corrupted canvas xt and predicts x0 at the holes:
+A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>`, a hole, with a
+probability that rises with t, its rate. The model sees the corrupted canvas xt and predicts x0 there:
 
-    xt, holes, weights = corrupt(x0, text, t, u, ...)              # level -> rates -> holes -> weights
+    xt, holes, weights = corrupt(x0, maskable, t, u, ...)      # a hole is where u, uniform, is below rate(t)
     loss = (weights[holes] * cross_entropy(model(xt, where=holes), x0[holes])).sum()
 
 Three choices tell the methods apart, and each has one place: how t is drawn (`draw_levels`), the rate of
@@ -24,49 +24,24 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
+from data.canvas.history import inert
 from data.canvas.prompt import make_canvases
-from data.corpus import load_corpus, token_nats
+from data.corpus import load_corpus, unigram_nats
 from data.run.checkpoint import save_checkpoint
 from data.run.errors import Mistake, command, ctrl_c
 from data.run.fast import cross_entropy
 from data.run.files import replacing
-from data.run.flags import Span, flag, from_plain, parse
+from data.run.flags import Level, Span, flag, from_plain, parse
 from data.run.machine import pick_device
 from data.run.report import Report
 from data.run.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import denoise
-
-
-class Level(NamedTuple):
-    """How noise levels are drawn: `uniform`, `bell:S`, `grid:N`, or a number, which is kind `fixed`."""
-
-    kind: str
-    value: float = 0.0
-
-    @classmethod
-    def from_text(cls, text):
-        kind, colon, value = text.partition(":")
-        if not colon and kind != "uniform":
-            kind, value = "fixed", text
-        try:
-            value = int(value) if kind == "grid" else float(value or 0)
-            limits = {"uniform": not colon, "bell": 0 < value < math.inf, "grid": 1 <= value <= 2**20}
-            fits = {**limits, "fixed": 0 < value <= 1 and not colon}[kind]
-        except (ValueError, KeyError):
-            fits = False
-        if not fits:
-            raise ValueError("uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1")
-        return cls(kind, value)
-
-    def __str__(self):
-        return {"uniform": "uniform", "fixed": str(self.value)}.get(self.kind, f"{self.kind}:{self.value}")
-
 
 UNIFORM = Level("uniform")
 
@@ -126,10 +101,10 @@ class TrainConfig:
 def draw_levels(level, B, generator):
     """Noise levels of a batch: t (B, 1) in (0, 1].
 
-    Stratified: t_b = (v + b/B) mod 1 with one v for all, so that every batch covers all levels; the
-    variance of the loss falls and its mean stays. `bell:S` sends these through a normal of scale S
-    and a sigmoid (the idea of 2605.13026: language is local, so the middle levels teach most). `grid:N`
-    rounds them up to 1/N .. 1 (D3PM's N steps, 2107.03006). A number is itself, for every sequence.
+    Stratified: t_b = 1 - (v + b/B) mod 1 with one v for all, so that every batch covers all levels; the
+    variance of the loss falls and its mean stays. `bell:S` makes them logit-normal, sigmoid(S Phi^-1(t)),
+    since language is local, and the middle levels teach most (the idea of 2605.13026). `grid:N` rounds
+    them up to 1/N .. 1 (D3PM's N steps, 2107.03006). A number is itself, for every sequence.
     """
     t = 1 - (torch.rand(1, generator=generator) + torch.arange(B)[:, None] / B) % 1  # (B, 1) in (0, 1]
     if level.kind == "bell":
@@ -153,36 +128,51 @@ def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
 def hole_weights(weight, rates, slant, n_holes, n_text):
     """What a hole counts in the loss, (B, T).
 
-    `elbo`: rate'(t)/rate(t), which is 1/t without a slant, over the number of tokens that could be
-    holes; the expectation of this loss is the bound in nats per token (2502.09992, eq. 3) for uniform
-    levels, and D3PM's N-step bound for grid:N. A token whose rate has reached 1 before t has is a hole
-    for good, and counts no more.
+    `elbo`: rate'(t)/rate(t), which is 1/t without a slant, over the number of maskable tokens; the
+    expectation of this loss is the bound in nats per token (2502.09992, eq. 3) for uniform levels, and
+    D3PM's N-step bound for grid:N. Under a slant rate' is 0 where the rate is clipped at 1.
     `mean`: 1 over the number of holes in the batch. With a level for each sequence all levels' holes
     count alike. With one level for the whole batch (RoBERTa diffusion) a batch of few holes counts as
-    much as one of many, so that a hole counts 1/t: in expectation this is the elbo by another name.
+    much as one of many, so that a hole counts about 1/t: for levels of a grid nearly the elbo.
     """
     if weight == "mean":
         return torch.full_like(rates, 1 / max(1, n_holes))
-    slope = (1 + slant) * (rates < 1) if slant else 1.0
+    slope = (1 + slant) * (rates < 1) if slant else 1.0  # grid:N draws t = 1, where a rate of 1 counts
     return slope / (rates.clamp(min=1e-12) * max(1, n_text))
 
 
-def corrupt(x0, text, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, information=0.0):
-    """x0 (B, T) with holes, xt; where they are, bool; and what each counts in the loss: (B, T) each.
+def corrupt(x0, maskable, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, information=0.0):
+    """xt, which is x0 (B, T) with holes; the holes, bool; and what each counts in the loss: (B, T) each.
 
-    text (B, T) bool: which tokens may become holes. t (B, 1): noise levels. u (B, T): uniform numbers in
-    [0, 1); a token is a hole when its rate at t has risen above its u.
+    maskable (B, T) bool: which tokens may become holes. t (B, 1): noise levels. u (B, T): uniform numbers
+    in [0, 1); a token is a hole when its rate at t has risen above its u.
     """
     rates = mask_rates(t, x0.shape[1], slant, spindle, information)  # (B, T)
-    holes = text & (u < rates)  # (B, T)
-    weights = hole_weights(weight, rates, slant, holes.sum().item(), text.sum().item())  # (B, T)
+    holes = maskable & (u < rates)  # (B, T)
+    weights = hole_weights(weight, rates, slant, holes.sum().item(), maskable.sum().item())  # (B, T)
     return x0.masked_fill(holes, mask_id), holes, weights
 
 
 def loss_of(model, x0, xt, holes, weights):
     """The loss of each sequence, (B,): the sum over its holes of weight times cross-entropy, in nats."""
-    nats = cross_entropy(model(xt, where=holes), x0[holes])  # (N,)
+    nats = cross_entropy(model(xt, where=holes), x0[holes])  # of logits (N, V) at the N holes: (N,)
     return torch.zeros_like(weights).masked_scatter(holes, weights[holes] * nats).sum(1)
+
+
+def which_maskable(x0, prompt_len, special_ids):
+    """Which tokens of x0 (B, T) may become holes, bool: those after the first prompt_len, a number or (B, 1),
+    but no special token, such as RoBERTa's `<s>`.
+    """
+    special = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype))
+    return ~special & (torch.arange(x0.shape[1]) >= prompt_len)
+
+
+def relative_information(x0, token_nats):
+    """1 - mean_j(I_j) / I_i for each token i of x0 (B, T), (B, T), where I = token_nats (V,), minus the log of
+    a token's share of the training split (2211.15029).
+    """
+    nats = token_nats[x0]
+    return 1 - nats.mean(1, keepdim=True) / nats
 
 
 def draw_batch(split, config, generator, model_config, token_nats=None):
@@ -192,79 +182,35 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
     x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
     t = draw_levels(config.level, 1 if config.one_level else B, generator).expand(B, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
-    text = maskable(x0, prompt_len, model_config.special_ids)
+    maskable = which_maskable(x0, prompt_len, model_config.special_ids)
     information = relative_information(x0, token_nats) if config.spindle else 0.0
     u = torch.rand(x0.shape, generator=generator)
     noise = {"slant": config.slant, "spindle": config.spindle, "information": information}
-    return x0, *corrupt(x0, text, t, u, model_config.mask_id, config.weight, **noise)
-
-
-def windows(split, T, n_tokens):
-    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
-    count = max(1, min(n_tokens, len(split)) // T)
-    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
-    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
-
-
-def maskable(x0, prompt_len, special_ids):
-    """Which tokens of x0 (B, T) may become holes, bool: not the first prompt_len, (B, 1) or a number,
-    and none that is not text, such as RoBERTa's `<s>`.
-    """
-    text = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype), invert=True)
-    return text & (torch.arange(x0.shape[1]) >= prompt_len)
-
-
-def relative_information(x0, token_nats):
-    """How much more than the mean of its sequence each token of x0 (B, T) says, (B, T): 1 - mean / own,
-    from token_nats (V,), minus the log of each token's share of the training split (2211.15029).
-    """
-    nats = token_nats[x0]
-    return 1 - nats.mean(1, keepdim=True) / nats
+    return x0, *corrupt(x0, maskable, t, u, model_config.mask_id, config.weight, **noise)
 
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The same corruption and loss, with levels uniform (or of a grid) and the weight elbo. Levels are
-# stratified over STRATA sequences at a time: enough to take most of the variance out, and few enough for
-# many groups, whose draws then show what variance is left.
+# The same loss under uniform levels (or those of a grid) with the weight elbo; only that holes are drawn
+# with less variance, and levels stratified over STRATA sequences at a time: enough to take most of the
+# variance out, and few enough for many groups, whose draws then show what variance is left.
 
 STRATA = 16
 
 
-def uniform_holes(x0, text, t, mask_id, generator):
-    """What `corrupt` returns, without the variance of 1/t (2502.09992, eq. 6): of the M tokens of text the
-    first k = ceil(tM) of a random order are holes, and each counts M/k.
+def uniform_holes(x0, maskable, t, mask_id, generator):
+    """What `corrupt` returns, without the variance of 1/t (2502.09992, eq. 6): of the M maskable tokens the
+    first k = ceil(tM) of a random order are holes, and each counts M/k, over all maskable tokens.
     """
-    M = text.sum(1, keepdim=True)  # (B, 1)
-    order = torch.rand(text.shape, generator=generator).masked_fill(~text, torch.inf)
-    place = order.argsort(1).argsort(1)  # (B, T): 0 .. M - 1 are text
-    return corrupt(x0, text, (t * M).ceil() / M, place / M, mask_id)
+    M = maskable.sum(1, keepdim=True)  # (B, 1)
+    keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
+    place = keys.argsort(1).argsort(1)  # (B, T): in a random order, 0 .. M - 1
+    return corrupt(x0, maskable, (t * M).ceil() / M, place / M, mask_id)
 
 
-def grid_holes(x0, text, t, mask_id, generator):
+def grid_holes(x0, maskable, t, mask_id, generator):
     """The same for t of grid:N: the mean over t is D3PM's sum over its N steps (2107.03006)."""
-    return corrupt(x0, text, t, torch.rand(text.shape, generator=generator), mask_id)
-
-
-def slanted_holes(x0, text, t, mask_id, generator, slant):
-    """The same where rates are slanted by w: r_i(t) = clip(t(1 + w) - w(1 - i/(T-1)), 0, 1).
-
-    Token i is masked at level s_i = (u_i + w(1 - i/(T-1))) / (1 + w), at which its rate rises above u_i.
-    The first k = ceil(tM) to be masked are holes, the last of them at level s. Each of the k was that
-    last one with a probability proportional to r_i'(s) / r_i(s), and counts M times that probability.
-    So the mean is that of rate'/rate over levels and holes, but no weight is above M.
-    """
-    M = text.sum(1, keepdim=True)  # (B, 1)
-    early = slant * (1 - torch.linspace(0, 1, text.shape[1]))
-    masked_at = (torch.rand(text.shape, generator=generator) + early) / (1 + slant)  # (B, T)
-    place = masked_at.masked_fill(~text, torch.inf).argsort(1).argsort(1)  # (B, T), 0 is masked first
-    holes = place < (t * M).ceil()
-    last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
-    rates = mask_rates(last, text.shape[1], slant)
-    # A rate that is 1 before that level does not rise there; the last itself is not lost to rounding.
-    chance = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
-    weights = M * chance / chance.sum(1, keepdim=True).clamp(min=1e-12)
-    return x0.masked_fill(holes, mask_id), holes, weights / text.sum()
+    return corrupt(x0, maskable, t, torch.rand(x0.shape, generator=generator), mask_id)
 
 
 @torch.no_grad()
@@ -279,8 +225,8 @@ def sequence_bounds(
     slant=0.0,
     strata=STRATA,
 ):
-    """Unbiased estimates of the NELBO of each of tokens (N, T) int64, (draws, N) nats, and how many of its
-    tokens are text after the prompt, (N,).
+    """Of tokens (N, T) int64: nats (draws, N), unbiased estimates of each sequence's NELBO, and n_maskable
+    (N,), how many of its tokens are counted.
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
     (2406.07524); for level grid:N D3PM's, t one of 1/N .. 1. The same seed gives the same numbers. The
@@ -288,12 +234,12 @@ def sequence_bounds(
     """
     if level.kind not in ("uniform", "grid") or (slant and level.kind == "grid"):
         raise ValueError(f"level {level}, slant {slant}: the bound is uniform's, slanted or not, or grid:N's")
-    holes_of = {"uniform": uniform_holes, "grid": grid_holes}[level.kind]
+    holes_of = grid_holes if level.kind == "grid" else uniform_holes
     if slant:
         holes_of = functools.partial(slanted_holes, slant=slant)
     generator = torch.Generator().manual_seed(seed)
     (N, _), config, device = tokens.shape, model.config, next(model.parameters()).device
-    all_text = maskable(tokens, prompt_len, config.special_ids)  # (N, T)
+    maskable = which_maskable(tokens, prompt_len, config.special_ids)  # (N, T)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike: they should not have neighbouring levels.
     levels = [draw_levels(level, n, generator)[torch.randperm(n, generator=generator)] for n in sizes]
@@ -302,12 +248,12 @@ def sequence_bounds(
     model.eval()
     nats = []
     for rows in torch.arange(draws * N).split(batch_size):
-        x0, text = tokens[rows % N], all_text[rows % N]  # (B, T)
-        batch = x0, *holes_of(x0, text, t[rows], config.mask_id, generator)
-        losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,), shares of a mean over text
-        nats.append(losses.cpu() * text.sum())
+        x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
+        batch = x0, *holes_of(x0, counted, t[rows], config.mask_id, generator)
+        losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
+        nats.append(losses.cpu() * counted.sum())  # which the weights have divided by
     model.train(was_training)
-    return torch.cat(nats).double().view(draws, N), all_text.sum(1)
+    return torch.cat(nats).double().view(draws, N), maskable.sum(1)
 
 
 class Bound(float):
@@ -324,12 +270,33 @@ def nelbo(model, tokens, **flags):
     For uniform levels it is also the mean negative log-likelihood over all orders of generation
     (2406.03736); a slant makes those from the left likelier.
     """
-    nats, n_text = sequence_bounds(model, tokens, **flags)
-    bound = Bound(nats.mean(0).sum() / n_text.sum())
+    nats, n_maskable = sequence_bounds(model, tokens, **flags)
+    bound = Bound(nats.mean(0).sum() / n_maskable.sum())
     if len(nats) > 1:  # from how far the draws of each group of sequences are apart
         sums = torch.stack([group.sum(1) for group in nats.split(STRATA, dim=1)])  # (groups, draws)
-        bound.error = (sums.var(1).sum() / len(nats)).sqrt().item() / n_text.sum().item()
+        bound.error = (sums.var(1).sum() / len(nats)).sqrt().item() / n_maskable.sum().item()
     return bound
+
+
+def slanted_holes(x0, maskable, t, mask_id, generator, slant):
+    """The same where rates are slanted by w: r_i(t) = clip(t(1 + w) - w(1 - i/(T-1)), 0, 1).
+
+    Token i is masked at level s_i = (u_i + w(1 - i/(T-1))) / (1 + w), at which its rate rises above u_i.
+    The first k = ceil(tM) to be masked are holes, the last of them at level s:
+        P(i is the last of the k) ~ r_i'(s) / r_i(s),   weight_i = M P(i is the last of the k),
+    so that the mean is that of rate'/rate over levels and holes, but no weight is above M.
+    """
+    M = maskable.sum(1, keepdim=True)  # (B, 1)
+    delay = slant * (1 - torch.linspace(0, 1, x0.shape[1]))
+    masked_at = (torch.rand(x0.shape, generator=generator) + delay) / (1 + slant)  # (B, T)
+    place = masked_at.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)  # (B, T), 0 is masked first
+    holes = place < (t * M).ceil()
+    last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
+    rates = mask_rates(last, x0.shape[1], slant)
+    # A rate that is 1 before that level does not rise there; the last itself is not lost to rounding.
+    odds = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
+    weights = M * odds / odds.sum(1, keepdim=True).clamp(min=1e-12)
+    return x0.masked_fill(holes, mask_id), holes, weights / maskable.sum()
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -337,7 +304,7 @@ def nelbo(model, tokens, **flags):
 
 def train(run, batches):
     """Train on batches, (x0, xt, holes, weights) each; yields the loss of each step, in nats per hole or per
-    token as --weight says, and its gradient's norm. If that is not finite, the weights stay as they were.
+    token as --weight says, and its gradient's norm. If that is not finite, the parameters stay as they were.
     """
     config, model, scaler = run.config, run.model, run.scaler
     for batch in batches:
@@ -345,16 +312,17 @@ def train(run, batches):
         for i in range(config.grad_accum):  # each piece has levels from all of (0, 1]
             piece = [tensor[i :: config.grad_accum].to(run.device) for tensor in batch]
             with run.precision:
-                mean_nats = loss_of(model, *piece).sum()
-            scaler.scale(mean_nats).backward()
-            loss += mean_nats.item()
+                part = loss_of(model, *piece).sum()
+            scaler.scale(part).backward()
+            loss += part.item()
         for optimizer in run.optimizers:
             scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-        for optimizer in run.optimizers if math.isfinite(norm) else ():
-            scaler.step(optimizer)
+        if math.isfinite(norm):
+            for optimizer in run.optimizers:
+                scaler.step(optimizer)
         scaler.update()  # in float16 gradients overflow now and then: it lowers their scale
         model.zero_grad(set_to_none=True)
         run.step += 1
@@ -364,30 +332,40 @@ def train(run, batches):
 # --- the run around it ---------------------------------------------------------------------------
 
 
+def windows(split, T, n_tokens):
+    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
+    count = max(1, min(n_tokens, len(split)) // T)
+    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
+    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
+
+
 def evaluate(run, tokens, counts, **flags):
-    """The Bound of tokens (N, T) in nats per token, and in bits per byte; counts are those of their split."""
+    """The Bound of tokens (N, T) in nats per maskable token, and in bits per byte of all text as if all of it
+    were as likely; counts are those of their split.
+    """
     with run.precision:
         bound = nelbo(run.model, tokens, seed=run.config.seed, **flags)
-    share = maskable(tokens, 0, run.model.config.special_ids).float().mean().item()
-    return bound, bound * share * counts["tokens"] / counts["bytes"] / math.log(2)
+    text_share = which_maskable(tokens, 0, run.model.config.special_ids).float().mean().item()
+    return bound, bound * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
 
 
 def bound_name(prompt_len=0, slant=0.0, level=UNIFORM):
-    """What to call the bound of these flags."""
-    of = [f"level {level}"] * (level.kind != "uniform") + [f"slant {slant:g}"] * (slant > 0)
-    of += [f"after a prompt of {prompt_len}"] * (prompt_len > 0)
-    return f"NELBO ({', '.join(of)})" if of else "NELBO"
+    settings = [f"level {level}" if level.kind != "uniform" else "", f"slant {slant:g}" if slant else ""]
+    settings += [f"after a prompt of {prompt_len}" if prompt_len else ""]
+    return f"NELBO ({', '.join(filter(None, settings))})" if any(settings) else "NELBO"
 
 
 def sample(run, tokenizer):
-    """A short text written from an empty canvas."""
+    """A short text written from an empty canvas, safe to show."""
     T = run.config.block_size
-    canvas = torch.tensor(make_canvases("", "", T, tokenizer, T), device=run.device)  # (1, T)
+    canvas = torch.tensor(
+        make_canvases("", suffix="", length=T, tokenizer=tokenizer, block_size=T), device=run.device
+    )  # (1, T)
     run.model.eval()
     with run.precision:
         *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
     run.model.train()
-    return tokenizer.decode(canvas[0].tolist())
+    return inert(tokenizer.decode(canvas[0].tolist()))
 
 
 def save(run, tokenizer, nats=math.inf):
@@ -418,9 +396,10 @@ def compile_ahead(run, draw, report):
     """Have torch compile at passes of every kind before the clock of a run starts; they leave no trace."""
     generator, run.generator = run.generator, torch.Generator()
     with torch.random.fork_rng():
-        for batch in (draw(), draw(), draw()):
+        for _ in range(3):  # with another number of holes torch compiles once more
+            piece = [tensor[:: run.config.grad_accum].to(run.device) for tensor in draw()]
             with run.precision:
-                loss_of(run.model, *(tensor.to(run.device) for tensor in batch)).sum().backward()
+                loss_of(run.model, *piece).sum().backward()
             run.model.zero_grad(set_to_none=True)
         report.evaluate()
         report.sample()
@@ -433,8 +412,8 @@ SHAPE = ("n_layer", "n_head", "n_embd", "conv", "causal", "norm", "position")
 
 
 def settle(given):
-    """What the run uses, of what was given and what the checkpoint of --init_from was trained with: (config,
-    model, tokenizer, checkpoint), the latter three None for a run from scratch.
+    """What was given and what the checkpoint of --init_from was trained with, as one: (config, model,
+    tokenizer, checkpoint), the latter three None for a run from scratch.
     """
     config = TrainConfig(**given)
     if config.init_from == "scratch":
@@ -450,9 +429,9 @@ def settle(given):
     if config.eval_only:  # the corpus that it was trained on, and whole texts
         kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
     shape = {name: getattr(model.config, name) for name in SHAPE}
-    own = {"block_size": trained.get("block_size", longest), "out_dir": config.out_dir, **shape}
-    try:
-        config = dataclasses.replace(from_plain(TrainConfig, {**kept, **own}), **given)
+    model_fields = {"block_size": trained.get("block_size", longest), "out_dir": config.out_dir, **shape}
+    try:  # what was given beats what the model is, that its training, and that the defaults
+        config = dataclasses.replace(from_plain(TrainConfig, {**kept, **model_fields}), **given)
     except (TypeError, ValueError, AttributeError) as error:
         raise Mistake(f"{path}: cannot be resumed ({error})") from None
     if config.block_size > longest:
@@ -467,17 +446,17 @@ def check(config):
     """Raise Mistake for flags that cannot work together, before anything is written."""
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
-    bound = config.eval_only or config.weight == "elbo"
-    if config.spindle and bound:
+    needs_bound = config.eval_only or config.weight == "elbo"
+    if config.spindle and needs_bound:
         raise Mistake(
             f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
             "it goes with --weight mean, and not with --eval_only"
         )
     if config.slant and config.spindle:
         raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
-    if config.slant and config.level.kind == "grid" and bound:
+    if config.slant and config.level.kind == "grid" and needs_bound:
         raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
-    if bound and config.level.kind not in ("uniform", "grid"):
+    if needs_bound and config.level.kind not in ("uniform", "grid"):
         # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
         reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
         raise Mistake(f"--level {config.level}: {reason} the bound, which needs uniform or grid:N")
@@ -507,8 +486,8 @@ def main():
     model.to(device)
     if config.compile:
         model.compile()
-    said = torch.from_numpy(token_nats(meta, train_split, tokenizer.vocab_size))
-    run = Run(config, model, device, len(train_split), said)
+    token_nats = torch.from_numpy(unigram_nats(meta, train_split, tokenizer.vocab_size))
+    run = Run(config, model, device, len(train_split), token_nats)
     if config.eval_only:
         return print_bound(run, val_split, meta["val"])
     if config.init_from == "resume":
@@ -526,8 +505,8 @@ def main():
     report = Report(
         run,
         Path(config.out_dir),
-        bound_name(**run.bound),
-        lambda: evaluate(run, val_tokens, meta["val"], **run.bound),
+        bound_name(**run.bound_flags),
+        lambda: evaluate(run, val_tokens, meta["val"], **run.bound_flags),
         lambda: sample(run, tokenizer),
         lambda nats: save(run, tokenizer, nats),
     )
@@ -536,7 +515,7 @@ def main():
     model.train()
 
     def draw():
-        return draw_batch(train_split, config, run.generator, model.config, said)
+        return draw_batch(train_split, config, run.generator, model.config, token_nats)
 
     with ctrl_c() as stopped, report.bar:
         if config.compile:

@@ -50,7 +50,7 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
             files[split].write(ids)
             digests[split].update(ids)
             counts[split]["tokens"] += len(ids)
-            # Bits per byte are those of the bytes that are predicted: a newline that became a token is not.
+            # A newline for which a special token stands is not predicted, so its byte does not count.
             newline = text.endswith("\n") and tokenizer.eos_id in ids
             counts[split]["bytes"] += len(text.encode("utf-8")) - newline
             if split == "train":
@@ -124,10 +124,9 @@ def load_corpus(name, block_size=1):
     return train, val, tokenizer, meta
 
 
-def token_nats(meta, train, vocab_size):
-    """How much each token says: minus the log of its share of the training split, in nats, (V,) float32.
-
-    One occurrence more of each than there are, so that none says infinitely much.
+def unigram_nats(meta, train, vocab_size):
+    """How much each token says: minus the log of its share of the training split, in nats, (V,) float32. One
+    occurrence more of each than there are, so that none says infinitely much.
     """
     occurrences = meta.get("occurrences")
     if occurrences is None:  # an earlier version prepared it: count them now

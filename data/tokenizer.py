@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
 A tokenizer is also a plain dict, its `state`, which meta.json and every checkpoint carry: two
-tokenizers are the same when their states are. `special` names the ids that no text encodes to:
+tokenizers are the same when their states are. `special` names the ids that are not text:
 `<mask>` in all of them, and what begins and ends a line in BERT's. Training never masks these, and
 sampling never writes them.
 """
@@ -79,7 +79,7 @@ class BPETokenizer(ByteLevelTokenizer):
 
     tokens: the byte string of each token, in the order in which they merge, as latin-1 text;
     pattern: the regular expression that cuts text into words first; ids: the id of each token (its
-    place); special: the ids of all others (`<mask>`, behind the rest).
+    place); special: the ids of all others (`<mask>`, after the rest).
     """
 
     def __init__(self, tokens, pattern, ids=None, special=None):

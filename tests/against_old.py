@@ -3,6 +3,7 @@
 git archive d41f12d | tar -x -C DIR && python tests/against_old.py DIR [CASES]
 """
 
+import functools
 import importlib
 import random
 import sys
@@ -80,12 +81,11 @@ for case in range(cases):
     probability = torch.ones(B, T)
     old_passes, new_passes = counting(old), counting(new)
     theirs = list(old_sample.denoise(old, canvas, text=text, probability=probability, **flags))
-    if text is None:
-        take = lambda logits, u, where: new_sample.draw(
-            logits, u, flags["temperature"], flags["top_k"], flags["top_p"]
-        )
-    else:
-        take = lambda logits, u, where: text[where]
+    flags = dict(flags)
+    drawn = {name: flags.pop(name) for name in ("temperature", "top_k", "top_p")}
+    take = functools.partial(new_sample.draw, **drawn)
+    if text is not None:
+        take = functools.partial(new_sample.read, text)
     take = new_sample.Recorded(take, canvas)
     ours = list(new_sample.denoise(new, canvas, take=take, **flags))
     same = len(ours) == len(theirs) and all(a.equal(b) for a, b in zip(ours, theirs))
@@ -117,7 +117,10 @@ ROWS = [
 
 
 def parsed(flags):
-    read = {"level": new_train.Level.from_text, "prompt_len": new_train.Span.from_text}
+    read = {
+        "level": sys.modules["data.run.flags"].Level.from_text,
+        "prompt_len": sys.modules["data.run.flags"].Span.from_text,
+    }
     return {name: read[name](value) if name in read else value for name, value in flags.items()}
 
 

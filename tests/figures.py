@@ -4,6 +4,7 @@
     python tests/figures.py limit       # how close a trained model comes to the entropy of its source
     python tests/figures.py parallel    # what it costs to set several tokens at once
     python tests/figures.py orders      # forward passes against the quality of the text
+    python tests/figures.py lengths     # how often the length of a hole is found
 
 What is drawn is also printed. Models that a figure needs and does not find, it trains.
 """
@@ -12,6 +13,7 @@ import csv
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,18 +28,18 @@ from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 from data.run.machine import autocast, pick_device
 from model import load_checkpoint
-from sample import ORDERS, denoise
+from sample import ORDERS, Recorded, denoise, draw, fit
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = "levels", "limit", "parallel", "orders"
+FIGURES = "levels", "limit", "parallel", "orders", "lengths"
 
 
 @dataclass
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
     seeds: int = flag(1, "levels: models of each kind to train", least=1)
-    texts: int = flag(32, "orders: texts to write for each point", least=1)
+    texts: int = flag(32, "orders, lengths: texts to write for each point", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
@@ -250,10 +252,42 @@ def orders(config, device):
     save()
 
 
+# --- lengths -------------------------------------------------------------------------------------
+
+
+def drawn_nats(model, canvas):
+    """What `fit` is compared with: the mean log p of one text drawn for the holes of canvas (1, T)."""
+    take = Recorded(partial(draw, temperature=0.7), canvas)
+    *_, _ = denoise(model, canvas, take=take)
+    return take.log_p.sum().item() / (canvas == model.config.mask_id).sum().item()
+
+
+def lengths(config, device):
+    """Spans of 4 to 12 bytes of validation text, cut out between 32 and 32: which length is taken?"""
+    model, tokenizer, _ = load_checkpoint(train("out"), device)
+    _, val, _, _ = load_corpus("python", 80)
+    generator = np.random.default_rng(config.seeds)
+    sizes = generator.integers(4, 13, config.texts)
+    print("| way | right | within one | 4 or 5 taken |")
+    for name, way in (("likeliest drawn text", drawn_nats), ("fit", fit)):
+        taken = []
+        for start, size in zip(generator.integers(0, len(val) - 76, config.texts), sizes):
+            text = val[start : start + 64 + size].astype(np.int64)
+            canvases = [[*text[:32], *[tokenizer.mask_id] * n, *text[-32:]] for n in range(4, 13)]
+            with torch.no_grad(), autocast(device):
+                found = [way(model, torch.tensor([canvas], device=device)) for canvas in canvases]
+            taken.append(4 + int(np.argmax(found)))
+        right, near, short = (np.mean(x) for x in (taken == sizes, abs(taken - sizes) < 2, np.less(taken, 6)))
+        print(f"| {name} | {right:.0%} | {near:.0%} | {short:.0%} |", flush=True)
+    print(f"| the spans | | | {np.mean(sizes < 6):.0%} |")
+
+
 def main():
     config = FiguresConfig(**parse(FiguresConfig, __doc__.splitlines()[0]))
     config.save = config.save or ROOT / ".github" / f"{config.figure}.svg"
-    draw = {"levels": levels, "limit": limit, "parallel": parallel, "orders": orders}[config.figure]
+    draw = {"levels": levels, "limit": limit, "parallel": parallel, "orders": orders, "lengths": lengths}[
+        config.figure
+    ]
     draw(config, pick_device(config.device))
 
 

@@ -87,7 +87,7 @@ def run_of(start, steps=8, order="random", **flags):
     """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
     model = tiny_model(V=256, T=len(start))
     canvas = torch.tensor([start])
-    take = Recorded(lambda logits, u, where: draw(logits, u), canvas)
+    take = Recorded(draw, canvas)
     run, canvases = History(BYTES, start), [(start, [1.0] * len(start))]
     for canvas in denoise(model, canvas, steps, order, take=take, **flags):
         canvases.append((canvas[0].tolist(), take.log_p[0].exp().tolist()))

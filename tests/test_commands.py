@@ -24,6 +24,7 @@ import sample
 import train
 from data.corpus import write_corpus
 from data.run.errors import Mistake, command
+from data.run.machine import autocast
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer
 from model import Transformer, load_checkpoint
@@ -168,6 +169,28 @@ def test_from_a_text_to_samples_as_a_user_would(tmp_path):
     assert sampled.stdout.count("the ") >= 2
     assert "<mask>" not in sampled.stdout
     assert "--- 2 of 2" in sampled.stderr
+
+
+def test_the_loop_of_the_readme_runs_as_printed(capsys):
+    loop = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    exec(loop.replace("64", "32"), {})  # the model of these tests sees 32 tokens
+    assert len(capsys.readouterr().out) > 8
+
+
+def test_what_follows_the_shortest_prompt_chooses_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """And with the slant that was trained; it is said which bound that is."""
+    flags = "--level uniform --slant 1 --prompt_len 4:8"
+    run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_iters 2 {SMALL} {flags}")
+    printed = float(
+        re.findall(r"validation NELBO \(slant 1, after a prompt of 4\) ([\d.]+)", capsys.readouterr().out)[1]
+    )
+    model, _, checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
+    val = data.corpus.load_corpus("book")[1]
+    with autocast(torch.device("cpu")):
+        bound = train.nelbo(model, train.windows(val, 32, 512), slant=1.0, prompt_len=4)
+    assert float(checkpoint["best"]) == pytest.approx(bound)
+    assert printed == pytest.approx(bound, abs=6e-4)
+    assert (checkpoint["train"]["level"], checkpoint["train"]["prompt_len"]) == ("uniform", "4:8")
 
 
 def test_sampling_repeats_itself_and_stdout_is_text_alone(world, monkeypatch, capsys):

@@ -12,7 +12,8 @@ from toys import Conditionals, all_texts, chi_square_p, tiny_model
 from data.canvas.prompt import make_canvases, split_prompt
 from data.run.errors import Mistake
 from data.tokenizer import ByteTokenizer
-from sample import ORDERS, Recorded, denoise, draw, look_at, read, uniforms
+from model import ModelConfig
+from sample import ORDERS, Recorded, denoise, draw, fit, look_at, read, uniforms
 from train import nelbo
 
 BLIND = ["random", "remask", "left"]  # orders that choose before the model looks
@@ -340,11 +341,11 @@ def test_a_row_is_written_the_same_in_any_batch(order, flags, device):
     for W in (12, 5):
         model = tiny_model(V=7, T=W, conv=3).to(device)
         batch = torch.tensor(rows, device=device)
-        take = Recorded(lambda logits, u, where: draw(logits, u), batch)
+        take = Recorded(draw, batch)
         flags = {"tau": 0.5, **flags}
         together = complete(model, batch, 6, order, seeds=range(len(rows)), take=take, **flags)
         for i, row in enumerate(batch):
-            take_alone = Recorded(lambda logits, u, where: draw(logits, u), row[None])
+            take_alone = Recorded(draw, row[None])
             alone = complete(model, row[None], 6, order, seeds=[i], take=take_alone, **flags)
             assert together[i].tolist() == alone[0].tolist()
             torch.testing.assert_close(take.log_p[i], take_alone.log_p[0], rtol=1e-4, atol=1e-5)
@@ -352,7 +353,7 @@ def test_a_row_is_written_the_same_in_any_batch(order, flags, device):
 
 def test_recorded_is_what_the_model_gave():
     model, canvas = tiny_model(V=5, T=6), torch.tensor([[1, 5, 5, 2, 5, 5]])
-    take = Recorded(lambda logits, u, where: draw(logits, u, 2.0), canvas)
+    take = Recorded(functools.partial(draw, temperature=2.0), canvas)
     written = complete(model, canvas, 1, take=take)
     expected = model(canvas)[0].log_softmax(-1).gather(1, written[0, :, None])[:, 0]
     torch.testing.assert_close(take.log_p[0], expected.where(canvas[0] == 5, 0.0))
@@ -446,6 +447,31 @@ def test_a_long_canvas_is_seen_through_a_window_that_moves():
     assert [idx.shape[1] for idx in seen[-4:]] == [12] * 4
     assert seen[-1][:, :8].ne(5).all()  # the last block of four has eight tokens to its left
     assert canvas[:, 40:50].eq(1).all()
+
+
+class Cycle(torch.nn.Module):
+    """Knows that text goes 0 1 2 3 0 1 ..: from the nearest token to the left it is sure of the next ones."""
+
+    config = ModelConfig(vocab_size=5, mask_id=4, block_size=64)
+
+    def forward(self, idx, where):
+        logits = torch.zeros(*idx.shape, 5)
+        for row, text in zip(logits, idx.tolist()):
+            token = 3
+            for i, seen in enumerate(text):
+                token = (token + 1) % 4
+                row[i, token] = 5.0
+                token = token if seen == 4 else seen
+        return logits[where]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_fit_finds_the_length_of_a_hole(n):
+    """What stands after it does not follow from what is written in a hole of another length."""
+    text = torch.arange(24) % 4
+    canvases = [torch.cat((text[:9], torch.full((k,), 4), text[9 + n :]))[None] for k in range(2, 6)]
+    fits = [fit(Cycle(), canvas) for canvas in canvases]
+    assert fits.index(max(fits)) == n - 2
 
 
 # --- prompts -------------------------------------------------------------------------------------

@@ -13,26 +13,25 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Conditionals, all_texts, tiny_model
 
-from data.corpus import token_nats
+from data.corpus import unigram_nats
 from data.run.fast import CrossEntropy, Muon, cross_entropy, orthogonalised
-from data.run.flags import Span
+from data.run.flags import Level, Span
 from data.run.training import Run
 from model import ModelConfig
 from sample import denoise
 from train import (
     STRATA,
-    Level,
     TrainConfig,
     corrupt,
     draw_batch,
     draw_levels,
     loss_of,
     mask_rates,
-    maskable,
     nelbo,
     relative_information,
     sequence_bounds,
     train,
+    which_maskable,
     windows,
 )
 
@@ -251,7 +250,7 @@ def test_a_level_is_its_text(name):
 @settings(deadline=None, max_examples=50)
 def test_prompt_is_never_masked(t, prompt_len, seed):
     x0 = torch.zeros(50, 20, dtype=torch.int64)
-    text = maskable(x0, torch.full((50, 1), prompt_len), ())
+    text = which_maskable(x0, torch.full((50, 1), prompt_len), ())
     u = torch.rand(x0.shape, generator=rng(seed))
     xt, holes, _ = corrupt(x0, text, torch.full((50, 1), t), u, 3)
     assert xt.equal(x0.masked_fill(holes, 3))
@@ -317,7 +316,7 @@ def test_weights_of_holes():
     t = torch.tensor([[0.25], [1.0]])
     u = torch.tensor([[0.9, 0.1, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9]])
     x0 = torch.zeros(2, 4, dtype=torch.int64)
-    text = maskable(x0, torch.tensor([[0], [1]]), ())
+    text = which_maskable(x0, torch.tensor([[0], [1]]), ())
     _, holes, mean = corrupt(x0, text, t, u, 3, "mean")
     assert holes.tolist() == [[False, True, False, False], [False, True, True, True]]
     assert mean[holes].tolist() == [0.25] * 4  # an average: the weights add up to 1
@@ -345,8 +344,8 @@ def test_rates_rise_from_0_to_1(t, T, slant, spindle, seed):
 def test_informative_tokens_are_masked_first():
     """2211.15029: in the middle of the noise, by 1 - mean / own; a token of mean information by t."""
     split = np.array([0] * 70 + [1] * 20 + [2] * 7)
-    nats = torch.from_numpy(token_nats({}, split, 3))  # counted, or as prepare.py has counted them
-    assert nats.equal(torch.from_numpy(token_nats({"occurrences": [70, 20, 7]}, None, 3)))
+    nats = torch.from_numpy(unigram_nats({}, split, 3))  # counted, or as prepare.py has counted them
+    assert nats.equal(torch.from_numpy(unigram_nats({"occurrences": [70, 20, 7]}, None, 3)))
     torch.testing.assert_close(nats, -torch.tensor([0.71, 0.21, 0.08]).log())
     x0 = torch.tensor([[0, 1, 2, 0]])
     information = relative_information(x0, nats)

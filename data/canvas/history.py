@@ -9,7 +9,9 @@ import unicodedata
 HOLE = "·"
 # Pictures of the control characters (`␛` for an escape), and of what turns around the text beside it.
 PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: "␡"}
-PICTURES |= dict.fromkeys([*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+PICTURES |= dict.fromkeys(
+    [*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C], "\ufffd"
+)
 
 
 def inert(text):
@@ -25,10 +27,10 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """How a canvas filled: `start`, the text of its tokens, `holes`, which of these are, and `steps`, a list
-    of [position, text, probability] for each step, of what was set. The probability is None where a
-    token only looks otherwise than before, since the rest of its character came; the text is None
-    where it became a hole again.
+    """How a canvas filled. start: the text of each token at first. holes: whether each was a hole. steps: for
+    each step a list of [position, text, probability] of what was set; the text is None where it became
+    a hole again, the probability where the same token only looks otherwise, because a later one
+    completed its character.
     """
 
     def __init__(self, tokenizer, canvas):

@@ -9,13 +9,13 @@ from pathlib import Path
 from data.run.errors import Mistake
 
 MOST = 10**6  # tokens of a canvas
-HOLE = re.compile(r"<mask(\*[^>]*)?>")
+MASK_TAG = re.compile(r"<mask(\*[^>]*)?>")
 
 
 def split_prompt(prompt):
     """A prompt as its texts and, between them, the lengths that each hole may have, a range."""
     parts, end = [], 0
-    for hole in HOLE.finditer(prompt):
+    for hole in MASK_TAG.finditer(prompt):
         size = re.fullmatch(r"\*(\d+)(?::(\d+))?", hole[1] or "*1")
         lengths = range(int(size[1]), int(size[2] or size[1]) + 1) if size else range(0)
         if not (lengths and lengths[0]):
@@ -35,17 +35,17 @@ def check_prompts(prompts, suffix, length):
     n_holes = max(sum(part[0] for part in split_prompt(text) if isinstance(part, range)) for text in prompts)
     if n_holes > length:
         raise Mistake(f"--prompt: {n_holes} holes; the canvas has {length} tokens (--length)")
-    if HOLE.search(suffix):
+    if MASK_TAG.search(suffix):
         raise Mistake("--suffix: holes go into --prompt, which may have several")
 
 
 def make_canvases(prompt, suffix, length, tokenizer, block_size):
     """The canvases of a prompt, lists of ids, one for every choice of lengths in its ranges.
 
-    Its tokens, holes up to `length` tokens in all, and the suffix. Without a length the canvas has
-    block_size tokens or, if the prompt has holes, these and no more. Where lines begin and end with
-    tokens of their own, as RoBERTa's do, the canvas begins with one; one without a length and with an
-    end of its own ends so.
+    Its tokens, holes up to `length` tokens in all, and the suffix. Without a length: as many tokens as the
+    prompt with its holes has, or block_size if it has none. The canvas begins with the token that opens
+    a line, where there is one, and ends with the one that closes it if the end is known: by a suffix, or
+    by holes and no length.
     """
     parts = split_prompt(prompt)
     own = length is None and len(parts) > 1

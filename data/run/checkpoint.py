@@ -46,6 +46,17 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not {"config", "model", "tokenizer"} <= set(checkpoint):
             raise KeyError
+        upgrade(checkpoint)
     except Exception as error:  # torch raises a different one for every way to be no checkpoint
         raise Mistake(f"{path}: truncated, or not a checkpoint ({type(error).__name__})") from None
     return checkpoint
+
+
+def upgrade(checkpoint):
+    """What earlier versions wrote as this one writes it, in place."""
+    config, weights = checkpoint["config"], checkpoint["model"]
+    config.pop("pad_id", None)
+    for name in ("norm.weight", "norm.bias"):  # of the embeddings or ahead of the head
+        if name in weights:
+            first = "final_" if config["norm"] == "pre" else "embedding_"
+            weights[first + name] = weights.pop(name)

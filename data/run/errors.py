@@ -12,8 +12,9 @@ class Mistake(ValueError):
 
 @contextmanager
 def ctrl_c():
-    """A list that is no longer empty after Ctrl-C, so that the step under way is finished; a second
-    Ctrl-C ends the program at once."""
+    """Context whose list fills at Ctrl-C, so that the step under way is finished; a second Ctrl-C ends the
+    program at once.
+    """
     came = []
 
     def note(*_):
@@ -29,7 +30,7 @@ def ctrl_c():
 
 def command(main):
     """Call main(). A Mistake, or a refusal of the system such as a full disk, ends the process
-    with one sentence on stderr and exit code 2; anything else is a bug and keeps its traceback.
+    with one sentence on stderr and exit code 2, Ctrl-C with 130; a bug keeps its traceback.
     """
     sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show must not end a run
     try:

@@ -1,4 +1,4 @@
-"""What makes a training step fast and small, and changes nothing of what it computes."""
+"""Two parts of a training step, made fast and small: cross-entropy, and Muon."""
 
 from collections import defaultdict
 
@@ -6,7 +6,8 @@ import torch
 
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of logits (N, V) and target (N,), in nats, (N,), without a float32 copy of the logits.
+    """F.cross_entropy of logits (N, V) and target (N,), in nats, one for each (N,), without a float32 copy
+    of the logits.
 
     The gradient takes the logits' place in memory, a few rows at a time: at RoBERTa's vocabulary
     they are by far the largest tensor of a training step.
@@ -41,9 +42,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every step is a matrix with singular values near 1 (Jordan 2024; 2502.16982).
 
     The step's size is that of AdamW's (2502.16982, eq. 4), so one learning rate serves both. This is
-    torch.optim.Muon but for two things: products are in `dtype`, the run's own, where torch's are in
-    bfloat16, which a CPU without instructions for it multiplies a hundred times slower; and matrices
-    of one shape are one product.
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for two things: products are in `dtype`, the
+    run's own, where torch's are in bfloat16, which a CPU without instructions for it multiplies a
+    hundred times slower; and matrices of one shape are one product.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -64,8 +65,8 @@ class Muon(torch.optim.Optimizer):
                     average.lerp_(p.grad, 1 - group["momentum"])
                     averages.append(p.grad.lerp(average, group["momentum"]))  # Nesterov's
                 size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's
-                for p, step in zip(matrices, orthogonalised(torch.stack(averages), self.dtype)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-group["lr"] * size)
+                for p, update in zip(matrices, orthogonalised(torch.stack(averages), self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
 
 
 def orthogonalised(x, dtype):

@@ -33,6 +33,31 @@ class Span(NamedTuple):
         return f"{self.low}:{self.high}" if self.low < self.high else str(self.low)
 
 
+class Level(NamedTuple):
+    """How noise levels are drawn: `uniform`, `bell:S`, `grid:N`, or a number, which is kind `fixed`."""
+
+    kind: str
+    value: float = 0.0
+
+    @classmethod
+    def from_text(cls, text):
+        kind, colon, value = text.partition(":")
+        if not colon and kind != "uniform":
+            kind, value = "fixed", text
+        try:
+            value = int(value) if kind == "grid" else float(value or 0)
+            limits = {"uniform": not colon, "bell": 0 < value < math.inf, "grid": 1 <= value <= 2**20}
+            fits = {**limits, "fixed": 0 < value <= 1 and not colon}[kind]
+        except (ValueError, KeyError):
+            fits = False
+        if not fits:
+            raise ValueError("uniform, bell:S, grid:N or a number in (0, 1]; S > 0, N >= 1, at most 2**20")
+        return cls(kind, value)
+
+    def __str__(self):
+        return {"uniform": "uniform", "fixed": str(self.value)}.get(self.kind, f"{self.kind}:{self.value}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")

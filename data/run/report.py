@@ -8,7 +8,6 @@ import time
 
 from tqdm import tqdm
 
-from data.canvas.history import inert
 from data.run.errors import Mistake
 
 
@@ -45,18 +44,20 @@ class Report:
             nats, bits = self.evaluate()
         finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
         if not finite or not math.isfinite(nats or 0):
-            last = self.out_dir / "last.pt"
-            kept = f"{last} is from before" if run.best < math.inf else "nothing was saved"
+            kept = (
+                f"{self.out_dir / 'last.pt'} is from before" if run.best < math.inf else "nothing was saved"
+            )
+            validation = "" if nats is None else f", validation {self.bound_name} {nats:.3g}"
             raise Mistake(
-                f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}, validation NELBO {nats}; "
+                f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "
                 f"a smaller --lr may help ({kept})"
             )
-        if nats or run.step % config.log_every == 0:
+        if nats is not None or run.step % config.log_every == 0:
             lr = run.optimizers[0].param_groups[0]["lr"]
             self.log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
-        if nats:
+        if nats is not None:
             self.save(nats)
-            text = textwrap.indent(inert(self.sample()), "  | ", lambda line: True)
+            text = textwrap.indent(self.sample(), "  | ", lambda line: True)
             self.bar.write(
                 f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation {self.bound_name} "
                 f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n{text}"

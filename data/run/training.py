@@ -23,8 +23,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
         self.step, self.minutes, self.best = 0, 0.0, math.inf
-        # Which bound its noise trains for: ckpt.pt is the checkpoint at which this was lowest.
-        self.bound = {"prompt_len": config.prompt_len.low, "slant": config.slant}
+        # Of the bound that its noise trains for, whose lowest value, best, chooses ckpt.pt.
+        self.bound_flags = {"prompt_len": config.prompt_len.low, "slant": config.slant}
 
     def state(self):
         random = {"batches": self.generator.get_state(), "cpu": torch.get_rng_state()}
@@ -35,7 +35,8 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "random": random,
-            **{name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "token_nats")},
+            "bound": self.bound_flags,
+            **{name: getattr(self, name) for name in ("step", "minutes", "best", "token_nats")},
         }
 
     def restore(self, state):
@@ -49,7 +50,9 @@ class Run:
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.step, self.minutes = state["step"], state["minutes"]
-        if self.bound == state.get("bound", {"prompt_len": 0, "slant": 0.0}):  # as an earlier version chose
+        if self.bound_flags == state.get(
+            "bound", {"prompt_len": 0, "slant": 0.0}
+        ):  # as an earlier version chose
             self.best = state["best"]
 
     def progress(self):
