@@ -58,6 +58,7 @@ class TrainConfig:
     one_level: bool = flag(False, "draw one t for the whole batch, not one a sequence")
     slant: float = flag(0.0, "mask the right end first by this much, to write from the left", least=0)
     spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
+    visible: float = flag(0.0, "share of the tokens seen that have a loss, half replaced", least=0, below=1)
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
     prompt_len: Span = flag(
         Span(0, 16), "tokens at the start that stay: N, or a range M:N; 0 for --eval_only"
@@ -168,11 +169,25 @@ def which_maskable(x0, prompt_len, special_ids):
 
 
 def relative_information(x0, token_nats):
-    """1 - mean_j(I_j) / I_i for each token i of x0 (B, T), (B, T), where I = token_nats (V,), minus the log of
-    a token's share of the training split (2211.15029).
+    """1 - mean_j(I_j) / I_i of each token i of x0 (B, T): (B, T). I = token_nats (V,), minus the log of a
+    token's share of the training split (2211.15029).
     """
     nats = token_nats[x0]
     return 1 - nats.mean(1, keepdim=True) / nats
+
+
+def with_visible(x0, xt, holes, maskable, share, model_config, generator):
+    """xt and holes, with a share of the visible tokens among those that have a loss, and half of that share
+    replaced by random tokens: BERT's 10% kept and 10% random (1810.04805). Without a loss there a network
+    knows nothing of the tokens that it sees, and `--order remask`, which writes them anew, spoils them.
+    """
+    special = torch.tensor([model_config.mask_id, *model_config.special_ids])
+    ids = torch.arange(model_config.vocab_size)
+    ids = ids[torch.isin(ids, special, invert=True)]
+    u = torch.rand(x0.shape, generator=generator)
+    words = ids[torch.randint(len(ids), x0.shape, generator=generator)]
+    asked = maskable & ~holes & (u < share)
+    return torch.where(asked & (u < share / 2), words, xt), holes | asked
 
 
 def draw_batch(split, config, generator, model_config, token_nats=None):
@@ -186,7 +201,11 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
     information = relative_information(x0, token_nats) if config.spindle else 0.0
     u = torch.rand(x0.shape, generator=generator)
     noise = {"slant": config.slant, "spindle": config.spindle, "information": information}
-    return x0, *corrupt(x0, maskable, t, u, model_config.mask_id, config.weight, **noise)
+    xt, holes, weights = corrupt(x0, maskable, t, u, model_config.mask_id, config.weight, **noise)
+    if config.visible:
+        xt, holes = with_visible(x0, xt, holes, maskable, config.visible, model_config, generator)
+        weights = hole_weights("mean", weights, 0.0, holes.sum().item(), 0)
+    return x0, xt, holes, weights
 
 
 # --- the bound -----------------------------------------------------------------------------------
@@ -452,6 +471,8 @@ def check(config):
             f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
             "it goes with --weight mean, and not with --eval_only"
         )
+    if config.visible and config.weight == "elbo":
+        raise Mistake(f"--visible {config.visible}: it goes with --weight mean; the bound is of holes alone")
     if config.slant and config.spindle:
         raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
     if config.slant and config.level.kind == "grid" and needs_bound:

@@ -381,6 +381,7 @@ TRAIN_MISTAKES = {
     "--data book --slant -1": "at least 0",
     "--data book --spindle 0.3 --weight elbo": "no bound",
     "--data book --slant 1 --spindle 0.3": "--slant",
+    "--data book --level uniform --weight elbo --visible 0.1": "--visible 0.1",
     "--data book --slant 1 --level grid:4 --weight elbo": "--slant",
     "--nonsense 1": "--nonsense",
     "--max_iter 5": "--max_iter",  # no abbreviations either

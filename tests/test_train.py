@@ -433,6 +433,29 @@ def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
     assert weights.shape == (400, 16)
 
 
+def test_a_share_of_the_visible_has_a_loss_and_half_of_it_is_replaced():
+    """1810.04805, 10% kept and 10% random; neither prompt, nor holes, nor special tokens are touched."""
+    config = TrainConfig(
+        batch_size=3000, block_size=64, level=level("0.5"), prompt_len=Span(8, 8), visible=0.2
+    )
+    shape = ModelConfig(vocab_size=13, mask_id=12, special_ids=(3, 12))
+    split = torch.randint(0, 12, (5000,), generator=rng()).numpy()
+    x0, xt, asked, weights = draw_batch(split, config, rng(), shape)
+    masked, special = xt == 12, x0 == 3
+    assert not asked[:, :8].any()
+    assert not (asked & special).any()
+    assert (masked <= asked).all()
+    visible = ~masked & ~special & (torch.arange(64) >= 8)
+    assert asked[visible].float().mean() == pytest.approx(0.2, abs=0.01)
+    assert xt[~asked].equal(x0[~asked])
+    replaced = xt[asked & ~masked] != x0[asked & ~masked]
+    assert replaced.float().mean() == pytest.approx(
+        0.5 * 10 / 11, abs=0.02
+    )  # one of 11 is the same by chance
+    assert not torch.isin(xt[asked & ~masked], torch.tensor([3, 12])).any()
+    assert (weights[asked] * asked.sum()).unique().tolist() == pytest.approx([1])
+
+
 def test_windows_cover_the_split_once():
     tokens = windows(np.arange(103, dtype=np.uint16), 10, 10**9)
     assert tokens.shape == (10, 10)
