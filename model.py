@@ -4,7 +4,8 @@ logits of the token that belongs at each position.
 Masking is the noise of this diffusion, and the holes show its level, so there is no time input
 (2406.03736); `<mask>` itself has probability 0 ("SUBS", 2406.07524). Unlike GPT-2's, every token sees
 all others; positions rotate queries and keys, which are normalised; a short convolution opens each
-block; and there are no biases. `attend` and `Dropout`, last, are torch's own, made faster on a CPU.
+block; there are no biases, and the head is not tied to the embedding. `attend` and `Dropout`, last, are
+torch's own, made faster on a CPU.
 """
 
 import functools

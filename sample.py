@@ -51,7 +51,7 @@ class SampleConfig:
     order: Literal[ORDERS] = flag("random", "what is set first")
     tau: float = flag(0.9, "threshold: set every hole as sure as this", least=0, most=1)
     block_len: int | None = flag(None, "fill the canvas from left to right in blocks of this", least=1)
-    revise: float = flag(0.0, "share of the written tokens that each step writes anew", least=0, below=1)
+    revise: float = flag(0.0, "probability that a step masks a written token again", least=0, below=1)
     guidance: float = flag(0.0, "classifier-free guidance by the prompt; 0 for none", least=0, most=1e3)
     temperature: float = flag(0.7, "divides the logits; 0 takes the likeliest token", least=0, most=1e6)
     top_k: int = flag(0, "draw from the k likeliest tokens; 0 for all", least=0)
@@ -75,8 +75,8 @@ class Rule(NamedTuple):
 
     choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits
         (N, V); it looks before it chooses, or after.
-    pace(n_open, n_steps, n_written) -> for every step how many tokens are to be written after it, at
-        least, and which rows still go on, (B, 1) each; n_written() counts those that are.
+    pace(n_open, n_steps, n_written) yields for each step `due`, how many tokens must stand written once it
+        is done, at least, and `going`, the rows that still take steps, (B, 1) each.
     reopen(holes, written, lot, n_left) -> which of the written become holes again, and which positions
         may be set in this step, (B, W) each. n_left (B, 1) holes are to remain after it.
     """
@@ -90,7 +90,7 @@ def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
     """Write canvas (B, W) where is_open (B, W), in place, in n_steps (B, 1); yields after each step.
 
     look(where) -> logits (N, V) asks the model about positions of the canvas. take(logits, u, where) ->
-    tokens (N,). noise(step) -> three uniform numbers for each position.
+    tokens (N,). noise(step) -> uniform numbers for choosing, reopening and drawing, (B, W) each.
     """
     n_open = is_open.sum(1, keepdim=True)  # (B, 1)
 
@@ -98,13 +98,13 @@ def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
         return (is_open & (canvas != mask_id)).sum(1, keepdim=True)
 
     for step, (due, going) in enumerate(rule.pace(n_open, n_steps, n_written), 1):
-        lot, again_lot, u = noise(step)  # (B, W) each
+        lot, again_lot, u = noise(step)
         holes = is_open & (canvas == mask_id)
         again, candidates = rule.reopen(holes, is_open & ~holes & going, again_lot, n_open - due)
         n = due - n_written() + again.sum(1, keepdim=True)  # n_written - again + n = due
-        candidates &= n > 0  # a row with nothing to set costs no forward pass
-        chosen, logits = rule.choose(look, candidates, n, lot)
-        canvas.masked_fill_(again, mask_id)
+        # A row with nothing to set costs no forward pass.
+        chosen, logits = rule.choose(look, candidates & (n > 0), n, lot)
+        canvas.masked_fill_(again, mask_id)  # not before the model has seen it
         canvas[chosen] = take(logits, u[chosen.cpu()], where=chosen)  # .setitem
         yield
 
@@ -117,9 +117,9 @@ def denoise(
     """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
 
     The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay. After
-    step k of n, k/n of each row's holes are written, rounded; so the last canvas has none. With more
-    steps than holes it ends as soon as these are written, unless it rewrites. Without `steps`, 128, or
-    half the row's holes if that is more; `threshold` takes as many as it needs.
+    step k of n, k/n of each row's holes are written, rounded (but for `threshold`, which takes as many
+    steps as it needs); so the last canvas has none. With more steps than holes it ends as soon as these
+    are written, unless it rewrites. Without `steps`, 128, or half the row's holes if that is more.
 
     order: one of ORDERS; `rule_of` says what each does.
     block_len: fill the canvas in blocks of this many positions, from left to right; each has its
@@ -212,9 +212,9 @@ def look_at(model, canvas, given, guidance=0.0):
 #
 # An order scores the holes, and the highest are set. Some do without the logits. The others say how
 # sure the model is of a hole, from its distributions p (N, V) alone. Since no score sees a token that is
-# drawn, an order that writes each token once, with one hole a step, draws exactly from the product of
-# p(x_i | tokens set before it). That joint distribution is the order's own: a network's conditionals do
-# not quite agree with each other, so the joints of two orders differ a little.
+# drawn, an order that writes each token once, one hole a step, at temperature 1, draws exactly from the
+# product of p(x_i | tokens set before it). That joint distribution is the order's own: a network's
+# conditionals do not quite agree with each other, so the joints of two orders differ a little.
 
 
 def rule_of(order, tau=0.9, token_nats=None, revise=0.0):

@@ -177,8 +177,8 @@ def relative_information(x0, token_nats):
 
 
 def with_visible(x0, xt, holes, maskable, share, model_config, generator):
-    """xt and holes, with a share of the visible tokens among those that have a loss, and half of that share
-    replaced by random tokens: BERT's 10% kept and 10% random (1810.04805). Without a loss there a network
+    """xt, and which positions have a loss: the holes and a share of the visible tokens, of which half are
+    kept and half replaced by random ones, as BERT halves its own (1810.04805). Without a loss there a network
     knows nothing of the tokens that it sees, and `--order remask`, which writes them anew, spoils them.
     """
     special = torch.tensor([model_config.mask_id, *model_config.special_ids])
@@ -204,7 +204,7 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
     xt, holes, weights = corrupt(x0, maskable, t, u, model_config.mask_id, config.weight, **noise)
     if config.visible:
         xt, holes = with_visible(x0, xt, holes, maskable, config.visible, model_config, generator)
-        weights = hole_weights("mean", weights, 0.0, holes.sum().item(), 0)
+        weights = torch.full_like(weights, 1 / max(1, holes.sum().item()))  # a mean over all of these
     return x0, xt, holes, weights
 
 
@@ -224,6 +224,7 @@ def uniform_holes(x0, maskable, t, mask_id, generator):
     M = maskable.sum(1, keepdim=True)  # (B, 1)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
     place = keys.argsort(1).argsort(1)  # (B, T): in a random order, 0 .. M - 1
+    # At level k/M with the u of rank place/M just k tokens are holes, and 1/t is M/k.
     return corrupt(x0, maskable, (t * M).ceil() / M, place / M, mask_id)
 
 
@@ -270,7 +271,7 @@ def sequence_bounds(
         x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
         batch = x0, *holes_of(x0, counted, t[rows], config.mask_id, generator)
         losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
-        nats.append(losses.cpu() * counted.sum())  # which the weights have divided by
+        nats.append(losses.cpu() * counted.sum())  # sums again: the weights were shares of all maskable
     model.train(was_training)
     return torch.cat(nats).double().view(draws, N), maskable.sum(1)
 
@@ -302,8 +303,8 @@ def slanted_holes(x0, maskable, t, mask_id, generator, slant):
 
     Token i is masked at level s_i = (u_i + w(1 - i/(T-1))) / (1 + w), at which its rate rises above u_i.
     The first k = ceil(tM) to be masked are holes, the last of them at level s:
-        P(i is the last of the k) ~ r_i'(s) / r_i(s),   weight_i = M P(i is the last of the k),
-    so that the mean is that of rate'/rate over levels and holes, but no weight is above M.
+        P(i is the last | the k) is proportional to r_i'(s) / r_i(s),   weight_i = M P(i is the last | the k).
+    The mean is that of rate'/rate over levels and holes (a test integrates it), but no weight is above M.
     """
     M = maskable.sum(1, keepdim=True)  # (B, 1)
     delay = slant * (1 - torch.linspace(0, 1, x0.shape[1]))
