@@ -327,6 +327,19 @@ def test_minutes_bound_a_run_and_its_learning_rate(tmp_path, monkeypatch):
     assert [float(row["lr"]) for row in rows[1:]] == pytest.approx(expected, rel=1e-4)
 
 
+def test_compiling_takes_no_training_time_and_leaves_no_trace(tmp_path, monkeypatch):
+    """The passes before the clock starts draw numbers, and so must put back the state of every generator."""
+    monkeypatch.setattr(Transformer, "compile", lambda model: None)
+    for name, flags in (("plain", ""), ("compiled", "--compile")):
+        ticks = itertools.count(step=3.0)
+        monkeypatch.setattr(data.run.report, "time", SimpleNamespace(perf_counter=lambda t=ticks: next(t)))
+        flags += f" --out_dir {tmp_path / name} --max_minutes 0.5 --log_every 1 --dropout 0.1"
+        run_train(monkeypatch, f"--data book {flags} {SMALL}")
+    assert_same(*(weights(tmp_path / name / "last.pt") for name in ("plain", "compiled")))
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("plain", "compiled")]
+    assert logs[0] == logs[1]
+
+
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
     flags = (
         f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --block_size 32"
