@@ -45,7 +45,7 @@ class SampleConfig:
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
     suffix: str = flag("", "text that stands after the hole")
     length: int | None = flag(
-        None, "tokens of the canvas (block_size; a prompt with holes: its own)", least=1, most=MOST
+        None, "tokens of the canvas (block_size, or a prompt's own)", least=1, most=MOST
     )
     steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=MOST)
     order: Literal[ORDERS] = flag("random", "what is set first")
@@ -62,9 +62,7 @@ class SampleConfig:
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "write how it filled: a page, run.html, or an animated picture, run.svg")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "precision of the matrix products"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
 
 
 # --- the loop: look, choose, take, set -----------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Measures what the README claims, and prints one table.
+"""Measures what README.md and tests/README.md claim, and prints one table.
 
     python tests/bench.py             # speed: a few minutes
     python tests/bench.py --runs      # and the training runs themselves: twenty minutes more

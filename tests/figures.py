@@ -1,4 +1,4 @@
-"""Draws the README's figures, each with the command that the README gives, as an SVG.
+"""Draws the figures of tests/README.md, each with the command that stands there, as an SVG.
 
     python tests/figures.py levels      # BERT against the rest: loss by noise level, a sample of each
     python tests/figures.py limit       # how close a trained model comes to the entropy of its source
@@ -91,7 +91,7 @@ def plot(path, n_panels=1):
 
 # --- levels --------------------------------------------------------------------------------------
 
-METHODS = {  # rows of the README's table
+METHODS = {  # the noises of four rows of the README table, with the default prompts
     "0.15 (BERT)": "--level 0.15 --weight mean",
     "grid:10, one for a batch": "--level grid:10 --one_level --weight mean",
     "uniform, mean": "--level uniform --weight mean",

@@ -490,8 +490,9 @@ def same_vocabulary(a, b):
 
 
 def recipes():
-    """The flags of the README's lines that fine-tune RoBERTa, without those that name files."""
-    lines = re.findall(r"^python train.py (.*--epochs.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """The flags of data/roberta/README.md's lines that fine-tune RoBERTa, without those that name files."""
+    readme = (ROOT / "data" / "roberta" / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python train.py (.*--epochs.*)$", readme, re.MULTILINE)
     return [re.sub(r"--(init_from|data|out_dir) \S+", "", line).split() for line in lines]
 
 
