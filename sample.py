@@ -30,6 +30,7 @@ from data.canvas.picture import check_path, save_histories
 from data.canvas.prompt import MASK_TAG, MOST, check_prompts, make_canvases, read_text
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
+from data.run.fast import in_parts
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
 from model import load_checkpoint
@@ -225,9 +226,9 @@ def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
         "left": Rule(blind(lambda lot: -torch.ones_like(lot).cumsum(1)), evenly, never),  # as GPT does
         # MaskGIT 2202.04200 and LLaDA 2502.09992; they score the token that they have drawn
         "confidence": Rule(surest(largest), evenly, never),
-        "margin": Rule(surest(lambda p: -p.topk(2).values.diff().squeeze(1)), evenly, never),  # 2502.06768
-        "entropy": Rule(surest(lambda p: -torch.special.entr(p).sum(1)), evenly, never),  # Dream 2508.15487
-        "information": Rule(surest(lambda p: -(p * token_nats.to(p)).sum(1)), evenly, never),  # 2211.15029
+        "margin": Rule(surest(margin), evenly, never),  # 2502.06768
+        "entropy": Rule(surest(negative_entropy), evenly, never),  # Dream 2508.15487
+        "information": Rule(surest(functools.partial(says_least, token_nats)), evenly, never),  # 2211.15029
         "threshold": Rule(surest(largest, tau), as_needed, never),  # Fast-dLLM 2505.22618
         "remask": Rule(blind(lambda lot: lot), at_every_step, all_anew),  # RoBERTa diffusion, Barry 2025
     }[order]
@@ -235,10 +236,6 @@ def rule_of(order, tau=0.9, token_nats=None, revise=0.0):
         pace = at_every_step if rule.pace is evenly else rule.pace
         rule = rule._replace(pace=pace, reopen=some_again(revise))
     return rule
-
-
-def largest(p):
-    return p.amax(1)
 
 
 def blind(score):
@@ -252,18 +249,39 @@ def blind(score):
 
 
 def surest(score, tau=math.inf):
-    """The n of which the model is surest by score(p) (N,) of its distributions p (N, V), and all of which it
-    is as sure as tau.
+    """The n of which the model is surest, and all of which it is as sure as tau, by score(x) (N,) of its
+    logits less the largest in each row, x (N, V).
     """
 
     def choose(look, candidates, n, lot):
         logits = look(candidates)
-        sure = in_parts(lambda logits: score(logits.float().softmax(-1)), logits)
+        sure = in_parts(lambda logits: score((x := logits.float()) - x.amax(1, keepdim=True)), logits)
         scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, sure)
         chosen = highest(scores, candidates, torch.maximum(n, (scores >= tau).sum(1, keepdim=True)))
         return chosen, logits[chosen[candidates]]
 
     return choose
+
+
+def largest(x):
+    """The probability of the likeliest token."""
+    return 1 / x.exp().sum(1)
+
+
+def margin(x):
+    """That probability less the next."""
+    first, second = x.exp().topk(2).values.unbind(1)
+    return (first - second) / x.exp().sum(1)
+
+
+def negative_entropy(x):
+    x = x.clamp(min=-1e4)  # 0 log 0 is 0
+    return (x.exp() * x).sum(1) / x.exp().sum(1) - x.exp().sum(1).log()
+
+
+def says_least(token_nats, x):
+    """Minus what the token is expected to say."""
+    return -(x.exp() * token_nats.to(x)).sum(1) / x.exp().sum(1)
 
 
 def highest(scores, candidates, n):
@@ -349,13 +367,6 @@ class Recorded:
         tokens = self.take(logits, u, where=where)
         self.log_p[where] = in_parts(log_probability, logits, tokens)
         return tokens
-
-
-def in_parts(function, logits, *more):
-    """function(logits (N, V), ...), (N,), a few rows at a time: no float copy of all logits."""
-    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
-    parts = zip(*(tensor.split(rows) for tensor in (logits, *more)))
-    return torch.cat([function(*part) for part in parts])
 
 
 def log_probability(logits, tokens):

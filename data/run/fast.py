@@ -1,8 +1,19 @@
-"""Two parts of a training step, made fast and small: cross-entropy, and Muon."""
+"""Made fast and small: work on logits a few rows at a time, cross-entropy, and Muon."""
 
 from collections import defaultdict
 
 import torch
+
+
+def rows_at_a_time(logits):
+    """How many rows of logits (N, V) to copy at a time, so that there is no float copy of them all."""
+    return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
+
+
+def in_parts(function, logits, *more):
+    """function(logits (N, V), ...), (N,), a few rows at a time."""
+    parts = zip(*(tensor.split(rows_at_a_time(logits)) for tensor in (logits, *more)))
+    return torch.cat([function(*part) for part in parts])
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -14,12 +25,8 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def rows(logits):
-        return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
-
-    @staticmethod
     def forward(ctx, logits, target):
-        parts = logits.split(CrossEntropy.rows(logits))
+        parts = logits.split(rows_at_a_time(logits))
         log_z = torch.cat([part.to(torch.float32).logsumexp(-1) for part in parts])  # (N,)
         ctx.save_for_backward(logits, target, log_z)
         return log_z - logits.gather(1, target[:, None]).squeeze(1)
@@ -27,7 +34,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         logits, target, log_z = ctx.saved_tensors
-        logits, rows = logits.detach(), CrossEntropy.rows(logits)
+        logits, rows = logits.detach(), rows_at_a_time(logits)
         for part, y, z, g in zip(*(tensor.split(rows) for tensor in (logits, target, log_z, gradient))):
             p = (part.to(torch.float32) - z[:, None]).exp()
             p[torch.arange(len(p), device=p.device), y] -= 1
