@@ -126,7 +126,7 @@ def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
     return (rate + spindle * torch.sin(torch.pi * t) * information).clamp(0, 1)  # (B, T)
 
 
-def hole_weights(weight, rates, slant, n_holes, n_text):
+def hole_weights(weight, rates, slant, n_holes, n_maskable):
     """What a hole counts in the loss, (B, T).
 
     `elbo`: rate'(t)/rate(t), which is 1/t without a slant, over the number of maskable tokens; the
@@ -139,7 +139,7 @@ def hole_weights(weight, rates, slant, n_holes, n_text):
     if weight == "mean":
         return torch.full_like(rates, 1 / max(1, n_holes))
     slope = (1 + slant) * (rates < 1) if slant else 1.0  # grid:N draws t = 1, where a rate of 1 counts
-    return slope / (rates.clamp(min=1e-12) * max(1, n_text))
+    return slope / (rates.clamp(min=1e-12) * max(1, n_maskable))
 
 
 def corrupt(x0, maskable, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, information=0.0):
