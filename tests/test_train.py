@@ -672,4 +672,4 @@ def test_pieces_of_a_batch_are_alike():
             shares.append([])
             split = np.arange(999, dtype=np.uint16) % 3
             update(run, draw_batch(split, config, rng(seed), run.model.config))
-    assert np.mean([max(pieces) for pieces in shares]) < 0.65  # of rows in order: 0.85
+    assert np.mean([max(pieces) for pieces in shares]) < 0.65  # 0.59; of rows in order 0.78
