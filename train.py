@@ -60,9 +60,7 @@ class TrainConfig:
     spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
     visible: float = flag(0.0, "share of the tokens seen that have a loss, half replaced", least=0, below=1)
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
-    prompt_len: Span = flag(
-        Span(0, 16), "tokens at the start that stay: N, or a range M:N; 0 for --eval_only"
-    )
+    prompt_len: Span = flag(Span(0, 16), "tokens at the start that stay, N or M:N; 0 for --eval_only")
     # model
     n_layer: int = flag(4, "blocks", least=1)
     n_head: int = flag(2, "attention heads", least=1)
@@ -235,15 +233,7 @@ def grid_holes(x0, maskable, t, mask_id, generator):
 
 @torch.no_grad()
 def sequence_bounds(
-    model,
-    tokens,
-    prompt_len=0,
-    draws=1,
-    batch_size=64,
-    seed=0,
-    level=Level("uniform"),
-    slant=0.0,
-    strata=STRATA,
+    model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level=UNIFORM, slant=0.0, strata=STRATA
 ):
     """Of tokens (N, T) int64: nats (draws, N), unbiased estimates of each sequence's NELBO, and n_maskable
     (N,), how many of its tokens are counted.

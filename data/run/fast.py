@@ -68,7 +68,9 @@ class Muon(torch.optim.Optimizer):
             for (A, B), matrices in alike.items():
                 averages = []
                 for p in matrices:
-                    average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                    average = self.state[p]["momentum_buffer"]
                     average.lerp_(p.grad, 1 - group["momentum"])
                     averages.append(p.grad.lerp(average, group["momentum"]))  # Nesterov's
                 size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's

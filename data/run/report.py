@@ -44,9 +44,8 @@ class Report:
             nats, bits = self.evaluate()
         finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
         if not finite or not math.isfinite(nats or 0):
-            kept = (
-                f"{self.out_dir / 'last.pt'} is from before" if run.best < math.inf else "nothing was saved"
-            )
+            last = self.out_dir / "last.pt"
+            kept = f"{last} is from before" if run.best < math.inf else "nothing was saved"
             validation = "" if nats is None else f", validation {self.bound_name} {nats:.3g}"
             raise Mistake(
                 f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "

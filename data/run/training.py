@@ -50,9 +50,8 @@ class Run:
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.step, self.minutes = state["step"], state["minutes"]
-        if self.bound_flags == state.get(
-            "bound", {"prompt_len": 0, "slant": 0.0}
-        ):  # as an earlier version chose
+        earlier = {"prompt_len": 0, "slant": 0.0}  # what versions chose by that did not say
+        if self.bound_flags == state.get("bound", earlier):
             self.best = state["best"]
 
     def progress(self):
