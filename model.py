@@ -2,14 +2,22 @@
 logits of the token that belongs at each position.
 
 Masking is the noise of this diffusion, and the holes show its level, so there is no time input
-(2406.03736); `<mask>` itself has probability 0 ("SUBS", 2406.07524). Unlike GPT-2's, every token sees
-all others; positions rotate queries and keys, which are normalised; a short convolution opens each
-block; there are no biases, and the head is not tied to the embedding. `attend` and `Dropout`, last, are
+(2406.03736); `<mask>` itself has probability 0 ("SUBS", 2406.07524). Two numbers say who sees whom:
+
+    K      a text is written in blocks of K tokens; a token sees its own block and those before it
+    shift  a position reads the token before the one that it predicts
+
+One block for the whole canvas is masked diffusion; K in between is block diffusion (2503.09573); K = 1 with
+the shift is GPT, and one block with the shift is DiffuGPT (2410.17891).
+
+Unlike GPT-2's, positions rotate queries and keys, which are normalised; a short convolution opens each
+layer; there are no biases, and the head is not tied to the embedding. `attend` and `Dropout`, last, are
 torch's own, made faster on a CPU.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -30,8 +38,10 @@ class ModelConfig:
     n_embd: int = 192
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # not text: train.py never masks them, sample.py never writes them
-    conv: int = 5  # neighbours that a block's convolution mixes, the token itself included; 0: none
-    causal: bool = False  # a token sees itself and those to its left
+    block_len: int = 0  # K, tokens of a block; 0: the canvas is one block
+    shift_id: int | None = None  # what stands before a text that is read with a shift; None: no shift
+    conv: int = 5  # neighbours that a layer's convolution mixes, the token itself included; 0: none
+    conv_right: int | None = None  # how many of them are to its right; None: half, but none of another block
     norm: str = "pre"  # "pre": normalise what a layer reads; "post": the sum after it, as in BERT
     position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
     qk_norm: bool = True  # normalise queries and keys: Muon would let the attention logits grow
@@ -39,11 +49,25 @@ class ModelConfig:
     mlp_width: int = 0  # of the hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     bias: bool = False  # in linear layers and norms
+    head_bias: bool = True  # in the head, too
     norm_eps: float = 1e-5  # added to the variance
     token_types: int = 0  # rows of a table whose first is added to every token; 0: none
     first_position: int = 0  # of the table of positions; RoBERTa's begin at 2
     head_activation: str | None = None  # of a layer before the head's matrix; None: no such layer
     tied: bool = False  # the head's matrix is the token embedding
+
+    def __post_init__(self):
+        if self.conv_right is None:
+            self.conv_right = max(0, min((self.conv - 1) // 2, self.K - 1))
+
+    @property
+    def K(self):
+        """Tokens of a block; of a canvas, which is one block, more than there are."""
+        return self.block_len if 0 < self.block_len < self.block_size else 2**31
+
+    @property
+    def shift(self):
+        return self.shift_id is not None
 
 
 ACTIVATIONS = {
@@ -58,24 +82,80 @@ def layer_norm(width, config):
     return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
 
 
-def rotary_angles(T, D, device):
-    """cos and sin of the rotary embedding (2104.09864, eq. 15), each (T, D/2)."""
-    frequency = 10000 ** -(torch.arange(0, D, 2, device=device) / D)  # (D/2,)
-    angle = torch.arange(T, device=device)[:, None] * frequency  # (T, D/2)
+def rotary_angles(at, D):
+    """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions at (S,), each (S, D/2)."""
+    frequency = 10000 ** -(torch.arange(0, D, 2, device=at.device) / D)  # (D/2,)
+    angle = at[:, None] * frequency  # (S, D/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn channels i and i + D/2 of x (B, T, H, D) together, by the angle of the position."""
+    """Turn channels i and i + D/2 of x (B, S, H, D) together, by the angle of the position."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].type_as(x), sin[:, None].type_as(x)  # (T, 1, D/2)
+    cos, sin = cos[:, None].type_as(x), sin[:, None].type_as(x)  # (S, 1, D/2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+# --- who sees whom -------------------------------------------------------------------------------
+#
+# Whoever predicts a hole of a block may know the clean text of the blocks before it, and of its own block
+# what is not masked. In training all blocks of a text have holes, each at a noise level of its own, so that
+# a pass reads two halves, [x0 ; xt], at the same positions: the clean blocks see those before them, and
+# each noisy block sees these and itself. Where text is written, what was written before is clean, and one half
+# will do; what it gives is final, and kept in a Cache.
+
+
+class Sight(NamedTuple):
+    """Who sees whom in a pass that reads S positions, after those of a cache, in every layer."""
+
+    rotation: tuple | None  # cos and sin, (S, D/2) each, of the positions if they are rotary
+    visible: torch.Tensor | None  # (S, keys) bool: who sees which; None: all, or as `causal` says
+    causal: bool  # each sees those before it and itself, for which there are kernels
+    n_clean: int  # how many of the S are the clean half
+    strip: int  # tokens over which a convolution may reach both ways: K, or S if it is all one block
+    cache: "Cache | None"
+    first: int = 0  # where those begin that ask; the positions before it are only seen
+
+    def of_last_layer(self):
+        """Nobody reads what the clean half becomes there."""
+        visible = None if self.visible is None else self.visible[self.n_clean :]
+        return self._replace(visible=visible, first=self.n_clean)
+
+
+def visible(at, noisy, n_cached, K):
+    """Whether each position (row) sees another: clean blocks before its own, and of its own block what is as
+    clean or noisy as itself. (S, n_cached + S) bool, for positions at (S,) that are noisy (S,) or clean, and
+    before them n_cached that are clean.
+    """
+    key, key_noisy = torch.cat((torch.arange(n_cached, device=at.device), at)), F.pad(noisy, (n_cached, 0))
+    key, own = key // K, (at // K)[:, None]
+    return (key < own) & ~key_noisy | (key == own) & (key_noisy == noisy[:, None])
+
+
+class Cache:
+    """What the layers know of the first `length` positions of a window of W, which are final. A pass reads
+    what comes after these, and then `length` is `final`.
+    """
+
+    def __init__(self, W):
+        self.W, self.length, self.final, self.rooms = W, 0, 0, {}
+
+    def join(self, name, x, zeros=0):
+        """What a layer keeps by this name, (..., zeros + length, D), zeros first, with x (..., S, D) behind it."""
+        if name not in self.rooms:
+            self.rooms[name] = x.new_zeros(*x.shape[:-2], zeros + self.W + 1, x.shape[-1])
+        room = self.rooms[name][..., : zeros + self.length + x.shape[-2], :]
+        room[..., zeros + self.length :, :] = x
+        return room
+
+
+# --- the layers ----------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.causal, self.dropout = config.n_head, config.causal, Dropout(config.dropout)
+        self.n_head, self.dropout = config.n_head, Dropout(config.dropout)
         # Three matrices and not one, because Muon orthogonalises each on its own.
         self.query = nn.Linear(config.n_embd, config.n_embd, config.bias)
         self.key = nn.Linear(config.n_embd, config.n_embd, config.bias)
@@ -85,15 +165,21 @@ class Attention(nn.Module):
         self.query_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
         self.key_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rotation):
-        B, T, C = x.shape
-        q, k, v = (linear(x).view(B, T, self.n_head, -1) for linear in (self.query, self.key, self.value))
+    def forward(self, x, sight):
+        asking = x[:, sight.first :]  # (B, Q, C)
+        q, k, v = (
+            linear(y).unflatten(2, (self.n_head, -1))
+            for linear, y in ((self.query, asking), (self.key, x), (self.value, x))
+        )
         q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)  # CUDA makes norms float32
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        y = attend(q, k, v, self.dropout, self.causal)  # softmax(q k^T / sqrt(D)) v
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        if sight.rotation is not None:
+            cos, sin = sight.rotation
+            q, k = rotate(q, cos[sight.first :], sin[sight.first :]), rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
+        if sight.cache is not None:
+            k, v = sight.cache.join((self, "key"), k), sight.cache.join((self, "value"), v)
+        y = attend(q, k, v, self.dropout, sight.visible, sight.causal)  # softmax(q k^T / sqrt(D)) v
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -109,7 +195,7 @@ class MLP(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Adds to each token a weighted sum of its neighbours, channel by channel.
+    """Adds to each token a weighted sum of the neighbours that it sees, channel by channel.
 
     Most of what determines a token is next to it, and this is the cheapest way to look there: a short
     depthwise convolution as in Primer (2109.08668), here on the residual stream. It begins as nothing.
@@ -118,33 +204,51 @@ class Convolution(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))
-        self.padding = config.conv - 1 if config.causal else config.conv // 2
+        self.left, self.right = reach(config)
 
-    def forward(self, x):
-        # (B, T, C) seen as an image of height 1 in channels-last layout, so that nothing is copied. It is
-        # padded at both ends; the cut at the right makes the causal one look to the left alone.
-        image = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
-        mixed = F.conv2d(image, self.weight, padding=(0, self.padding), groups=x.shape[2])
-        return x + mixed.squeeze(2).transpose(1, 2)[:, : x.shape[1]]
+    def forward(self, x, sight):
+        (B, S, C), K = x.shape, sight.strip
+        blocks = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C)
+        if sight.cache is None:
+            x_before = F.pad(x, (0, 0, self.left, 0))  # (B, left + S, C)
+        else:
+            x_before = sight.cache.join(self, x, self.left)[:, sight.cache.length :]
+        # Ahead of each block, clean or noisy, the clean tokens before it; after it nothing is seen.
+        tails = x_before.unfold(1, self.left, K).transpose(2, 3)  # (B, blocks and more, left, C)
+        n = sight.n_clean // K
+        tails = torch.cat((tails[:, :n], tails[:, : blocks.shape[1] - n]), 1)
+        strip = F.pad(torch.cat((tails, blocks), 2), (0, 0, 0, self.right))  # (B, blocks, left + K + right, C)
+        P = strip.shape[2]
+        strip = F.pad(strip.flatten(1, 2), (0, 0, 0, self.left + self.right))
+        # Seen as an image of height 1 in channels-last layout, so that nothing is copied.
+        image, taps = strip.transpose(1, 2).unsqueeze(2), self.weight[..., : self.left + 1 + self.right]
+        mixed = F.conv2d(image, taps, groups=C).squeeze(2).transpose(1, 2)  # (B, blocks * P, C)
+        return x + mixed.unflatten(1, (-1, P))[:, :, :K].reshape(B, -1, C)[:, :S]
+
+
+def reach(config):
+    """How many neighbours to the left and to the right a convolution mixes: none to the right of a block."""
+    return config.conv - 1 - config.conv_right, min(config.conv_right, config.K - 1)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.pre = config.norm == "pre"
-        self.convolution = Convolution(config) if config.conv else nn.Identity()
+        self.convolution = Convolution(config) if config.conv else None
         self.attention = Attention(config)
         self.attention_norm = layer_norm(config.n_embd, config)
         self.mlp = MLP(config)
         self.mlp_norm = layer_norm(config.n_embd, config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, rotation):
-        x = self.convolution(x)
+    def forward(self, x, sight):
+        if self.convolution:
+            x = self.convolution(x, sight)
         if self.pre:
-            x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+            x = x[:, sight.first :] + self.dropout(self.attention(self.attention_norm(x), sight))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, rotation)))
+        x = self.attention_norm(x[:, sight.first :] + self.dropout(self.attention(x, sight)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
@@ -153,9 +257,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         pre = config.norm == "pre"
+        # Whether a hole is read otherwise than its token will be: not if a position reads earlier blocks alone.
+        self.twice = not (config.shift and config.K == 1)
+        self.opened = None  # while a causal model becomes a canvas: the share of what it hides that is seen
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
-            self.position_embedding = nn.Embedding(config.first_position + config.block_size, config.n_embd)
+            n_positions = config.first_position + config.block_size + reads_last(config)
+            self.position_embedding = nn.Embedding(n_positions, config.n_embd)
         if config.token_types:
             self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.dropout = Dropout(config.dropout)
@@ -165,7 +273,7 @@ class Transformer(nn.Module):
         if config.head_activation:
             self.transform = nn.Linear(config.n_embd, config.n_embd, config.bias)
             self.transform_norm = layer_norm(config.n_embd, config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, config.bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, config.bias and config.head_bias)
         self.tie()
         self.apply(self.init_weights)
 
@@ -177,12 +285,22 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
 
-    def embed(self, idx):
-        """Vectors of the tokens idx (B, T): (B, T, C)."""
-        x = self.token_embedding(idx)
+    def read(self, idx, clean):
+        """What the positions read of idx (B, T): their own tokens; with a shift the ones before them, which are
+        clean at the start of a block. A canvas reads the last token too, at one position more.
+        """
+        config, T = self.config, idx.shape[1]
+        if not config.shift:
+            return idx
+        more = reads_last(config)
+        idx, clean = (F.pad(tokens, (1, more - 1), value=config.shift_id) for tokens in (idx, clean))
+        return torch.where(torch.arange(T + more, device=idx.device) % config.K == 0, clean, idx)
+
+    def embed(self, tokens, at):
+        """Vectors of tokens (B, S) at positions at (S,): (B, S, C)."""
+        x = self.token_embedding(tokens)
         if self.config.position == "learned":
-            first = self.config.first_position
-            x = x + self.position_embedding.weight[first : first + idx.shape[1]]
+            x = x + self.position_embedding(self.config.first_position + at)
         if self.config.token_types:
             x = x + self.type_embedding.weight[0]
         return self.dropout(self.embedding_norm(x))
@@ -197,25 +315,55 @@ class Transformer(nn.Module):
         # SUBS, without one more pass over the logits: no hole is filled with a hole.
         return F.linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
 
-    def forward(self, idx, where=None):
+    def sight(self, n_clean, n, cache, device):
+        """The Sight of a pass of n_clean positions, and then n that are noisy if there are such; and where its
+        positions are, (n_clean + n,).
+        """
+        config, K, held = self.config, self.config.K, cache.length if cache else 0
+        at = torch.cat([torch.arange(*span, device=device) for span in ((0, n_clean), (held, held + n))])
+        noisy = (torch.arange(n_clean + n, device=device) >= n_clean) & bool(n_clean)
+        one = not n_clean and held // K == (held + n - 1) // K  # block, whose positions see all
+        causal = K == 1 and not n_clean and not held and n > 1
+        seen = None if one or causal else visible(at, noisy, held, K)
+        if self.training and self.opened is not None:
+            seen = (1 - torch.rand(n, n, device=device)).triu(1) <= self.opened
+        strip = K if n_clean or (n > K and reach(config)[1]) else n
+        rope = config.position == "rope"
+        rotation = rotary_angles(at, config.n_embd // config.n_head) if rope else None
+        return Sight(rotation, seen, causal, n_clean, strip, cache), at
+
+    def forward(self, idx, where=None, clean=None, cache=None):
         """Logits (B, T, V), in autocast's precision, of the token that belongs at each position of idx (B, T)
         int64, which has `mask_id` at the holes.
 
         where: (B, T) bool; only those positions' logits, (N, V), in row-major order: only holes have a
-        loss, and at a large vocabulary the full logits would be the largest tensor there is.
+            loss, and at a large vocabulary the full logits would be the largest tensor there is.
+        clean: (B, T), the text without holes, in which a block sees those before it. Without it they are
+            as idx has them, so that only the last block should have holes.
+        cache: a Cache; only positions after its `length` are read, and where lies there.
         """
-        rotation = None
-        if self.config.position == "rope":
-            rotation = rotary_angles(idx.shape[1], self.config.n_embd // self.config.n_head, idx.device)
-        x = self.embed(idx)  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, rotation)
+        T, K, held = idx.shape[1], self.config.K, cache.length if cache else 0
+        n_clean = (T - 1) // K * K if self.twice and clean is not None else 0  # the blocks before the last
+        clean = idx if clean is None else clean
+        own = self.read(idx, clean)[:, held:]  # (B, n)
+        sight, at = self.sight(n_clean, own.shape[1], cache, idx.device)
+        x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], own), 1), at)  # (B, S, C)
+        for block in self.blocks[:-1]:
+            x = block(x, sight)
+        x = self.blocks[-1](x, sight.of_last_layer())[:, : T - held]
+        if cache:
+            cache.length = cache.final if self.twice else T
         if where is None:
             return self.unembed(x)
         # Padded to a multiple of 64: a CPU's matrix kernels are made, and kept, for each shape.
-        rows = where.flatten().nonzero().squeeze(1)  # (N,)
+        rows = where[:, held:].flatten().nonzero().squeeze(1)  # (N,)
         x = x.flatten(0, 1).index_select(0, F.pad(rows, (0, -len(rows) % 64)))
         return self.unembed(x)[: len(rows)]
+
+
+def reads_last(config):
+    """Whether the last token is read at one position more: with a shift, where others may see it."""
+    return int(config.shift and config.K > config.block_size)
 
 
 def load_checkpoint(path, device="cpu", **changes):
@@ -240,18 +388,22 @@ def load_checkpoint(path, device="cpu", **changes):
 # --- faster on a CPU -----------------------------------------------------------------------------
 
 
-def attend(q, k, v, dropout, causal):
-    """Each position's mean of the values, weighted by softmax(q k^T / sqrt(D)): (B, H, T, D), as q, k, v are.
+def attend(q, k, v, dropout, visible=None, causal=False):
+    """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D), of
+    q (B, H, Q, D) and k, v (B, H, S, D). visible: (Q, S) bool, or all; causal: the first i see the first i.
 
-    With dropout torch has no fused kernel for this on a CPU, and is slower without one than these lines.
+    On a CPU torch has no fused kernel with dropout, and one that is slow in bfloat16 until the scores no longer
+    fit into its caches: these lines take half the time at 256 positions.
     """
     p = dropout.p if dropout.training else 0.0
-    if not p or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=causal)
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
+    written_out = p or (q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= 2**18)
+    if q.device.type != "cpu" or not written_out:
+        return F.scaled_dot_product_attention(q, k, v, visible, dropout_p=p, is_causal=causal)
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, Q, S)
     if causal:
-        T = q.shape[2]
-        scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+        visible = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if visible is not None:
+        scores += torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
 
 

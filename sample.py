@@ -33,7 +33,7 @@ from data.run.errors import Mistake, command
 from data.run.fast import in_parts
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
-from model import load_checkpoint
+from model import Cache, load_checkpoint
 
 NEAR = 4  # tokens on either side of a hole that say which of several lengths fits it
 ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "information", "left"
@@ -86,9 +86,10 @@ class Rule(NamedTuple):
 
 
 def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
-    """Write canvas (B, W) where is_open (B, W), in place, in n_steps (B, 1); yields after each step.
+    """Write canvas (B, W), a block of one, where is_open (B, W), in place, in n_steps (B, 1); yields after
+    each step.
 
-    look(where) -> logits (N, V) asks the model about positions of the canvas. take(logits, u, where) ->
+    look(where) -> logits (N, V) asks the model about positions of the block. take(logits, u, where) ->
     tokens (N,). noise(step) -> uniform numbers for choosing, reopening and drawing, (B, W) each.
     """
     n_open = is_open.sum(1, keepdim=True)  # (B, 1)
@@ -123,7 +124,8 @@ def denoise(
     order: one of ORDERS; `rule_of` says what each does.
     block_len: fill the canvas in blocks of this many positions, from left to right; each has its
         share of the steps, and at least one (semi-autoregressive, 2502.09992). By default the canvas
-        is one block, or if it is longer than the model's block_size, blocks of a quarter of that.
+        is one block, or if it is longer than the model's block_size, blocks of a quarter of that. A model
+        that sees in blocks of K writes in these, or in what divides them; with K = 1 it is a GPT.
     revise: each step masks each written token again with this probability, and no more of them than
         holes remain after it, which will replace them (ReMDM 2503.00307, at a constant rate).
     guidance: see `look_at`.
@@ -132,72 +134,84 @@ def denoise(
     take: how tokens come of logits, in place of a `draw` at temperature, top_k and top_p: `read` sets
         those of a given text, `Recorded` keeps the probability of each.
     """
-    mask_id, (B, T), W = model.config.mask_id, canvas.shape, model.config.block_size
+    mask_id, (B, T), W, K = model.config.mask_id, canvas.shape, model.config.block_size, model.config.K
     canvas, is_open = canvas.clone(), canvas == mask_id
     seeds = range(B) if seeds is None else seeds
     not_text = torch.tensor([mask_id, *model.config.special_ids], device=canvas.device)
     given = torch.isin(canvas, not_text, invert=True)  # (B, T)
     rule = rule_of(order, tau, token_nats, revise)
     take = take or functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    block_len = min(block_len or (W if T <= W else max(1, W // 4)), W)
+    block_len = min(block_len or (W if T <= W or K < W else max(1, W // 4)), W, K)
+    if K < W and K % block_len:
+        raise ValueError(f"block_len {block_len}: it does not divide the model's blocks of {K}")
     n_holes = is_open.sum(1, keepdim=True)  # (B, 1)
     steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
     if not is_open.any():
         yield canvas
-    for number, window, block_open, n_steps in blocks(is_open, steps, block_len, W):
-        view = canvas[:, window]  # (B, W), written in place
-        look = look_at(model, view, given[:, window], guidance)
-        noise = functools.partial(uniforms, seeds, number, view)
+    start, cache = None, None
+    for number, window, block, n_steps in blocks(is_open, steps, block_len, W, K):
+        if window.start != start:  # other tokens to see, at other positions
+            start, cache = window.start, Cache(W) if K < W else None
+        look = look_at(model, canvas, given, window, block, guidance, cache)
+        noise = functools.partial(uniforms, seeds, number, canvas[:, block])
 
-        def take_here(logits, u, where, window=window):
+        def take_here(logits, u, where, block=block):
             place = torch.zeros_like(is_open)  # the same positions, of the whole canvas
-            place[:, window] = where
+            place[:, block] = where
             return take(logits, u, where=place)
 
-        for _ in fill(view, block_open, n_steps, rule, look, take_here, noise, mask_id):
+        for _ in fill(canvas[:, block], is_open[:, block], n_steps, rule, look, take_here, noise, mask_id):
             yield canvas.clone()
 
 
-def blocks(is_open, steps, block_len, W):
-    """A canvas in blocks, from left to right, those with holes: (number, window, holes, steps) of each.
+def blocks(is_open, steps, block_len, W, K):
+    """A canvas in blocks, from left to right, those with holes in is_open (B, T): (number, window, block, steps) of
+    each, two slices of T and its share (B, 1) of the steps (B, 1).
 
-    The window is the slice of at most W positions through which the block is seen; holes are those of
-    is_open (B, T) that are the block's, (B, W or less) bool; steps (B, 1) are its share of steps (B, 1).
-    A canvas that is longer than W slides through, with up to a quarter of W in sight after the block.
+    The window is what is seen of the canvas, W positions at most. A canvas that is longer slides through, with
+    up to a quarter of W in sight after the block. A model of blocks sees nothing after its own block of
+    K, and its window moves by whole ones, about a quarter of W at a time.
     """
     T = is_open.shape[1]
     n_before = F.pad(is_open.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
     share = (n_before * steps / n_before[:, -1:].clamp(min=1)).round().long()
-    positions = torch.arange(T, device=is_open.device)
-    after = min(W // 4, (W - block_len) // 2)
+    jump = max(1, W // 4 // K) * K if K < W else 1
     for number, start in enumerate(range(0, T, block_len)):
         end = min(start + block_len, T)
-        left = max(0, start + block_len + after - W) if T > W else 0
-        window = slice(left, left + W)
-        holes = (is_open & (positions >= start) & (positions < end))[:, window]
-        if holes.any():
-            yield number, window, holes, (share[:, end] - share[:, start]).clamp(min=1)[:, None]
+        last = (start // K + 1) * K if K < W else start + block_len + min(W // 4, (W - block_len) // 2)
+        left = max(0, -((W - last) // jump) * jump) if T > W else 0
+        window = slice(left, min(left + W, T, last if K < W else T))
+        if is_open[:, start:end].any():
+            yield number, window, slice(start, end), (share[:, end] - share[:, start]).clamp(min=1)[:, None]
 
 
-def look_at(model, canvas, given, guidance=0.0):
-    """look(where (B, W)) -> logits (N, V) of those positions, minus infinity for all that is no text.
+def look_at(model, canvas, given, window, block, guidance=0.0, cache=None):
+    """look(where (B, block)) -> logits (N, V) of those positions of a block, minus infinity for all that is no
+    text.
 
-    It sees the canvas (B, W) as it is when asked. guidance w: (1 + w) times the logits less w times
-    those of a canvas whose prompt, `given` (B, W), is masked too, so that what the prompt makes
-    likelier becomes likelier still (2410.18514).
+    It sees the window of the canvas (B, T) as it is when asked. guidance w: (1 + w) times the logits less
+    w times those of a canvas whose prompt, `given` (B, T), is masked too, so that what the prompt makes
+    likelier becomes likelier still (2410.18514). cache: what the model knows of the window; what stands
+    before its block of K is final. The pass that makes it so is the first over the next block.
     """
     not_text = [model.config.mask_id, *model.config.special_ids]
-    guidance = guidance if guidance and given.any() else 0.0
+    seen, prompt = canvas[:, window], given[:, window]  # (B, W)
+    inside = slice(block.start - window.start, block.stop - window.start)
+    final = max(0, block.start // model.config.K * model.config.K - window.start)
+    guidance = guidance if guidance and prompt.any() else 0.0
 
     def look(where):
-        rows = where.any(1)
-        if not rows.any():
+        if not where.any():
             return torch.zeros(0, model.config.vocab_size, device=canvas.device)
-        text, prompt, where = canvas[rows], given[rows], where[rows]
+        rows = where.any(1) | (cache is not None)  # a cache is of all rows
+        text, place = seen[rows], torch.zeros_like(prompt[rows])
+        place[:, inside] = where[rows]
         if guidance:
-            text = torch.cat((text, text.masked_fill(prompt, model.config.mask_id)))
-            where = torch.cat((where, where))
-        logits = model(text, where=where)
+            text = torch.cat((text, text.masked_fill(prompt[rows], model.config.mask_id)))
+            place = torch.cat((place, place))
+        if cache is not None:
+            cache.length, cache.final = min(cache.length, final), final
+        logits = model(text, where=place, cache=cache)
         if guidance:
             logits, unguided = logits.float().chunk(2)
             logits = logits + guidance * (logits - unguided)

@@ -4,11 +4,13 @@ A text x0 of T tokens is corrupted at noise level t: each token becomes `<mask>`
 probability that rises with t, its rate. The model sees the corrupted canvas xt and predicts x0 there:
 
     xt, holes, weights = corrupt(x0, maskable, t, u, ...)      # a hole is where u, uniform, is below rate(t)
-    loss = (weights[holes] * cross_entropy(model(xt, where=holes), x0[holes])).sum()
+    loss = (weights[holes] * cross_entropy(model(xt, where=holes, clean=x0), x0[holes])).sum()
 
-Three choices tell the methods apart, and each has one place: how t is drawn (`draw_levels`), the rate of
-each token (`mask_rates`), and what a hole's loss counts (`hole_weights`). BERT is t = 0.15; text diffusion
-draws t from all of (0, 1].
+Four choices tell the methods apart, and each has one place: how t is drawn (`draw_levels`), the rate of
+each token (`mask_rates`), what a hole's loss counts (`hole_weights`), and who sees whom (model.py, which says
+what it takes of x0 besides xt). BERT is t = 0.15; text diffusion draws t from all of (0, 1]. A model that writes
+in blocks sees the clean text before each, so that here a block is a sequence of its own; and GPT is blocks of
+one token, all of them holes.
 
     python train.py                                      # ten minutes on the Python library
     python train.py --data shakespeare --max_minutes 5
@@ -36,11 +38,11 @@ from data.run.checkpoint import save_checkpoint
 from data.run.errors import Mistake, command, ctrl_c
 from data.run.fast import cross_entropy
 from data.run.files import replacing
-from data.run.flags import Level, Span, flag, from_plain, parse
+from data.run.flags import Attention, Level, Span, flag, from_plain, parse
 from data.run.machine import pick_device
 from data.run.report import Report
 from data.run.training import Run
-from model import ModelConfig, Transformer, load_checkpoint
+from model import ModelConfig, Transformer, load_checkpoint, reads_last
 from sample import denoise
 
 UNIFORM = Level("uniform")
@@ -68,7 +70,8 @@ class TrainConfig:
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "neighbours that each block's convolution mixes; 0 for none", least=0)
-    causal: bool = flag(False, "let a token see only those to its left")
+    attention: Attention = flag(Attention("canvas"), "who sees whom: canvas, block:K, or causal, which is GPT")
+    open_steps: int = flag(0, "steps over which --attention canvas opens a causal model", least=0)
     norm: Literal["pre", "post"] = flag("pre", "normalise before or after each layer")
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
     # optimisation
@@ -113,6 +116,14 @@ def draw_levels(level, B, generator):
     return t if level.kind == "uniform" else torch.full_like(t, level.value)
 
 
+def block_levels(level, B, n, generator):
+    """Noise levels of the n blocks of each of B texts: t (B * n, 1). Stratified over each text, too, and there
+    in random order, so that no level belongs to a place.
+    """
+    t = draw_levels(level, B * n, generator).view(n, B).T  # (B, n)
+    return t.gather(1, torch.rand(B, n, generator=generator).argsort(1)).reshape(-1, 1)
+
+
 def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
     """Masking probability of each token at noise level t (B, 1): (B, T), from 0 at t = 0 to 1 at t = 1.
 
@@ -154,7 +165,8 @@ def corrupt(x0, maskable, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, 
 
 def loss_of(model, x0, xt, holes, weights):
     """The loss of each sequence, (B,): the sum over its holes of weight times cross-entropy, in nats."""
-    nats = cross_entropy(model(xt, where=holes), x0[holes])  # of logits (N, V) at the N holes: (N,)
+    logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes
+    nats = cross_entropy(logits, x0[holes])  # (N,)
     return torch.zeros_like(weights).masked_scatter(holes, weights[holes] * nats).sum(1)
 
 
@@ -191,15 +203,20 @@ def with_visible(x0, xt, holes, maskable, share, model_config, generator):
 def draw_batch(split, config, generator, model_config, token_nats=None):
     """A batch of windows of a split, corrupted: x0, xt, holes and weights, (B, T) each."""
     B, T = config.batch_size, config.block_size
+    K = min(model_config.K, T)
     starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
     x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
-    t = draw_levels(config.level, 1 if config.one_level else B, generator).expand(B, 1)
+    one = draw_levels(config.level, 1, generator).expand(B * T // K, 1)
+    t = one if config.one_level else block_levels(config.level, B, T // K, generator)  # (B * T/K, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
     maskable = which_maskable(x0, prompt_len, model_config.special_ids)
-    information = relative_information(x0, token_nats) if config.spindle else 0.0
     u = torch.rand(x0.shape, generator=generator)
-    noise = {"slant": config.slant, "spindle": config.spindle, "information": information}
-    xt, holes, weights = corrupt(x0, maskable, t, u, model_config.mask_id, config.weight, **noise)
+    x0_blocks = x0.view(-1, K)
+    information = relative_information(x0_blocks, token_nats) if config.spindle else 0.0
+    rates = {"slant": config.slant, "spindle": config.spindle, "information": information}
+    noise = maskable.view(-1, K), t, u.view(-1, K), model_config.mask_id
+    corrupted = corrupt(x0_blocks, *noise, config.weight, **rates)
+    xt, holes, weights = (tensor.view(B, T) for tensor in corrupted)
     if config.visible:
         xt, holes = with_visible(x0, xt, holes, maskable, config.visible, model_config, generator)
         weights = torch.full_like(weights, 1 / max(1, holes.sum().item()))  # a mean over all of these
@@ -210,7 +227,8 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
 #
 # The same loss under uniform levels (or those of a grid) with the weight elbo; only that holes are drawn
 # with less variance, and levels stratified over STRATA sequences at a time: enough to take most of the
-# variance out, and few enough for many groups, whose draws then show what variance is left.
+# variance out, and few enough for many groups, whose draws then show what variance is left. The bound of
+# a text that is written in blocks is the sum of those of its blocks; blocks of one token have no variance.
 
 STRATA = 16
 
@@ -248,18 +266,23 @@ def sequence_bounds(
     if slant:
         holes_of = functools.partial(slanted_holes, slant=slant)
     generator = torch.Generator().manual_seed(seed)
-    (N, _), config, device = tokens.shape, model.config, next(model.parameters()).device
+    (N, T), config, device = tokens.shape, model.config, next(model.parameters()).device
+    K = min(config.K, T)
+    if T % K:
+        raise ValueError(f"{T} tokens: blocks of {K} do not divide them")
     maskable = which_maskable(tokens, prompt_len, config.special_ids)  # (N, T)
-    sizes = [len(part) for part in tokens.split(strata)] * draws
+    sizes = [len(part) * T // K for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike: they should not have neighbouring levels.
     levels = [draw_levels(level, n, generator)[torch.randperm(n, generator=generator)] for n in sizes]
-    t = torch.cat(levels)  # (draws * N, 1)
+    t = torch.cat(levels).view(draws * N, T // K)
     was_training = model.training
     model.eval()
     nats = []
     for rows in torch.arange(draws * N).split(batch_size):
         x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
-        batch = x0, *holes_of(x0, counted, t[rows], config.mask_id, generator)
+        levels = t[rows].view(-1, 1)  # (B * T/K, 1)
+        corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), levels, config.mask_id, generator)
+        batch = (x0, *(tensor.view(x0.shape) for tensor in corrupted))
         losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
         nats.append(losses.cpu() * counted.sum())  # sums again: the weights were shares of all maskable
     model.train(was_training)
@@ -318,7 +341,7 @@ def train(run, batches):
     """
     config, model, scaler = run.config, run.model, run.scaler
     for batch in batches:
-        loss, lr = 0.0, run.learning_rate()
+        loss, lr, model.opened = 0.0, run.learning_rate(), run.opened()
         for i in range(config.grad_accum):  # each piece has levels from all of (0, 1]
             piece = [tensor[i :: config.grad_accum].to(run.device) for tensor in batch]
             with run.precision:
@@ -359,7 +382,9 @@ def evaluate(run, tokens, counts, **flags):
     return bound, bound * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
 
 
-def bound_name(prompt_len=0, slant=0.0, level=UNIFORM):
+def bound_name(K, prompt_len=0, slant=0.0, level=UNIFORM):
+    if K == 1:
+        return "negative log-likelihood"
     settings = [f"level {level}" if level.kind != "uniform" else "", f"slant {slant:g}" if slant else ""]
     settings += [f"after a prompt of {prompt_len}" if prompt_len else ""]
     return f"NELBO ({', '.join(filter(None, settings))})" if any(settings) else "NELBO"
@@ -392,13 +417,14 @@ def print_bound(run, val_split, counts):
     """Print the bound of a split, or of --eval_tokens of it, with its standard error."""
     config = run.config
     tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
-    draws = 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows and more, to show the error
+    K = run.model.config.K
+    draws = 1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows, to show the error
     flags = {"level": config.level, "slant": config.slant, "prompt_len": config.prompt_len.low}
     bound, bits = evaluate(run, tokens, counts, draws=draws, **flags)
-    name, error, n = bound_name(**flags), bound.error, tokens.numel()
+    error = "exact" if K == 1 else f"standard error {bound.error:.4f}"
     print(
-        f"{config.data}: {name} {bound:.4f} nats per token (standard error {error:.4f}), {bits:.4f} bits per "
-        f"byte, perplexity {math.exp(bound):.3f}; {n:,} validation tokens, {draws} draws"
+        f"{config.data}: {bound_name(K, **flags)} {bound:.4f} nats per token ({error}), {bits:.4f} bits per "
+        f"byte, perplexity {math.exp(bound):.3f}; {tokens.numel():,} validation tokens, {draws} draws"
     )
 
 
@@ -418,7 +444,29 @@ def compile_ahead(run, draw, report):
 
 
 # The fields that shape the model; a model that is loaded has its own.
-SHAPE = ("n_layer", "n_head", "n_embd", "conv", "causal", "norm", "position")
+SHAPE = ("n_layer", "n_head", "n_embd", "conv", "norm", "position")
+
+
+def attention_of(config):
+    """The Attention of a ModelConfig."""
+    if config.K > config.block_size:
+        return Attention("canvas")
+    return Attention("causal", 1) if config.shift and config.K == 1 else Attention("block", config.K)
+
+
+def attention_fields(attention, mask_id, model_config=None):
+    """The fields of a ModelConfig with this Attention; those that another model's, which goes on with it, has
+    otherwise. What was read with a shift stays so, and a table of positions keeps its rows.
+    """
+    causal = attention.kind == "causal"
+    if model_config is None:
+        return {"block_len": attention.K, "shift_id": mask_id if causal else None}
+    old = model_config
+    shift_id = mask_id if causal and not old.shift else old.shift_id
+    new = dataclasses.replace(old, block_len=attention.K, shift_id=shift_id)
+    rows = old.block_size + reads_last(old)
+    block_size = rows - reads_last(new) if old.position == "learned" else old.block_size
+    return {"block_len": attention.K, "shift_id": shift_id, "block_size": block_size}
 
 
 def settle(given):
@@ -427,29 +475,55 @@ def settle(given):
     """
     config = TrainConfig(**given)
     if config.init_from == "scratch":
-        return config, None, None, None
+        return one_by_one(config, given), None, None, None
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
         raise Mistake(f"--init_from {path}: --out_dir {config.out_dir} would overwrite it; name another")
-    dropout = {"dropout": given["dropout"]} if "dropout" in given else {}
-    model, tokenizer, checkpoint = load_checkpoint(path, **dropout)
+    changes = {"dropout": given["dropout"]} if "dropout" in given else {}
+    model, tokenizer, checkpoint = load_checkpoint(path, **changes)
+    before = attention_of(model.config)
+    attention = given.get("attention", before)
+    if attention != before and not resume:
+        changes |= attention_fields(attention, tokenizer.mask_id, model.config)
+        changes["conv_right"] = model.config.conv_right
+        model, tokenizer, checkpoint = load_checkpoint(path, **changes)
     trained, longest = checkpoint.get("train", {}), model.config.block_size
     kept = trained if resume else {}
     if config.eval_only:  # the corpus that it was trained on, and whole texts
         kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
     shape = {name: getattr(model.config, name) for name in SHAPE}
-    model_fields = {"block_size": trained.get("block_size", longest), "out_dir": config.out_dir, **shape}
+    model_fields = {
+        "block_size": min(trained.get("block_size", longest), longest),
+        "out_dir": config.out_dir,
+        "attention": str(attention_of(model.config)),
+        **shape,
+    }
     try:  # what was given beats what the model is, that its training, and that the defaults
         config = dataclasses.replace(from_plain(TrainConfig, {**kept, **model_fields}), **given)
     except (TypeError, ValueError, AttributeError) as error:
         raise Mistake(f"{path}: cannot be resumed ({error})") from None
     if config.block_size > longest:
         raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
-    for name, value in shape.items():
+    for name, value in {**shape, "attention": attention_of(model.config)}.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
-    return config, model, tokenizer, checkpoint
+    if config.open_steps and not resume and (before.kind, attention.kind) != ("causal", "canvas"):
+        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
+    if config.open_steps and model.config.conv and model.config.conv_right:
+        raise Mistake(f"--open_steps {config.open_steps}: the model in {path} has a convolution to the right")
+    return one_by_one(config, given), model, tokenizer, checkpoint
+
+
+def one_by_one(config, given):
+    """The config; with blocks of one token every token is a hole, and there is no noise to choose."""
+    if config.attention.K != 1 or config.eval_only:
+        return config
+    for name in ("level", "one_level", "slant", "spindle", "visible"):
+        if given.get(name):
+            raise Mistake(f"--{name} {given[name]}: under --attention {config.attention} every token is a hole")
+    noise = {"level": Level("fixed", 1.0), "prompt_len": Span(0, 0), "weight": "mean"}  # elbo is the same
+    return dataclasses.replace(config, **{**noise, **{k: v for k, v in given.items() if k == "prompt_len"}})
 
 
 def check(config):
@@ -478,6 +552,8 @@ def check(config):
         raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
     if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
+    if config.attention.K and config.block_size % config.attention.K:
+        raise Mistake(f"--attention {config.attention}: K must divide --block_size {config.block_size}")
     if config.prompt_len.high >= config.block_size:
         raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
 
@@ -491,6 +567,7 @@ def main():
     if model is None:
         tokenizer = corpus_tokenizer
         shape = {name: getattr(config, name) for name in (*SHAPE, "block_size", "dropout")}
+        shape |= attention_fields(config.attention, tokenizer.mask_id)
         shape["special_ids"] = tokenizer.special_ids
         model = Transformer(ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape))
     elif tokenizer.state != corpus_tokenizer.state:
@@ -517,7 +594,7 @@ def main():
     report = Report(
         run,
         Path(config.out_dir),
-        bound_name(**run.bound_flags),
+        bound_name(model.config.K, **run.bound_flags),
         lambda: evaluate(run, val_tokens, meta["val"], **run.bound_flags),
         lambda: sample(run, tokenizer),
         lambda nats: save(run, tokenizer, nats),

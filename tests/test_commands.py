@@ -354,14 +354,17 @@ def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
     "flags",
     [
         "--optimizer adamw --norm post --position learned --conv 0",
-        "--causal --level uniform --weight elbo --grad_accum 2",
+        "--attention causal --grad_accum 2",
+        "--attention block:4 --level uniform --weight elbo --grad_accum 2",
     ],
 )
 def test_every_precision_and_variant_trains(dtype, flags, tmp_path, monkeypatch, capsys):
     run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_iters 3 --dtype {dtype} {flags} {SMALL}")
     assert f"in torch.{dtype}" in capsys.readouterr().out
     config = load_checkpoint(tmp_path / "last.pt")[0].config
-    assert (config.causal, config.norm == "post") == ("causal" in flags, "post" in flags)
+    assert (config.K == 1, config.K == 4, config.norm == "post") == tuple(
+        name in flags for name in ("causal", "block:4", "post")
+    )
 
 
 # --- mistakes ------------------------------------------------------------------------------------
@@ -633,7 +636,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 ):
     forward, calls = Transformer.forward, []
 
-    def explode_later(model, idx, where=None):
+    def explode_later(model, idx, where=None, **more):
         calls.append(model.training)
         return forward(model, idx, where) * (torch.nan if sum(calls) > 6 else 1)
 

@@ -195,7 +195,7 @@ class Counts(torch.nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, idx, where):
+    def forward(self, idx, where, clean=None, cache=None):
         self.calls += 1
         logits = torch.full((int(where.sum()), 13), -torch.inf)
         logits[:, self.calls] = 0.0
@@ -423,7 +423,8 @@ def test_guidance_is_the_formula():
     canvas, blank = torch.tensor([[0, 2, 6, 3, 6]]), torch.tensor([[0, 6, 6, 6, 6]])
     where = canvas == 6
     given = torch.tensor([[False, True, False, True, False]])
-    guided = look_at(model, canvas, given, 1.5)(where)[:, 1:6]
+    whole = slice(0, 5)
+    guided = look_at(model, canvas, given, whole, whole, 1.5)(where)[:, 1:6]
     expected = 2.5 * model(canvas)[0, [2, 4], 1:6] - 1.5 * model(blank)[0, [2, 4], 1:6]
     torch.testing.assert_close(guided, expected)
     strong = complete(model, canvas, 1, temperature=0, guidance=1.5)
@@ -454,7 +455,7 @@ class Cycle(torch.nn.Module):
 
     config = ModelConfig(vocab_size=5, mask_id=4, block_size=64)
 
-    def forward(self, idx, where):
+    def forward(self, idx, where, clean=None, cache=None):
         logits = torch.zeros(*idx.shape, 5)
         for row, text in zip(logits, idx.tolist()):
             token = 3

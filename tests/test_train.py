@@ -201,7 +201,7 @@ class SurerWithMoreToSee(torch.nn.Module):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))  # says which device the model is on
 
-    def forward(self, idx, where):
+    def forward(self, idx, where, clean=None, cache=None):
         masked = (idx == 3).float().mean(1, keepdim=True)  # (B, 1)
         right = (1 - masked * 2 / 3)[..., None].expand(*idx.shape, 1)
         wrong = (1 - right) / 2

@@ -56,6 +56,9 @@ def upgrade(checkpoint):
     """What earlier versions wrote as this one writes it, in place."""
     config, weights = checkpoint["config"], checkpoint["model"]
     config.pop("pad_id", None)
+    if config.pop("causal", False):  # a block is one token then, which is read where it stands
+        config["block_len"] = 1
+    checkpoint.get("train", {}).pop("causal", None)
     for name in ("norm.weight", "norm.bias"):  # of the embeddings or ahead of the head
         if name in weights:
             first = "final_" if config["norm"] == "pre" else "embedding_"

@@ -58,6 +58,26 @@ class Level(NamedTuple):
         return {"uniform": "uniform", "fixed": str(self.value)}.get(self.kind, f"{self.kind}:{self.value}")
 
 
+class Attention(NamedTuple):
+    """Who sees whom: `canvas`, all see all; `block:K`, each its block of K tokens and those before it; or
+    `causal`, each what is before it.
+    """
+
+    kind: str
+    K: int = 0
+
+    @classmethod
+    def from_text(cls, text):
+        kind, colon, K = text.partition(":")
+        fits = K.isdecimal() and 0 < int(K) if kind == "block" else kind in ("canvas", "causal") and not colon
+        if not fits:
+            raise ValueError("canvas, block:K for blocks of K tokens, or causal")
+        return cls(kind, int(K or (kind == "causal")))
+
+    def __str__(self):
+        return f"block:{self.K}" if self.kind == "block" else self.kind
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")

@@ -61,6 +61,11 @@ class Run:
         by_minutes = self.minutes / (self.config.max_minutes or default)
         return min(1.0, max(by_steps, by_minutes))
 
+    def opened(self):
+        """While a causal model becomes a canvas: the share of what it hides that is seen (2410.17891)."""
+        share = self.step / max(1, self.config.open_steps)
+        return torch.tensor(share) if share < 1 and self.config.open_steps else None
+
     def learning_rate(self):
         """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
         warmup, progress = self.config.warmup, self.progress()
