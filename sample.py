@@ -8,6 +8,7 @@ An autoregressive model calls `.append(token)`; this one calls `.setitem(i, toke
     python sample.py --prompt "def " --watch
     python sample.py --prompt "def <mask*4:12>(self):" --order confidence
     python sample.py --length 2000 --order entropy --save run.html
+    python sample.py --ckpt gpt.pt out/ckpt.pt --prompt "def " --watch    # append and set, side by side
 """
 
 import functools
@@ -41,7 +42,7 @@ ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "in
 
 @dataclass
 class SampleConfig:
-    ckpt: str = flag("out/ckpt.pt", "checkpoint to sample from")
+    ckpt: list[str] = flag(("out/ckpt.pt",), "checkpoint to sample from, or several to compare")
     prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
     suffix: str = flag("", "text that stands after the hole")
@@ -59,6 +60,7 @@ class SampleConfig:
     top_p: float = flag(1.0, "draw from the likeliest that together reach this", above=0, most=1)
     num_samples: int = flag(1, "texts of each prompt, with successive seeds", least=1, most=10_000)
     seed: int = flag(0, "the same seed writes the same text", least=0, most=2**32)
+    judge: str | None = flag(None, "checkpoint that says how likely each text is, in nats per byte")
     score: str | None = flag(None, "print how likely the order and steps make the text of a file, or of -")
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "write how it filled: a page, run.html, or an animated picture, run.svg")
@@ -447,38 +449,93 @@ def fit(model, canvas):
     return ((take.log_p.sum() + known.log_p.sum()) / (holes.sum() + len(each))).item()
 
 
-def write(model, tokenizer, canvas, seeds, config, token_nats):
-    """Fill a canvas (B, T) as the flags say: (ids, History) of each row; the History is None where no flag
-    needs it.
+def nats_per_byte(judge, tokenizer, text):
+    """How likely a text is under a model that fills it in one token a step, where it is surest or from the left."""
+    nats = negative_log_likelihood(judge, torch.tensor(tokenizer.encode(text)), MOST, order="confidence")
+    return nats / max(1, len(text.encode()))
+
+
+def write(model, tokenizer, canvas, seeds, config, flags, watch):
+    """Fill a canvas (B, T) as the flags say: (ids, History) of each row; the History is None where none is
+    needed.
     """
     shown = config.watch or config.save is not None
     histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * len(canvas)
     rule = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     take = Recorded(functools.partial(draw, **rule), canvas)
-    canvases = denoise(
-        model, canvas, config.steps, config.order, seeds=seeds, tau=config.tau, block_len=config.block_len,
-        revise=config.revise, guidance=config.guidance, token_nats=token_nats, take=take,
-    )  # fmt: skip
-    with Watch() if config.watch else nullcontext() as watch:
-        for canvas in tqdm(canvases, unit="step", leave=False, disable=config.watch):
-            if shown:
-                for history, ids, p in zip(histories, canvas.tolist(), take.log_p.exp().tolist()):
-                    history.add(ids, p)
-            if watch:
-                watch.show(histories[0], len(histories))
+    canvases = denoise(model, canvas, seeds=seeds, take=take, **flags)
+    for canvas in tqdm(canvases, unit="step", leave=False, disable=config.watch):
+        if shown:
+            for history, ids, p in zip(histories, canvas.tolist(), take.log_p.exp().tolist()):
+                history.add(ids, p)
+        if watch:
+            watch.show(histories[0], len(histories))
     return list(zip(canvas.tolist(), histories))
 
 
+class Written(NamedTuple):
+    """The texts that a model wrote, and what it took."""
+
+    texts: list[str]
+    histories: list
+    summary: str
+
+
+def write_all(model, tokenizer, prompts, block_size, config, flags, watch):
+    """What a model writes for each prompt, num_samples times, Written."""
+    passes, began = [], time.perf_counter()
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    device, rows, done = next(model.parameters()).device, [], {}  # rows: (number, ids, seed) of each text
+    for prompt in prompts:
+        canvases = make_canvases(prompt, config.suffix, config.length, tokenizer, block_size)
+        W, longest = model.config.block_size, max(map(len, canvases))
+        if (config.block_len or 0) > W or (config.block_len == W < longest):
+            raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
+        if len(canvases) > 1:  # the hole may have several lengths
+            canvases.sort(key=lambda ids: fit(model, torch.tensor([ids], device=device)))
+        rows += [(len(rows) + i, canvases[-1], config.seed + i) for i in range(config.num_samples)]
+    for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
+        numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
+        canvas = torch.tensor(canvas, device=device)  # (B, T)
+        done |= zip(numbers, write(model, tokenizer, canvas, seeds, config, flags, watch))
+    seconds = time.perf_counter() - began
+    hook.remove()
+    n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
+    summary = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
+    ids, histories = zip(*(done[number] for number in range(len(rows))))
+    return Written([tokenizer.decode(row) for row in ids], histories, summary)
+
+
+def flags_for(model, path, config, given, token_nats, alone):
+    """The flags of denoise as this model can follow them; Mistake if it cannot, unless it is not alone: then
+    the others do, and a causal one writes as it must.
+    """
+    K, W = model.config.K, model.config.block_size
+    if config.suffix and K < W:
+        raise Mistake(f"--suffix: the model in {path} writes from the left, and does not see what stands after")
+    if K == 1:
+        names = "order", "steps", "tau", "block_len", "revise", "guidance"
+        wrong = [name for name in names if given.get(name, "left") not in ("left", 0)]
+        if wrong and alone:
+            how = f"the model in {path} is causal and writes from the left, one token a step"
+            raise Mistake(f"--{wrong[0]} {given[wrong[0]]}: {how}")
+        return {"order": "left"}
+    if K < W and K % (config.block_len or 1):
+        raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
+    if config.order == "information" and token_nats is None:
+        raise Mistake(f"--order information: {path} does not say how common its tokens are")
+    names = "steps", "order", "tau", "block_len", "revise", "guidance"
+    return {**{name: getattr(config, name) for name in names}, "token_nats": token_nats}
+
+
 def check(config, given, prompts):
-    """Raise Mistake for flags that cannot work together, before the model is loaded."""
+    """Raise Mistake for flags that cannot work together, before a model is loaded."""
     goes_with_score = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
     wrong = [name for name in given if name not in goes_with_score]
     if config.score is not None and wrong:
         raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
-    if config.score is not None and config.order in ("random", "remask"):
-        raise Mistake(
-            f"--score: under --order {config.order} a text has no one probability; see train.py's bound"
-        )
+    if config.score is not None and len(config.ckpt) > 1:
+        raise Mistake(f"--score: of one model at a time, and --ckpt names {len(config.ckpt)}")
     if config.order == "threshold" and config.steps is not None:
         raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
     check_prompts(prompts, config.suffix, config.length or MOST)
@@ -488,8 +545,24 @@ def check(config, given, prompts):
         raise Mistake("--guidance: it needs a --prompt to heed")
     if config.save is not None:
         check_path(config.save)
-    if config.ckpt == SampleConfig.ckpt and not os.path.exists(config.ckpt):
-        raise Mistake(f"{config.ckpt}: there is no checkpoint yet; `python train.py` makes one")
+    if config.ckpt == SampleConfig.ckpt and not os.path.exists(config.ckpt[0]):
+        raise Mistake(f"{config.ckpt[0]}: there is no checkpoint yet; `python train.py` makes one")
+
+
+def score(path, model, tokenizer, flags):
+    """Print how likely the text of a file is, by the steps that would write it."""
+    if flags["order"] in ("random", "remask"):
+        order = flags["order"]
+        raise Mistake(f"--score: under --order {order} a text has no one probability; see train.py's bound")
+    if tokenizer.bos_id is not None:
+        raise Mistake("--score: not of a model whose lines begin with a token of their own")
+    text = read_text(path)
+    if not text:
+        raise Mistake(f"--score {path}: it is empty")
+    tokens = torch.tensor(tokenizer.encode(text))
+    nats, n = negative_log_likelihood(model, tokens, **{"steps": None, **flags}), len(tokens)
+    bits = nats / math.log(2) / len(text.encode())
+    print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
 
 
 def main():
@@ -497,52 +570,36 @@ def main():
     config = SampleConfig(**given)
     prompts = [*config.prompt, *map(read_text, config.prompt_file)] or [""]
     check(config, given, prompts)
-    scored = None if config.score is None else read_text(config.score)
-    if scored == "":
-        raise Mistake(f"--score {config.score}: it is empty")
     device = pick_device(config.device)
-    model, tokenizer, checkpoint = load_checkpoint(config.ckpt, device)
-    token_nats = checkpoint.get("token_nats")
-    if config.order == "information" and token_nats is None:
-        raise Mistake(f"--order information: {config.ckpt} does not say how common its tokens are")
-    W = model.config.block_size
-    if scored is not None:
-        if tokenizer.bos_id is not None:
-            raise Mistake("--score: not of a model whose lines begin with a token of their own")
-        tokens = torch.tensor(tokenizer.encode(scored))
-        flags = {"order": config.order, "tau": config.tau, "block_len": config.block_len}
-        with autocast(device, config.dtype):
-            nats = negative_log_likelihood(model, tokens, config.steps, token_nats=token_nats, **flags)
-        bits = nats / math.log(2) / len(scored.encode())
-        n = len(tokens)
-        return print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
-
-    passes, began = [], time.perf_counter()
-    model.register_forward_hook(lambda *_: passes.append(1))
-    rows, texts = [], {}  # (number, ids, seed) of each text
+    loaded = [load_checkpoint(path, device) for path in config.ckpt]
+    judge = None if config.judge is None else load_checkpoint(config.judge, device)
+    alone = all(model.config.K == 1 for model, _, _ in loaded)
+    flags = [
+        flags_for(model, path, config, given, checkpoint.get("token_nats"), alone)
+        for path, (model, _, checkpoint) in zip(config.ckpt, loaded)
+    ]
     with torch.no_grad(), autocast(device, config.dtype):
-        for prompt in prompts:
-            canvases = make_canvases(prompt, config.suffix, config.length, tokenizer, W)
-            if (config.block_len or 0) > W or (config.block_len == W < max(map(len, canvases))):
-                raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
-            if len(canvases) > 1:  # the hole may have several lengths
-                canvases.sort(key=lambda ids: fit(model, torch.tensor([ids], device=device)))
-            rows += [(len(rows) + i, canvases[-1], config.seed + i) for i in range(config.num_samples)]
-        for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
-            numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
-            canvas = torch.tensor(canvas, device=device)  # (B, T)
-            texts |= zip(numbers, write(model, tokenizer, canvas, seeds, config, token_nats))
-    seconds = time.perf_counter() - began
-    for number in range(len(texts)):
-        if len(texts) > 1:
-            print(f"--- {number + 1} of {len(texts)}", file=sys.stderr, flush=True)
-        text = tokenizer.decode(texts[number][0])
-        print(inert(text) if sys.stdout.isatty() else text, flush=True)
-    n_written = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
-    speed = f"{n_written:,} tokens in {seconds:.2f} s: {n_written / seconds:,.0f} tokens/s"
-    print(f"{speed}, {len(passes)} forward passes", file=sys.stderr)
+        if config.score is not None:
+            return score(config.score, *loaded[0][:2], flags[0])
+        W = min(model.config.block_size for model, _, _ in loaded)
+        results = []
+        with Watch(len(loaded)) if config.watch else nullcontext() as watch:
+            for (model, tokenizer, _), its_flags in zip(loaded, flags):
+                results.append(write_all(model, tokenizer, prompts, W, config, its_flags, watch))
+                if watch:
+                    watch.next()
+        for path, (texts, _, summary) in zip(config.ckpt, results):
+            for number, text in enumerate(texts, 1):
+                if len(texts) > 1:
+                    print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
+                print(inert(text) if sys.stdout.isatty() else text, flush=True)
+            summary = f"{path}: {summary}" if len(results) > 1 else summary
+            if judge:
+                judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
+                summary += f"; under {config.judge} {judged} nats per byte"
+            print(summary, file=sys.stderr)
     if config.save is not None:
-        save_histories(config.save, [texts[number][1] for number in range(len(texts))])
+        save_histories(config.save, list(zip(*(result.histories for result in results))), config.ckpt)
 
 
 if __name__ == "__main__":

@@ -121,25 +121,25 @@ def data_of(page):
 
 def test_the_page_is_small_and_alone(tmp_path):
     """256 positions, 64 steps, all of them written anew at each: under 500 KB, and nothing from elsewhere."""
-    save_html(tmp_path / "run.html", [run_of([256] * 256, 64, "remask")[0]])
+    save_html(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert (tmp_path / "run.html").stat().st_size < 500_000
     assert not re.search(r"https?:|src=|href=|@import|url\(", page)
 
 
 def test_text_in_the_page_is_inert(tmp_path):
-    save_html(tmp_path / "run.html", [run_of([*NASTY.encode(), 256])[0]])
+    save_html(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     template = (ROOT / "data" / "canvas" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
     assert "\x1b" not in page
-    (run,) = json.loads(data_of(page))
+    ((run,),) = json.loads(data_of(page))
     assert "".join(run["start"][:-1]) == inert(NASTY)
 
 
 def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
     run, canvases = run_of([*NASTY.encode(), *b"\n\t<&", *[256] * 300], 64)
-    save_svg(tmp_path / "run.svg", [run])
+    save_svg(tmp_path / "run.svg", [[run]], [""])
     root = ElementTree.parse(tmp_path / "run.svg").getroot()
     groups = root.findall("{*}g")
     assert len(groups) == 40
@@ -215,31 +215,38 @@ def browser_page(path, *flags):
             os.close(end)
 
 
+def evaluator(call):
+    """A function that runs a script in the page, once that is there, and returns its value."""
+
+    def evaluate(script):
+        result = call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    for _ in range(100):
+        if evaluate("typeof choose == 'function' && document.readyState == 'complete'"):
+            break
+        time.sleep(0.1)
+    return evaluate
+
+
 def test_the_page_in_a_browser(tmp_path):
     """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
     runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
-    save_html(tmp_path / "run.html", [run for run, _ in runs])
+    save_html(tmp_path / "run.html", [[run] for run, _ in runs], [""])
     with browser_page(tmp_path / "run.html") as call:
-
-        def evaluate(script):
-            result = call("Runtime.evaluate", expression=script, returnByValue=True)
-            assert "exceptionDetails" not in result, result
-            return result["result"].get("value")
+        evaluate = evaluator(call)
 
         def press(key):
             for kind in ("keyDown", "keyUp"):
                 call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
         def text():
-            return evaluate("document.getElementById('canvas').textContent")
+            return evaluate("document.querySelector('.canvas').textContent")
 
         def step():
             return int(evaluate("document.getElementById('step').value"))
 
-        for _ in range(100):
-            if evaluate("typeof choose == 'function' && document.readyState == 'complete'"):
-                break
-            time.sleep(0.1)
         for number, (_, canvases) in enumerate(runs):
             evaluate(f"select.selectedIndex = {number}; select.dispatchEvent(new Event('change'))")
             assert step() == 8  # the whole text, before anyone presses play
@@ -250,7 +257,7 @@ def test_the_page_in_a_browser(tmp_path):
         assert step() == 7
         press("Home")  # which scrolls, unless the canvas or the slider has the focus
         assert step() == 7
-        evaluate("canvas.focus()")
+        evaluate("document.querySelector('.canvas').focus()")
         for key, expected in (("Home", 0), ("ArrowRight", 1), ("ArrowUp", 2), ("ArrowLeft", 1), ("End", 8)):
             press(key)
             assert step() == expected
@@ -267,12 +274,41 @@ def test_the_page_in_a_browser(tmp_path):
             time.sleep(0.1)
         assert step() == 8
         _, probability = runs[1][1][-1]
-        title = evaluate("canvas.children[20].title")
+        title = evaluate("document.querySelector('.canvas').children[20].title")
         when, p = re.fullmatch(r"position 20, set in step (\d+) with probability ([\d.e-]+)", title).groups()
         assert int(when) == 8
         assert abs(float(p) - probability[20]) < 1e-3
-        assert evaluate("canvas.children[2].title") == "given"
+        assert evaluate("document.querySelector('.canvas').children[2].title") == "given"
         assert evaluate("document.title").startswith("setitem")
+
+
+def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
+    (quick, _), (slow, canvases) = run_of([256] * 30), run_of([256] * 30, 30, "left")
+    quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
+    save_html(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
+    with browser_page(tmp_path / "run.html") as call:
+        evaluate = evaluator(call)
+
+        for place, steps in ((0, (0, 0)), (50, (8, 7)), (200, (8, 30))):  # of 6 seconds
+            evaluate(f"slider.value = {place}; slider.dispatchEvent(new Event('input'))")
+            captions = evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')")
+            for caption, name, step, of in zip(captions.split("|"), ("set", "<append>"), steps, (8, 30)):
+                assert caption.startswith(f"{name}.pt: step {step} of {of}, ")
+            texts = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.textContent).join('|')")
+            assert texts.split("|")[1] == "".join(tokens_of(BYTES, canvases[steps[1]][0]))
+        boxes = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()")
+        assert len(set(boxes.split(","))) == 1  # beside each other
+
+
+def test_a_picture_of_two_models_has_two_panels(tmp_path):
+    (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
+    quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
+    save_svg(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
+    groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
+    titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
+    assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
+    assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
+    assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]
 
 
 # --- in a terminal -------------------------------------------------------------------------------

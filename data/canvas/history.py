@@ -1,9 +1,10 @@
-"""How a canvas filled, as text that is safe to show.
+"""How a canvas filled, and when, as text that is safe to show.
 
 The text of the model and of the prompt may be anything: nothing in it can move the cursor, colour the
 terminal or become markup. terminal.py and picture.py show what is kept here.
 """
 
+import time
 import unicodedata
 
 HOLE = "·"
@@ -30,7 +31,7 @@ class History:
     """How a canvas filled. start: the text of each token at first. holes: whether each was a hole. steps: for
     each step a list of [position, text, probability] of what was set; the text is None where it became
     a hole again, the probability where the same token only looks otherwise, because a later one
-    completed its character.
+    completed its character. seconds: when each step was done.
     """
 
     def __init__(self, tokenizer, canvas):
@@ -39,7 +40,7 @@ class History:
         self.start = self.tokens = tokens_of(tokenizer, canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas[: len(self.start)]]
         self.kinds = ["hole" if hole else "given" for hole in self.holes]
-        self.steps = []
+        self.steps, self.seconds, self.began = [], [], time.perf_counter()
 
     def add(self, canvas, probability):
         """The canvas after one more step, and what the model gave each token when it was set."""
@@ -55,6 +56,7 @@ class History:
                 changes.append([i, token, None])
         self.kinds = kinds_after(self.kinds, changes)
         self.steps.append(changes)
+        self.seconds.append(round(time.perf_counter() - self.began, 3))
         self.canvas, self.probability, self.tokens = canvas, probability, tokens
 
     def frames(self):

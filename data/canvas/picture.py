@@ -1,5 +1,6 @@
 """How a canvas filled, as a file: a page to step through, or an animated picture (`--save`)."""
 
+import bisect
 import json
 import os
 from html import escape
@@ -19,16 +20,21 @@ def check_path(path):
         raise Mistake(f"--save {path}: it cannot be written there")
 
 
-def save_histories(path, histories):
-    """Write a page of how canvases filled, or a picture of the first, as the path's ending says."""
+def save_histories(path, texts, names=("",)):
+    """Write a page of how texts came to be, or a picture of the first, as the path's ending says. Each is a list
+    of histories, by one model, or by several, with these names, side by side in the time that each took.
+    """
     save = save_html if Path(path).suffix == ".html" else save_svg
-    save(path, histories)
+    save(path, texts, names)
 
 
-def save_html(path, histories):
-    """Write a page that shows how canvases filled."""
+def save_html(path, texts, names):
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    runs = [{name: getattr(history, name) for name in ("start", "holes", "steps")} for history in histories]
+    kept = "start", "holes", "steps", "seconds"
+    runs = [
+        [{"name": name} | {field: getattr(history, field) for field in kept} for name, history in zip(names, sides)]
+        for sides in texts
+    ]
     data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")  # no text ends the script it is in
     with replacing(path) as file:
         file.write(page.replace("[/* runs */]", data).encode("utf-8"))
@@ -47,22 +53,40 @@ rect { fill: #f6f8fa; stroke: #d0d7de } .hole { fill: #a8b1ba } .new { fill: #09
 """
 
 
-def save_svg(path, histories):
-    """Write an animated picture of how the first of the canvases filled."""
-    frames = list(histories[0].frames())
-    n = min(SVG_FRAMES, len(frames)) - 1
+def moments(sides, n):
+    """After how many steps each of several canvases is shown in each of n + 1 frames: at the same share of its
+    steps if it is alone, and otherwise at the same time.
+    """
+    if len(sides) == 1:
+        return [(round(i * len(sides[0].steps) / max(1, n)),) for i in range(n + 1)]
+    longest = max(history.seconds[-1] if history.seconds else 0 for history in sides)
+    times = [longest * (i / max(1, n)) for i in range(n + 1)]
+    return [tuple(bisect.bisect_right(history.seconds, time) for history in sides) for time in times]
+
+
+def save_svg(path, texts, names):
+    """Write an animated picture of how the first text came to be."""
+    sides = texts[0]
+    frames = [list(history.frames()) for history in sides]
+    n = min(SVG_FRAMES - 1, max(len(history.steps) for history in sides))
     total = SVG_SECONDS * n + SVG_REST
+    columns = SVG_WIDTH if len(sides) == 1 else SVG_WIDTH * 2 // 3
     groups, tallest = [], 0
-    for i in range(n + 1):
-        moment = round(i * (len(frames) - 1) / max(1, n))
-        lines = visible(lines_of(*frames[moment], SVG_WIDTH), SVG_LINES)
-        tallest = max(tallest, len(lines))
-        rows = [f'<text class="step" x="12" y="22">step {moment} of {len(frames) - 1}</text>']
-        for y, line in enumerate(lines):
-            spans = "".join(f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line)
-            rows.append(f'<text xml:space="preserve" x="12" y="{46 + 17 * y}">{spans}</text>')
+    for i, steps in enumerate(moments(sides, n)):
+        rows = []
+        for side, step in enumerate(steps):
+            x = 12 + side * (24 + round(7.85 * columns))
+            lines = visible(lines_of(*frames[side][step], columns), SVG_LINES)
+            tallest = max(tallest, len(lines))
+            title = f"step {step} of {len(frames[side]) - 1}"
+            if len(sides) > 1:
+                title = f"{names[side]}: {title}, {[0, *sides[side].seconds][step]:.2f} s"
+            rows.append(f'<text class="step" x="{x}" y="22">{escape(title)}</text>')
+            for y, line in enumerate(lines):
+                spans = "".join(f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line)
+                rows.append(f'<text xml:space="preserve" x="{x}" y="{46 + 17 * y}">{spans}</text>')
         groups.append(f'<g style="animation-delay: {SVG_SECONDS * i - total:.2f}s">{"".join(rows)}</g>')
-    width, height = 24 + round(7.85 * SVG_WIDTH), 46 + 17 * tallest
+    width, height = len(sides) * (24 + round(7.85 * columns)), 46 + 17 * tallest
     first, last = (f"{100 * seconds / total:.2f}%" for seconds in (SVG_SECONDS, SVG_REST))
     style = SVG_STYLE + (
         f"g {{ visibility: hidden; animation: frame {total:.2f}s step-end infinite }}\n"
@@ -74,7 +98,7 @@ def save_svg(path, histories):
     with replacing(path) as file:
         file.write(
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">\n'
-            f"<title>A canvas of masks becomes text in {len(frames) - 1} steps</title>\n"
+            f"<title>A canvas of masks becomes text in {len(frames[0]) - 1} steps</title>\n"
             f"<style>{style}</style>\n"
             f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="6"/>\n'
             f"{chr(10).join(groups)}\n</svg>\n".encode()

@@ -4,17 +4,20 @@ import os
 import sys
 import time
 
-from data.canvas.history import lines_of, visible
+from data.canvas.history import columns, lines_of, visible
 
 
 class Watch:
-    """Draws a canvas on stderr, over and over in the same place if that is a terminal, and stdout too."""
+    """Draws a canvas on stderr, over and over in the same place if that is a terminal, and stdout too; or
+    several, each in a pane of its own, that fill one after the other.
+    """
 
     codes = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
 
-    def __init__(self):
+    def __init__(self, n_panes=1):
         self.moving = sys.stdout.isatty() and sys.stderr.isatty()
-        self.n_lines, self.n_set, self.began = 0, 0, time.perf_counter()
+        self.n_lines, self.panes, self.pane = 0, [([], [], "")] * n_panes, -1
+        self.next()
 
     def __enter__(self):
         if self.moving:
@@ -32,6 +35,10 @@ class Watch:
     def back(self):
         return f"\x1b[{self.n_lines}F" if self.n_lines else ""
 
+    def next(self):
+        """What is shown from now on is in the next pane."""
+        self.pane, self.n_set, self.began = self.pane + 1, 0, time.perf_counter()
+
     def show(self, history, n_canvases):
         """Draw the canvas after its newest step, the first of n_canvases."""
         kinds = history.kinds
@@ -41,17 +48,28 @@ class Watch:
         status = f"step {len(history.steps)}, {filled:.0%} filled, {speed:,.0f} tokens/s"
         status += f" (the first of {n_canvases})" if n_canvases > 1 else ""
         if self.moving:
-            self.redraw(history.tokens, kinds, status)
+            self.panes[self.pane] = history.tokens, kinds, status
+            self.redraw()
         else:
             self.write(f"--- {status}\n{''.join(history.tokens)}\n")
 
-    def redraw(self, tokens, kinds, status):
+    def redraw(self):
         width, height = os.get_terminal_size(sys.stderr.fileno())
         width, height = width or 80, height or 24  # some do not know
-        lines = visible(lines_of(tokens, kinds, width), max(1, height - 2))  # below: status and cursor
-        rows = [
-            "".join(f"{self.codes[k]}{c}\x1b[0m" if k in self.codes else c for c, k in line) for line in lines
-        ]
-        rows.append(f"\x1b[7m{status[:width]}\x1b[0m")
+        width = max(8, (width + 3) // len(self.panes) - 3)  # three columns between two panes
+        panes = []
+        for tokens, kinds, status in self.panes:
+            lines = visible(lines_of(tokens, kinds, width), max(1, height - 2))  # below: status and cursor
+            panes.append([*map(self.coloured, lines), (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))])
+        tallest = max(map(len, panes))
+        panes = [[*lines[:-1], *[("", 0)] * (tallest - len(lines)), lines[-1]] for lines in panes]
+        rows = []
+        for *left, (last, _) in zip(*panes):
+            rows.append("".join(f"{text}{' ' * (width - size)} | " for text, size in left) + last)
         self.write(self.back() + "".join(f"\x1b[K{row}\n" for row in rows) + "\x1b[J")
         self.n_lines = len(rows)
+
+    def coloured(self, line):
+        """A line of (text, kind) runs as it is written, and how many columns it takes."""
+        runs = (f"{self.codes[k]}{c}\x1b[0m" if k in self.codes else c for c, k in line)
+        return "".join(runs), sum(columns(c) for text, _ in line for c in text)

@@ -116,7 +116,8 @@ def parse(config_class, description):
             options = {"choices": get_args(kind)}
         elif get_origin(kind) is list:
             options = {"type": get_args(kind)[0], "nargs": "+", "action": "extend"}
-        text += "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {field.default})"
+        default = " ".join(field.default) if get_origin(kind) is list else field.default
+        text += "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {default})"
         if "positional" not in field.metadata:
             parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)
         elif field.default is dataclasses.MISSING:
