@@ -512,7 +512,9 @@ def flags_for(model, path, config, given, token_nats, alone):
     """
     K, W = model.config.K, model.config.block_size
     if config.suffix and K < W:
-        raise Mistake(f"--suffix: the model in {path} writes from the left, and does not see what stands after")
+        raise Mistake(
+            f"--suffix: the model in {path} writes from the left, and does not see what stands after"
+        )
     if K == 1:
         names = "order", "steps", "tau", "block_len", "revise", "guidance"
         wrong = [name for name in names if given.get(name, "left") not in ("left", 0)]

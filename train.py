@@ -42,7 +42,7 @@ from data.run.flags import Attention, Level, Span, flag, from_plain, parse
 from data.run.machine import pick_device
 from data.run.report import Report
 from data.run.training import Run
-from model import ModelConfig, Transformer, load_checkpoint, reads_last
+from model import ModelConfig, Transformer, load_checkpoint
 from sample import denoise
 
 UNIFORM = Level("uniform")
@@ -70,7 +70,9 @@ class TrainConfig:
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "neighbours that each block's convolution mixes; 0 for none", least=0)
-    attention: Attention = flag(Attention("canvas"), "who sees whom: canvas, block:K, or causal, which is GPT")
+    attention: Attention = flag(
+        Attention("canvas"), "who sees whom: canvas, block:K, or causal, which is GPT"
+    )
     open_steps: int = flag(0, "steps over which --attention canvas opens a causal model", least=0)
     norm: Literal["pre", "post"] = flag("pre", "normalise before or after each layer")
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
@@ -418,7 +420,9 @@ def print_bound(run, val_split, counts):
     config = run.config
     tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
     K = run.model.config.K
-    draws = 1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))  # two for 256 windows, to show the error
+    draws = (
+        1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))
+    )  # two for 256 windows, to show the error
     flags = {"level": config.level, "slant": config.slant, "prompt_len": config.prompt_len.low}
     bound, bits = evaluate(run, tokens, counts, draws=draws, **flags)
     error = "exact" if K == 1 else f"standard error {bound.error:.4f}"
@@ -451,7 +455,11 @@ def attention_of(config):
     """The Attention of a ModelConfig."""
     if config.K > config.block_size:
         return Attention("canvas")
-    return Attention("causal", 1) if config.shift and config.K == 1 else Attention("block", config.K)
+    return (
+        Attention("causal", 1)
+        if config.shift_id is not None and config.K == 1
+        else Attention("block", config.K)
+    )
 
 
 def attention_fields(attention, mask_id, model_config=None):
@@ -462,10 +470,9 @@ def attention_fields(attention, mask_id, model_config=None):
     if model_config is None:
         return {"block_len": attention.K, "shift_id": mask_id if causal else None}
     old = model_config
-    shift_id = mask_id if causal and not old.shift else old.shift_id
+    shift_id = mask_id if causal and old.shift_id is None else old.shift_id
     new = dataclasses.replace(old, block_len=attention.K, shift_id=shift_id)
-    rows = old.block_size + reads_last(old)
-    block_size = rows - reads_last(new) if old.position == "learned" else old.block_size
+    block_size = old.block_size + (old.n_more - new.n_more) * (old.position == "learned")
     return {"block_len": attention.K, "shift_id": shift_id, "block_size": block_size}
 
 
@@ -521,7 +528,9 @@ def one_by_one(config, given):
         return config
     for name in ("level", "one_level", "slant", "spindle", "visible"):
         if given.get(name):
-            raise Mistake(f"--{name} {given[name]}: under --attention {config.attention} every token is a hole")
+            raise Mistake(
+                f"--{name} {given[name]}: under --attention {config.attention} every token is a hole"
+            )
     noise = {"level": Level("fixed", 1.0), "prompt_len": Span(0, 0), "weight": "mean"}  # elbo is the same
     return dataclasses.replace(config, **{**noise, **{k: v for k, v in given.items() if k == "prompt_len"}})
 

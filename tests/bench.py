@@ -5,10 +5,12 @@
     python tests/bench.py --roberta   # the RoBERTa figures alone, beside transformers: ten minutes
     python tests/bench.py --bound     # the error, variance and speed of the likelihood bound
     python tests/bench.py --orders    # the share of a step that is not the forward pass, for every order
+    python tests/bench.py --dial      # append and set: training steps, a GPT-2's tokens, their cost by position
 
 Every speed is the best of several passes, and a ratio's two sides are timed in turn.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -24,16 +26,29 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.nn.functional as F
 
 from data.corpus import load_corpus
-from data.roberta.prepare import byte_symbols
+from data.hub import byte_symbols
 from data.run.errors import command
-from data.run.flags import flag, parse
+from data.run.fast import attend
+from data.run.flags import Attention, flag, parse
 from data.run.machine import autocast, pick_device
 from data.run.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
-from train import STRATA, TrainConfig, draw_batch, loss_of, nelbo, sequence_bounds, train, windows
+from train import (
+    STRATA,
+    TrainConfig,
+    attention_fields,
+    draw_batch,
+    loss_of,
+    nelbo,
+    one_by_one,
+    sequence_bounds,
+    train,
+    windows,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -284,21 +299,111 @@ def run_python(*arguments):
     return printed, usage.ru_maxrss / 2**20
 
 
+GPT2 = {
+    "vocab_size": 50258, "mask_id": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "conv": 0,
+    "position": "learned", "qk_norm": False, "bias": True, "head_bias": False, "activation": "gelu_tanh", "tied": True,
+    "block_len": 1, "shift_id": 50256,
+}  # fmt: skip
+
+
+def gpt2_writers(device, n):
+    """Functions that append n tokens to 16 with random weights of GPT-2 small's shape and a cache: ours in the
+    precision that is fast on this machine, the reference in float32 and in bfloat16.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = Transformer(ModelConfig(**GPT2)).to(device).eval()
+    prompt = torch.arange(100, 116, device=device)[None]
+    canvas = F.pad(prompt, (0, n), value=model.config.mask_id)
+    rules = {"do_sample": True, "top_k": 50, "top_p": 0.95, "pad_token_id": 50256, "eos_token_id": None}
+
+    def ours():
+        with torch.no_grad(), autocast(device):
+            for _ in denoise(model, canvas, top_k=50, top_p=0.95):
+                pass
+
+    def theirs(reference):
+        reference.generate(prompt, min_new_tokens=n, max_new_tokens=n, **rules)
+
+    references = (
+        GPT2LMHeadModel(GPT2Config()).to(device, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    return ours, *(functools.partial(theirs, reference.eval()) for reference in references)
+
+
+def step_seconds(attentions, device):
+    """Seconds of a training step of the default model under each attention, in turn."""
+    train_split, _, _, _ = load_corpus("python", 256)
+    steps = []
+    for name in attentions:
+        config = one_by_one(TrainConfig(max_iters=1000, attention=Attention.from_text(name)), {})
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(**attention_fields(config.attention, 256))).to(device).train()
+        run = Run(config, model, device)
+        batches = iter(functools.partial(draw_batch, train_split, config, run.generator, model.config), None)
+        steps.append(functools.partial(next, train(run, batches)))
+    return best_seconds(*steps, repeats=15)
+
+
+def token_seconds(model, at, device):
+    """Seconds of appending a token after each number of tokens in at, and of the attention over as many, which is
+    all that may grow: the best of the 32 tokens before.
+    """
+    config, seconds = model.config, []
+    canvas = torch.full((1, max(at)), config.mask_id, device=device)
+    q, *rooms = torch.randn(1 + 2 * config.n_layer, 1, config.n_head, max(at), config.n_embd // config.n_head)
+
+    def attention(n):  # over keys and values of every layer, which no cache of the processor holds
+        for k, v in zip(rooms[::2], rooms[1::2]):
+            attend(q[:, :, :1], k[:, :, :n], v[:, :, :n], torch.nn.Dropout(0.0))
+
+    with torch.no_grad(), autocast(device):
+        for _ in range(2):  # the first warms up
+            start, times = time.perf_counter(), []
+            for _ in denoise(model, canvas):
+                times.append(time.perf_counter() - start)
+                start = time.perf_counter()
+    for n in at:
+        seconds.append((min(times[n - 32 : n]), *best_seconds(functools.partial(attention, n), repeats=20)))
+    return seconds
+
+
+def dial_rows(device):
+    names = "canvas", "causal", "block:4", "block:16", "block:64"
+    canvas, *others = step_seconds(names, device)
+    for name, seconds in zip(names[1:], others):
+        measure = f"{canvas / seconds:.2f} x the {4096 / canvas:,.0f} tokens/s of the canvas"
+        yield f"training step, {name}", f"{4096 / seconds:,.0f} tokens/s", measure
+    ours, *theirs = best_seconds(*gpt2_writers(device, 240), repeats=3)
+    measure = (
+        f"{min(theirs) / ours:.2f} x transformers' (float32 {theirs[0]:.2f} s, bfloat16 {theirs[1]:.2f} s)"
+    )
+    yield (
+        "GPT-2 small, 240 tokens appended with the cache",
+        f"{ours:.2f} s, {240 / ours:.1f} tokens/s",
+        measure,
+    )
+    default = ModelConfig(block_size=1024, **attention_fields(Attention("causal", 1), 256))
+    for name, config in (("GPT-2 small", ModelConfig(**GPT2)), ("the default model", default)):
+        (early, few), (late, many) = token_seconds(Transformer(config).to(device).eval(), (64, 1024), device)
+        measure = f"{1e3 * (late - early):.2f} ms more; the attention itself {1e3 * (many - few):.2f} ms more"
+        yield (
+            f"{name}, a token after 64 and after 1,024",
+            f"{1e3 * early:.2f} and {1e3 * late:.2f} ms",
+            measure,
+        )
+
+
 def sampling_seconds(folder, device):
     """Seconds of the post's recipe, 256 positions in 10 steps: ours, the reference's ten bare passes,
-    the same loop over the reference in float32, and GPT-2 small writing the 240 tokens with its cache.
+    the same loop over the reference in float32; and of GPT-2 small writing the 240 tokens with its cache: ours,
+    and the reference's in the precision in which it is faster.
     """
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        RobertaForMaskedLM,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from transformers import RobertaForMaskedLM, TopKLogitsWarper, TopPLogitsWarper
 
     model, tokenizer, _ = load_checkpoint(folder / "roberta.pt", device)
     reference = RobertaForMaskedLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    gpt2 = GPT2LMHeadModel(GPT2Config()).to(device).eval()
+    append, *generate = gpt2_writers(device, 240)
     start = torch.full((1, 256), tokenizer.mask_id, device=device)
     start[:, :16] = torch.arange(100, 116)
     keep_k, keep_p = TopKLogitsWarper(50), TopPLogitsWarper(0.95)
@@ -321,12 +426,9 @@ def sampling_seconds(folder, device):
             again = holes & (torch.rand(start.shape, device=device) < 0.9 - step / 10)
             canvas = start.masked_scatter(holes, tokens).masked_fill(again, tokenizer.mask_id)
 
-    def autoregressive():
-        rules = {"do_sample": True, "top_k": 50, "top_p": 0.95, "pad_token_id": 50256}
-        gpt2.generate(start[:, :16], min_new_tokens=240, max_new_tokens=240, **rules)
-
     with torch.no_grad():
-        return best_seconds(ours, passes, post, autoregressive, repeats=3)
+        *seconds, in_float32, in_bfloat16 = best_seconds(ours, passes, post, append, *generate, repeats=3)
+        return *seconds, min(in_float32, in_bfloat16)
 
 
 def fine_tuning_step(folder, side, dropout, device):
@@ -362,7 +464,7 @@ def roberta_rows(device):
         folder = Path(folder)
         seconds, memory = make_roberta(folder)
         yield "converting roberta-base", f"{seconds:.1f} s", f"{memory:.2f} GB"
-        ours, passes, post, gpt2 = sampling_seconds(folder, device)
+        ours, passes, post, append, gpt2 = sampling_seconds(folder, device)
         yield (
             "the post's sampling at roberta-base's shape",
             f"{ours:.2f} s",
@@ -370,7 +472,8 @@ def roberta_rows(device):
         )
         yield "ten bare passes of the reference, autocast", f"{passes:.2f} s", f"{passes / ours:.2f} x"
         yield "the post's loop over the reference, float32", f"{post:.2f} s", f"{post / ours:.2f} x"
-        yield "GPT-2 small with its cache, the same 240 tokens", f"{gpt2:.2f} s", f"{gpt2 / ours:.2f} x"
+        yield "GPT-2 small with our cache, the same 240 tokens", f"{append:.2f} s", f"{append / ours:.2f} x"
+        yield "GPT-2 small in transformers, with its cache", f"{gpt2:.2f} s", f"{gpt2 / ours:.2f} x"
         for dropout in (0.0, 0.1):
             figures = {"ours": [], "theirs": []}
             for side in ("ours", "theirs") * 2:  # processes of their own, for the memory
@@ -394,6 +497,7 @@ class BenchConfig:
     roberta: bool = flag(False, "only the figures of RoBERTa")
     orders: bool = flag(False, "only the figures of the orders of the denoiser")
     bound: bool = flag(False, "only those of the bound, of the model in out/")
+    dial: bool = flag(False, "only those of append and set")
     step: str = flag("", "print the seconds of one fine-tuning step; FOLDER:SIDE:DROPOUT, for --roberta")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
@@ -404,8 +508,8 @@ def main():
     if config.step:
         folder, side, dropout = config.step.split(":")
         return print(fine_tuning_step(Path(folder), side, float(dropout), device))
-    if config.roberta or config.orders or config.bound:
-        rows = roberta_rows if config.roberta else denoiser_rows if config.orders else bound_rows
+    only = {"roberta": roberta_rows, "orders": denoiser_rows, "bound": bound_rows, "dial": dial_rows}
+    for rows in [rows for name, rows in only.items() if getattr(config, name)][:1]:
         for row in rows(device):
             print("| " + " | ".join(row) + " |", flush=True)
         return

@@ -5,6 +5,9 @@
     python tests/figures.py parallel    # what it costs to set several tokens at once
     python tests/figures.py orders      # forward passes against the quality of the text
     python tests/figures.py lengths     # how often the length of a hole is found
+    python tests/figures.py dial        # from append to set: the bound for each attention
+    python tests/figures.py speed       # the same models: quality of the text against tokens per second
+    python tests/figures.py post        # the post's comparison: RoBERTa's loop and GPT-2's
 
 What is drawn is also printed. Models that a figure needs and does not find, it trains.
 """
@@ -12,6 +15,8 @@ What is drawn is also printed. Models that a figure needs and does not find, it 
 import csv
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,24 +27,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from data.canvas.prompt import MOST
 from data.corpus import load_corpus
 from data.hmm.prepare import text_nats
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 from data.run.machine import autocast, pick_device
 from model import load_checkpoint
-from sample import ORDERS, Recorded, denoise, draw, fit
+from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = "levels", "limit", "parallel", "orders", "lengths"
+FIGURES = "levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post"
 
 
 @dataclass
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
-    seeds: int = flag(1, "levels: models of each kind to train", least=1)
-    texts: int = flag(32, "orders, lengths: texts to write for each point", least=1)
+    seeds: int = flag(1, "levels, dial on Shakespeare: models of each kind to train", least=1)
+    texts: int = flag(32, "orders, lengths, dial, speed: texts to write or score for each point", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
@@ -71,22 +77,23 @@ def write(model, n, T, steps, order="random", **flags):
     return canvas.cpu(), len(passes)
 
 
-def plot(path, n_panels=1):
-    """A figure with panels, to be filled; call the third to write it."""
+def plot(path, n_panels=1, n_rows=1):
+    """A figure with panels in n_rows, to be filled; call the last to write it."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "setitem"  # the same figure is the same file
     from matplotlib import pyplot
 
+    n = n_panels // n_rows
     figure, panels = pyplot.subplots(
-        1, n_panels, figsize=(5 * n_panels, 4), layout="constrained", squeeze=False
+        n_rows, n, figsize=(5 * n, 4 * n_rows), layout="constrained", squeeze=False
     )
 
     def save():
         figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
 
-    return *panels[0], save
+    return *panels.flatten(), save
 
 
 # --- levels --------------------------------------------------------------------------------------
@@ -282,13 +289,188 @@ def lengths(config, device):
     print(f"| the spans | | | {np.mean(sizes < 6):.0%} |")
 
 
+# --- from append to set --------------------------------------------------------------------------
+
+ATTENTIONS = "causal", "block:4", "block:16", "block:64", "canvas"
+MINUTES = {"shakespeare": 5, "python": 10}
+
+
+def on_the_dial(corpus, attention, seed=0, minutes=None):
+    """The path of a model, trained for as many minutes as the others on its corpus."""
+    flags = (
+        f"--data {corpus} --attention {attention} --seed {seed} --max_minutes {minutes or MINUTES[corpus]}"
+    )
+    flags += " --prompt_len 0 --evals 4 --eval_tokens 16384"
+    return train(f"out-dial/{corpus}-{attention.replace(':', '-')}-{seed}", flags)
+
+
+def log_of(path):
+    """What a run's log says of its validation: tokens seen, in millions, and nats per token, an array each."""
+    with open(path.with_name("log.csv"), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
+    tokens = np.array([int(row["step"]) for row in rows]) * 16 * 256 / 1e6
+    return tokens, np.array([float(row["val_nats_per_token"]) for row in rows])
+
+
+def dial(config, device):
+    """The bound at every point of the dial: over the validation split, after the same minutes and, as the logs
+    have it, after as many tokens as the slowest has seen; and of some windows, beside the exact likelihood of
+    the sampler that sets the surest token of a block, one a step.
+    """
+    after_minutes, *curves, save = plot(config.save, 3)
+    header = "corpus", "attention", "seed", "tokens", "NELBO", "after as many tokens", "of some", "exact"
+    print("|", " | ".join(header), "|")
+    for corpus, curve in zip(MINUTES, curves):
+        _, val, _, _ = load_corpus(corpus, 256)
+        tokens, some = windows(val, 256, len(val)), windows(val, 256, 256 * config.texts)
+        seeds = range(config.seeds if corpus == "shakespeare" else 1)
+        paths = {name: [on_the_dial(corpus, name, seed) for seed in seeds] for name in ATTENTIONS}
+        logs = {name: [log_of(path) for path in paths[name]] for name in ATTENTIONS}
+        fewest = min(log[0][-1] for each in logs.values() for log in each)
+        lowest = []
+        for name in ATTENTIONS:
+            bounds = []
+            for seed, path, (seen, nats) in zip(seeds, paths[name], logs[name]):
+                model, _, _ = load_checkpoint(path, device)
+                with autocast(device):
+                    bounds.append(nelbo(model, tokens, draws=1 if name == "causal" else 2))
+                    of_some, exact = "", ""
+                    if seed == 0:
+                        draws = 1 if name == "causal" else 16
+                        of_some = f"{nelbo(model, some, draws=draws):.3f}"
+                        exact = negative_log_likelihood(model, some.flatten(), MOST, order="confidence")
+                        exact = f"{exact / some.numel():.3f}"
+                row = [corpus, name, f"{seed}", f"{seen[-1]:.2f} M", f"{bounds[-1]:.3f}"]
+                row += [f"{np.interp(fewest, seen, nats):.3f}", of_some, exact]
+                print("|", " | ".join(row), "|", flush=True)
+            lowest.append(bounds)
+            curve.plot(*np.mean(logs[name], axis=0), marker="o", markersize=4, label=name)
+        means = np.mean(lowest, axis=1)
+        after_minutes.plot(ATTENTIONS, means, marker="o", label=f"{corpus}, {MINUTES[corpus]} minutes")
+        after_minutes.fill_between(ATTENTIONS, np.min(lowest, axis=1), np.max(lowest, axis=1), alpha=0.2)
+        curve.set(title=corpus, xlabel="million tokens seen", ylabel="validation bound, nats per token")
+        curve.legend()
+    after_minutes.set(title="after the same time", ylabel="validation bound, nats per token")
+    after_minutes.legend()
+    save()
+
+
+def ways_to_write(attention, T=256):
+    """The settings of each curve: a dict of curve to (what varies, flags of denoise)."""
+    if attention == "causal":
+        return {
+            "": [(f"temperature {x}", {"temperature": x}) for x in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)]
+        }
+    K = int(attention.partition(":")[2] or T)
+    steps = [T // K * 2**i for i in range(int(np.log2(K)) + 1) if T // K * 2**i >= 8]
+    ways = {
+        order: [(f"{n} steps", {"order": order, "steps": n}) for n in steps]
+        for order in ("random", "confidence")
+    }
+    return ways | {
+        "threshold": [(f"tau {tau}", {"order": "threshold", "tau": tau}) for tau in (0.4, 0.6, 0.8, 0.9)]
+    }
+
+
+def speed(config, device):
+    """Quality is a pair again: nats per byte under the judge, a causal model trained for longer from another
+    seed, and the entropy of byte pairs. Append at several temperatures draws a line from one pair to the other:
+    what lies on it or below, at the same entropy, is as good.
+    """
+    *panels, save = plot(config.save, 4, 2)
+    judge, _, _ = load_checkpoint(on_the_dial("python", "causal", 9, 15), device)
+    T = 256
+    _, val, _, _ = load_corpus("python", T)
+    print(
+        "| attention | way | passes | nats per byte | bits per pair | tokens/s at 1 | at", config.texts, "|"
+    )
+    with autocast(device), torch.no_grad():
+        real = (
+            nelbo(judge, windows(val, T, config.texts * T)),
+            pair_entropy(windows(val, T, config.texts * T)),
+        )
+        print("| text of the corpus | | | {:.3f} | {:.2f} | | |".format(*real))
+        line, append = [], None
+        factors = [(0.0, "none")] * 2
+        for colour, attention in enumerate(ATTENTIONS):
+            model, _, _ = load_checkpoint(on_the_dial("python", attention), device)
+            for (curve, ways), marker in zip(ways_to_write(attention).items(), "osD"):
+                points = []
+                for way, flags in ways:
+                    speeds = []
+                    for n in (1, config.texts):
+                        start = time.perf_counter()
+                        repeats = 3 if n == 1 else 1
+                        for _ in range(repeats):
+                            texts, passes = write(model, n, T, **{"steps": None, **flags})
+                        speeds.append(repeats * n * T / (time.perf_counter() - start))
+                    quality = nelbo(judge, texts), pair_entropy(texts)
+                    points.append((*speeds, *quality))
+                    row = (
+                        attention,
+                        f"{curve} {way}".strip(),
+                        str(passes),
+                        f"{quality[0]:.3f}",
+                        f"{quality[1]:.2f}",
+                    )
+                    print("|", " | ".join((*row, *(f"{s:,.0f}" for s in speeds))), "|", flush=True)
+                    if attention == "causal":
+                        line.append(quality[::-1])  # (bits, nats), both rise with the temperature
+                        append = speeds
+                    elif line[0][0] <= quality[1] and quality[0] <= np.interp(
+                        quality[1], *zip(*sorted(line))
+                    ):
+                        for i in range(2):
+                            factors[i] = max(
+                                factors[i], (speeds[i] / append[i], f"{attention}, {curve} {way}")
+                            )
+                speeds, values = list(zip(*points))[:2], list(zip(*points))[2:]
+                for panel, (x, y) in zip(panels, ((x, y) for y in values for x in speeds)):
+                    label = f"{attention} {curve}".strip()
+                    panel.plot(
+                        x, y, marker=marker, markersize=4, color=f"C{colour}", linewidth=1, label=label
+                    )
+    for n, (factor, way) in zip((1, config.texts), factors):
+        print(f"batch {n}: {factor:.2f} times the speed of append at its quality ({way})")
+    for i, panel in enumerate(panels):
+        quality, n = (
+            ("nats per byte under the judge", "bits per pair of bytes")[i // 2],
+            (1, config.texts)[i % 2],
+        )
+        panel.axhline(real[i // 2], color="gray", linestyle=":", label="text of the corpus")
+        panel.set(xscale="log", xlabel="tokens per second", ylabel=quality, title=f"batch {n}")
+    panels[0].legend(fontsize="x-small")
+    save()
+
+
+def post(config, device):
+    """The post's comparison, at the shapes of roberta-base and of gpt2 with random weights: 16 tokens given and
+    240 written.
+    """
+    from bench import make_roberta, sampling_seconds
+
+    panel, save = plot(config.save)
+    with tempfile.TemporaryDirectory() as folder:
+        make_roberta(Path(folder))
+        ours, _, loop, append, generate = sampling_seconds(Path(folder), device)
+    seconds = {
+        "RoBERTa, the post's loop": loop,
+        "RoBERTa, ours": ours,
+        "GPT-2, transformers": generate,
+        "GPT-2, ours": append,
+    }
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.2f} s | {240 / value:,.0f} tokens/s |")
+    panel.barh(list(seconds), list(seconds.values()))
+    panel.invert_yaxis()
+    panel.set(xlabel="seconds for 240 tokens, batch 1")
+    save()
+
+
 def main():
     config = FiguresConfig(**parse(FiguresConfig, __doc__.splitlines()[0]))
     config.save = config.save or ROOT / ".github" / f"{config.figure}.svg"
-    draw = {"levels": levels, "limit": limit, "parallel": parallel, "orders": orders, "lengths": lengths}[
-        config.figure
-    ]
-    draw(config, pick_device(config.device))
+    globals()[config.figure](config, pick_device(config.device))
 
 
 if __name__ == "__main__":

@@ -291,12 +291,16 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
 
         for place, steps in ((0, (0, 0)), (50, (8, 7)), (200, (8, 30))):  # of 6 seconds
             evaluate(f"slider.value = {place}; slider.dispatchEvent(new Event('input'))")
-            captions = evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')")
+            captions = evaluate(
+                "[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')"
+            )
             for caption, name, step, of in zip(captions.split("|"), ("set", "<append>"), steps, (8, 30)):
                 assert caption.startswith(f"{name}.pt: step {step} of {of}, ")
             texts = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.textContent).join('|')")
             assert texts.split("|")[1] == "".join(tokens_of(BYTES, canvases[steps[1]][0]))
-        boxes = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()")
+        boxes = evaluate(
+            "[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()"
+        )
         assert len(set(boxes.split(","))) == 1  # beside each other
 
 
@@ -305,7 +309,9 @@ def test_a_picture_of_two_models_has_two_panels(tmp_path):
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
     save_svg(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
     groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
-    titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
+    titles = [
+        [text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups
+    ]
     assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
     assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
     assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]

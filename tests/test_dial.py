@@ -1,6 +1,5 @@
 """Append and set on one dial: blocks of K tokens, from GPT (K = 1) to one canvas (K = T)."""
 
-import functools
 import math
 from itertools import permutations, product
 
@@ -112,7 +111,9 @@ def test_a_pass_reads_only_what_the_cache_does_not_know():
         ({"block_len": 1}, [1] + [2] * 7),
     ):
         model, read = tiny_model(V=5, T=8, **shape), []
-        model.token_embedding.register_forward_hook(lambda _, idx, out, read=read: read.append(idx[0].shape[1]))
+        model.token_embedding.register_forward_hook(
+            lambda _, idx, out, read=read: read.append(idx[0].shape[1])
+        )
         *_, _ = denoise(model, torch.full((2, 8), MASK), 8)
         assert read == expected
 
@@ -243,7 +244,11 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
     model = dial(1, shift_id=MASK)
     x0, _, _ = texts(B=16)
     config = TrainConfig(
-        batch_size=16, block_size=8, level=Level("fixed", 1.0), prompt_len=Span(0, 0), attention=Attention("causal", 1)
+        batch_size=16,
+        block_size=8,
+        level=Level("fixed", 1.0),
+        prompt_len=Span(0, 0),
+        attention=Attention("causal", 1),
     )
     everything = torch.full((16, 8), MASK), torch.ones(16, 8, dtype=torch.bool), torch.full((16, 8), 1 / 128)
     loss = loss_of(model, x0, *everything).sum().item()
@@ -285,7 +290,10 @@ def test_blocks_draw_their_distribution_in_any_order_inside():
     model = tiny_model(V=3, T=4, block_len=2)
     p = []
     for text in all_texts(3, 4):
-        both = [[block_nats(model, text, start, order).neg().exp() for order in ((0, 1), (1, 0))] for start in (0, 2)]
+        both = [
+            [block_nats(model, text, start, order).neg().exp() for order in ((0, 1), (1, 0))]
+            for start in (0, 2)
+        ]
         p.append(math.prod(sum(block) / 2 for block in both))
     *_, written = denoise(model, torch.full((4000, 4), 3), 4, seeds=range(4000))
     counts = (written * torch.tensor([27, 9, 3, 1])).sum(1).bincount(minlength=81)
@@ -365,7 +373,9 @@ def test_an_opening_model_begins_causal_and_ends_as_a_canvas():
     torch.testing.assert_close(opened.train()(xt), causal(xt))
     for end in (opening(4)[1], opening(0, open_steps=0)[1]):
         assert end.opened is None
-        torch.testing.assert_close(end.train()(xt), opened.eval()(xt))  # which is evaluated as what it becomes
+        torch.testing.assert_close(
+            end.train()(xt), opened.eval()(xt)
+        )  # which is evaluated as what it becomes
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from toys import tiny_model
 
+from data.run.fast import Dropout
 from data.run.machine import autocast
-from model import Dropout, rotary_angles, rotate
+from model import rotary_angles, rotate
 
 SHAPES = [
     {"norm": norm, "position": position, "conv": conv}

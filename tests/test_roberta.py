@@ -27,11 +27,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import data.corpus
+import data.hub
 import data.roberta.prepare as prepare
 import data.wikitext2.prepare as wikitext_prepare
 import sample
 import train
 from data.corpus import load_corpus
+from data.hub import bpe_files, read_bpe
 from data.run.checkpoint import save_checkpoint
 from data.run.errors import Mistake, command
 from data.tokenizer import ByteTokenizer
@@ -62,19 +64,20 @@ CLASSES = {
 
 
 @pytest.fixture(autouse=True)
-def data_folder(tmp_path, monkeypatch):
+def data_folder(tmp_path, monkeypatch, request):
     """Everything is written to a folder of the test's own."""
     (tmp_path / "data").mkdir()
-    for module in (data.corpus, prepare, wikitext_prepare):
+    for module in (data.corpus, request.module.prepare, wikitext_prepare):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Call a command's main with these arguments."""
+def run(monkeypatch, request):
+    """Call a command's main, that of the `prepare` which a module tests, with these arguments."""
 
-    def run(*arguments, main=prepare.main, **more):
+    def run(*arguments, main=None, **more):
+        main = main or request.module.prepare.main
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         main(**more)
 
@@ -85,7 +88,7 @@ def run(monkeypatch):
 def mistake(run, tmp_path, capsys):
     """Call a command that must end in one sentence, with exit code 2 and no file changed; the sentence."""
 
-    def mistake(*arguments, main=prepare.main):
+    def mistake(*arguments, main=None):
         capsys.readouterr()
         before = state_of(tmp_path)
         with pytest.raises(SystemExit) as ended:
@@ -417,7 +420,7 @@ def test_safetensors_are_read_where_they_are_the_only_file(safetensors_only, exp
 def test_without_the_safetensors_package_the_sentence_says_how_to_get_it(
     safetensors_only, mistake, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data.hub.importlib.util, "find_spec", lambda name: None)
     assert "pip install safetensors" in mistake(safetensors_only, "--out", tmp_path / "out.pt")
 
 
@@ -574,7 +577,7 @@ def mixed_lines():
 
 def test_tokens_are_those_of_the_reference_and_hold_the_text(vocabulary, mixed_lines):
     folder, size = vocabulary
-    tokenizer = prepare.read_bpe(folder, size)
+    tokenizer = read_bpe(folder, size)
     reference = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for line, expected in zip(mixed_lines, reference.encode_batch(mixed_lines)):
@@ -584,14 +587,14 @@ def test_tokens_are_those_of_the_reference_and_hold_the_text(vocabulary, mixed_l
 
 
 def test_writing_a_vocabulary_is_the_inverse_of_reading_it(vocabulary, tmp_path):
-    texts = prepare.bpe_files(prepare.read_bpe(*vocabulary))
+    texts = bpe_files(read_bpe(*vocabulary))
     for name, text in zip(("vocab.json", "merges.txt"), texts):
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert same_vocabulary(tmp_path, vocabulary[0])
 
 
 def test_every_character_of_unicode_comes_back(vocabulary):
-    tokenizer = prepare.read_bpe(*vocabulary)
+    tokenizer = read_bpe(*vocabulary)
     for start in range(0, 0x110000, 0x800):
         if start != 0xD800:  # the surrogates are no characters
             characters = map(chr, range(start, start + 0x800))
@@ -600,7 +603,7 @@ def test_every_character_of_unicode_comes_back(vocabulary):
 
 
 def test_special_tokens_written_out_stay_text(vocabulary):
-    tokenizer = prepare.read_bpe(*vocabulary)
+    tokenizer = read_bpe(*vocabulary)
     assert set(FIRST) | {"<mask>"} <= set(tokenizer.special)
     for name in tokenizer.special:
         ids = tokenizer.encode(f"{name} and {name}")
@@ -610,14 +613,14 @@ def test_special_tokens_written_out_stay_text(vocabulary):
 
 def test_special_tokens_have_their_ids_and_are_decoded_as_what_they_mean(vocabulary):
     folder, size = vocabulary
-    tokenizer = prepare.read_bpe(folder, size)
+    tokenizer = read_bpe(folder, size)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) == (0, 2, size - 1)
     assert tokenizer.encode_line("one\n") == [0, *tokenizer.encode("one"), 2]
     assert tokenizer.decode([0, *tokenizer.encode("one"), size - 1, 1, 2]) == "one<mask>\n"
 
 
 def test_a_megabyte_of_text_is_encoded_in_a_second(vocabulary):
-    tokenizer = prepare.read_bpe(*vocabulary)
+    tokenizer = read_bpe(*vocabulary)
     text = library_text().encode()[: 2**20].decode(errors="ignore")
     seconds = []
     for _ in range(3):
@@ -913,7 +916,7 @@ def hub(originals, tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(prepare, "HUB", f"http://127.0.0.1:{httpd.server_port}")
+        monkeypatch.setattr(data.hub, "HUB", f"http://127.0.0.1:{httpd.server_port}")
         yield hub
         httpd.shutdown()
 
@@ -967,7 +970,7 @@ def test_a_part_longer_than_the_file_is_given_up(hub, run, data_folder):
 def test_a_server_that_cannot_be_reached(mistake, monkeypatch, data_folder):
     (data_folder / "roberta" / "roberta-base").mkdir(parents=True)
     with http.server.HTTPServer(("127.0.0.1", 0), None) as closed:
-        monkeypatch.setattr(prepare, "HUB", f"http://127.0.0.1:{closed.server_port}")
+        monkeypatch.setattr(data.hub, "HUB", f"http://127.0.0.1:{closed.server_port}")
     assert "the folder of a copy" in mistake("roberta-base")
 
 
@@ -1030,7 +1033,7 @@ def test_wikitext_lines_of_bytes_end_in_a_newline(raw, run):
 
 def test_wikitext_is_downloaded_once(raw, hub, run, data_folder):
     shutil.copy(raw[1], hub.folder / "raw.zip")
-    url = f"{prepare.HUB}/FacebookAI/roberta-base/resolve/main/raw.zip"
+    url = f"{data.hub.HUB}/FacebookAI/roberta-base/resolve/main/raw.zip"
     digest = hashlib.sha256(raw[1].read_bytes()).hexdigest()
     for _ in range(2):
         train, _, _, _ = read_wikitext(run, url=url, sha256=digest)

@@ -32,7 +32,10 @@ def save_html(path, texts, names):
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     kept = "start", "holes", "steps", "seconds"
     runs = [
-        [{"name": name} | {field: getattr(history, field) for field in kept} for name, history in zip(names, sides)]
+        [
+            {"name": name} | {field: getattr(history, field) for field in kept}
+            for name, history in zip(names, sides)
+        ]
         for sides in texts
     ]
     data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")  # no text ends the script it is in
@@ -83,7 +86,9 @@ def save_svg(path, texts, names):
                 title = f"{names[side]}: {title}, {[0, *sides[side].seconds][step]:.2f} s"
             rows.append(f'<text class="step" x="{x}" y="22">{escape(title)}</text>')
             for y, line in enumerate(lines):
-                spans = "".join(f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line)
+                spans = "".join(
+                    f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line
+                )
                 rows.append(f'<text xml:space="preserve" x="{x}" y="{46 + 17 * y}">{spans}</text>')
         groups.append(f'<g style="animation-delay: {SVG_SECONDS * i - total:.2f}s">{"".join(rows)}</g>')
     width, height = len(sides) * (24 + round(7.85 * columns)), 46 + 17 * tallest

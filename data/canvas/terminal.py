@@ -60,7 +60,9 @@ class Watch:
         panes = []
         for tokens, kinds, status in self.panes:
             lines = visible(lines_of(tokens, kinds, width), max(1, height - 2))  # below: status and cursor
-            panes.append([*map(self.coloured, lines), (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))])
+            panes.append(
+                [*map(self.coloured, lines), (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))]
+            )
         tallest = max(map(len, panes))
         panes = [[*lines[:-1], *[("", 0)] * (tallest - len(lines)), lines[-1]] for lines in panes]
         rows = []

@@ -8,27 +8,20 @@ The network is ours with `norm="post"`, `position="learned"` and a few settings 
 has them all), so this file is only about names: of files, of settings, and of tensors.
 """
 
-import importlib.util
-import json
+import functools
 import re
 import sys
-import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import hub
 from data.corpus import DATA
-from data.run.checkpoint import save, save_checkpoint
 from data.run.errors import Mistake, command
-from data.run.files import download, replacing
 from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer, WordPieceTokenizer
-from model import ModelConfig, Transformer, load_checkpoint
+from model import ModelConfig, load_checkpoint
 
-HUB = "https://huggingface.co"
 REPOSITORIES = {
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
@@ -48,9 +41,6 @@ class PrepareConfig:
 
 # --- settings ------------------------------------------------------------------------------------
 
-# Their names of an activation, and ours; the first of several is the one that is exported.
-OUR_ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
-OUR_ACTIVATION |= {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 # What the files leave out when it is this.
 DEFAULTS = {
     "hidden_size": 768,
@@ -75,32 +65,9 @@ REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cro
 
 def read_config(path):
     """config.json as a dict, with the defaults of what it leaves out. Mistake if we have no such model."""
-    theirs = read_json(path)
-    kind = theirs.get("model_type")
-    if kind is None:  # the oldest files do not say
-        kind = next(
-            (kind for kind in ("roberta", "bert") if kind in str(theirs.get("architectures")).lower()), None
-        )
-    if kind not in ("roberta", "bert"):
-        raise Mistake(f"{path}: model_type {kind}; roberta and bert are what can be converted")
-    for name, value in REQUIRED.items():
-        if theirs.get(name, value) != value:
-            raise Mistake(f"{path}: {name} {theirs[name]} cannot be represented, only {value}")
-    defaults = DEFAULTS | KIND_DEFAULTS[kind]
-    theirs = {**defaults, **theirs, "model_type": kind}
-    for name, default in defaults.items():
-        value = theirs[name]
-        if isinstance(default, float):
-            fits = type(value) in (int, float) and value >= 0
-        elif type(default) is int:
-            fits = type(value) is int and value >= (0 if name == "pad_token_id" else 1)
-        else:
-            fits = type(value) is type(default)
-        if not fits:
-            raise Mistake(f"{path}: {name} cannot be {value}; {default} is usual")
-    if theirs["hidden_act"] not in OUR_ACTIVATION:
-        known = ", ".join(OUR_ACTIVATION)
-        raise Mistake(f"{path}: hidden_act {theirs['hidden_act']} cannot be represented; {known} can")
+    theirs = hub.read_kind(path, ("roberta", "bert"))
+    defaults = DEFAULTS | KIND_DEFAULTS[theirs["model_type"]]
+    theirs = hub.with_defaults(theirs, defaults, REQUIRED, "hidden_act", path, may_be_0=("pad_token_id",))
     if theirs["hidden_size"] % theirs["num_attention_heads"]:
         raise Mistake(f"{path}: hidden_size is not a multiple of num_attention_heads")
     return theirs
@@ -110,7 +77,7 @@ def our_config(theirs, tokenizer, tied):
     """The ModelConfig of their config."""
     roberta = theirs["model_type"] == "roberta"
     first_position = theirs["pad_token_id"] + 1 if roberta else 0
-    activation = OUR_ACTIVATION[theirs["hidden_act"]]
+    activation = hub.OUR_ACTIVATION[theirs["hidden_act"]]
     return ModelConfig(
         vocab_size=theirs["vocab_size"],
         mask_id=tokenizer.mask_id,
@@ -145,7 +112,7 @@ def their_config(config, tokenizer):
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "intermediate_size": config.mlp_width,
-        "hidden_act": next(name for name, ours in OUR_ACTIVATION.items() if ours == config.activation),
+        "hidden_act": hub.their_activation(config),
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
         "max_position_embeddings": config.block_size + config.first_position,
@@ -194,15 +161,7 @@ UNUSED = re.compile(r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|
 
 def their_name(name, kind):
     """What a tensor of our state_dict is called in the files, without the leading `roberta.`."""
-    names = NAMES | HEADS[kind]
-    if name in names:
-        return names[name]
-    prefix = ""
-    if name.startswith("blocks."):
-        _, number, name = name.split(".", 2)
-        prefix = f"encoder.layer.{number}."
-    module, _, parameter = name.rpartition(".")
-    return f"{prefix}{names[module]}.{parameter}"
+    return hub.their_name(name, NAMES | HEADS[kind], "encoder.layer")
 
 
 def plain_name(name, kind):
@@ -217,165 +176,35 @@ def plain_name(name, kind):
     )
 
 
-def read_weights(folder):
-    """(path, tensors by their names) of pytorch_model.bin, or else of model.safetensors."""
-    path = folder / "pytorch_model.bin"
-    other = folder / "model.safetensors"
-    if not path.exists() and other.exists():
-        path = other
-        if importlib.util.find_spec("safetensors") is None:
-            raise Mistake(f"{path}: reading it takes one package more, `pip install safetensors`")
-    if not path.exists():
-        raise Mistake(f"{folder}: no pytorch_model.bin in it, and no model.safetensors")
-    try:
-        if path == other:
-            from safetensors.torch import load_file
-
-            return path, load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(name, str) and plain_tensor(tensor) for name, tensor in tensors.items()):
-            raise TypeError("it holds more than dense tensors with names")
-        return path, tensors
-    except Exception as error:  # both raise a different one for every way to be broken
-        reason = " ".join(str(error).split())[:120]
-        raise Mistake(
-            f"{path}: truncated, or no file of weights alone ({type(error).__name__}: {reason})"
-        ) from None
-
-
-def plain_tensor(tensor):
-    return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-
-
-def by_plain_name(tensors, kind, path):
-    """The tensors by their plain names; Mistake if two that differ share one."""
-    found = {}
-    # The head's bias may be there under two names; where they differ the decoder's is the one in use.
-    for name, tensor in sorted(tensors.items(), key=lambda item: "decoder.bias" in item[0]):
-        plain = plain_name(name, kind)
-        twice = plain in found and plain != their_name("head.bias", kind)
-        if twice and not torch.equal(found[plain], tensor):
-            raise Mistake(f"{path}: {name} is there twice, with different values")
-        found[plain] = tensor
-    return found
-
-
 def convert(theirs, tokenizer, path, tensors):
     """Our model with their tensors, and the names of those that it has no use for."""
     kind = theirs["model_type"]
-    found = by_plain_name(tensors, kind, path)
-    embedding, decoder = (
-        found.get(their_name(name, kind)) for name in ("token_embedding.weight", "head.weight")
-    )
-    same = decoder is None or (embedding is not None and torch.equal(embedding, decoder))
-    tied = theirs["tie_word_embeddings"] and same
-    try:
-        with torch.device("meta"):
-            model = Transformer(our_config(theirs, tokenizer, tied))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Mistake(f"{path.parent / 'config.json'}: no model can be made of it ({error})") from None
-    ours = {}
-    for name, parameter in model.state_dict().items():
-        their = their_name("token_embedding.weight" if tied and name == "head.weight" else name, kind)
-        if their not in found:
-            raise Mistake(f"{path}: it has no {their}")
-        if found[their].shape != parameter.shape:
-            shapes = f"{tuple(found[their].shape)}, but config.json makes it {tuple(parameter.shape)}"
-            raise Mistake(f"{path}: {their} is {shapes}")
-        if not found[their].is_floating_point():
-            raise Mistake(f"{path}: {their} is of {found[their].dtype}, and no weight is")
-        ours[name] = found[their]
-    used = {their_name(name, kind) for name in ours}
-    skipped = [name for name in tensors if plain_name(name, kind) not in used]
-    unknown = sorted(name for name in skipped if not UNUSED.match(plain_name(name, kind)))
-    if unknown:
-        raise Mistake(f"{path}: {', '.join(unknown[:3])} ({len(unknown)} in all) fit nowhere in this model")
-    model.load_state_dict({name: tensor.float() for name, tensor in ours.items()}, assign=True)
-    model.tie()
-    return model.eval(), skipped
+    plain = functools.partial(plain_name, kind=kind)
+    # The head's bias may be there under two names; where they differ the decoder's is the one in use.
+    twice = {name.replace("decoder.bias", "bias") for name in tensors if name.endswith("decoder.bias")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in twice}
+    found = hub.by_plain_name(tensors, plain, path)
+    tied = hub.tie(found, *(their_name(name, kind) for name in ("token_embedding.weight", "head.weight")), theirs)
+    model = hub.empty_model(our_config(theirs, tokenizer, tied), path)
+    names = {name: their_name(name, kind) for name in model.state_dict()}
+    expected = {names[name]: parameter for name, parameter in model.state_dict().items()}
+    hub.check_tensors(found, expected, path)
+    skipped = hub.left_over(tensors, plain, expected, UNUSED, path)
+    return hub.fill(model, {name: found[their] for name, their in names.items()}), skipped
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
 
-def byte_symbols():
-    """The letter that GPT-2's files write for each of the 256 bytes: itself where it can be seen, and
-    otherwise one from U+0100 on.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
-
-
-# How GPT-2 cuts text into words before it merges the bytes of each (encoder.py of its code, 2019).
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def padding_ids(n, vocab_size):
-    """The ids after n tokens that a vocab_size has which was rounded up, for speed, to a multiple of 8."""
-    return range(n, vocab_size) if vocab_size % 8 == 0 and vocab_size - n < 128 else range(0)
-
-
-def read_bpe(folder, vocab_size):
-    """The tokenizer of vocab.json and merges.txt."""
-    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
-    ids = read_json(vocab_path)
-    lines = read_text(merges_path).split("\n")
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    if not all(type(i) is int for i in ids.values()) or {*ids.values()} != {*range(len(ids))}:
-        raise Mistake(f"{vocab_path}: its ids are not the numbers from 0 to {len(ids) - 1}")
-    symbols = byte_symbols()
-    tokens = list(dict.fromkeys([*symbols, *(merge.replace(" ", "") for merge in merges)]))
-    missing = [token for token in tokens if token not in ids]
-    if missing or any(merge.count(" ") != 1 for merge in merges) or not {*"".join(tokens)} <= {*symbols}:
-        raise Mistake(
-            f"{folder}: vocab.json and merges.txt do not belong together"
-            + (f"; the first has no {missing[0]!r}, {len(missing)} such in all" if missing else "")
-        )
-    byte_of = {symbol: chr(byte) for byte, symbol in enumerate(symbols)}
-    text = set(tokens)
-    special = {name: i for name, i in ids.items() if name not in text}
-    unmade = [name for name in special if not re.fullmatch(r"<.+>|madeupword\d+", name)]
-    if unmade:
-        count = f"no merge makes its {unmade[0]!r}, {len(unmade)} such in all"
-        raise Mistake(f"{folder}: vocab.json and merges.txt do not belong together; {count}")
-    special |= {f"<unused {i}>": i for i in padding_ids(len(ids), vocab_size)}
-    latin = ["".join(map(byte_of.get, token)) for token in tokens]
-    return BPETokenizer(latin, GPT2_PATTERN, [ids[token] for token in tokens], special)
-
-
-def bpe_files(tokenizer):
-    """The inverse of read_bpe: the texts of vocab.json and merges.txt.
-
-    The merges are found by merging each token's bytes again.
-    """
-    symbols = byte_symbols()
-    tokens = ["".join(symbols[ord(c)] for c in token) for token in tokenizer.state["tokens"]]
-    rank = {token: i for i, token in enumerate(tokens)}
-    lines = ["#version: 0.2"]
-    for token in tokens[256:]:
-        parts = list(token)
-        while len(parts) > 2:
-            pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
-            best = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
-            parts[best : best + 2] = [pairs[best]]
-        lines.append(" ".join(parts))
-    ids = dict(zip(tokens, tokenizer.ids)) | tokenizer.special
-    ids = dict(sorted(ids.items(), key=lambda item: item[1]))
-    return json.dumps(ids, ensure_ascii=False), "\n".join(lines) + "\n"
-
-
 def read_wordpiece(folder, vocab_size):
     """The tokenizer of vocab.txt, cased or not as tokenizer_config.json says or else as it shows itself."""
-    text = read_text(folder / "vocab.txt")
+    text = hub.read_text(folder / "vocab.txt")
     tokens = text.rstrip("\n").split("\n")
     if len(tokens) < vocab_size and not text.endswith("\n"):
         raise Mistake(f"{folder / 'vocab.txt'}: truncated, it has {len(tokens)} of {vocab_size} tokens")
-    tokens += [f"[unused{i}]" for i in padding_ids(len(tokens), vocab_size)]
+    tokens += [f"[unused{i}]" for i in hub.padding_ids(len(tokens), vocab_size)]
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = hub.read_json(path) if path.exists() else {}
     words = [token for token in tokens if not WordPieceTokenizer.special_pattern.fullmatch(token)]
     lowercase = settings.get("do_lower_case", all(word == word.lower() for word in words))
     strip_accents = settings.get("strip_accents")
@@ -388,15 +217,13 @@ def read_wordpiece(folder, vocab_size):
 
 
 def read_tokenizer(folder, theirs):
-    read = read_bpe if theirs["model_type"] == "roberta" else read_wordpiece
+    read = hub.read_bpe if theirs["model_type"] == "roberta" else read_wordpiece
     tokenizer = read(folder, theirs["vocab_size"])
     if tokenizer.mask_id is None:
         raise Mistake(f"{folder}: its vocabulary has no <mask> or [MASK]")
     if read is read_wordpiece and tokenizer.unknown is None:
         raise Mistake(f"{folder}: its vocabulary has no [UNK]")
-    if tokenizer.vocab_size != theirs["vocab_size"]:
-        count = f"{tokenizer.vocab_size} tokens in the vocabulary, {theirs['vocab_size']} in config.json"
-        raise Mistake(f"{folder}: {count}")
+    hub.check_vocab_size(folder, tokenizer, theirs["vocab_size"])
     pad_id = tokenizer.first("<pad>", "[PAD]")
     if read is read_wordpiece:  # nothing else depends on it, and files leave it out
         theirs["pad_token_id"] = pad_id
@@ -407,35 +234,19 @@ def read_tokenizer(folder, theirs):
     return tokenizer
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------
 
 
-def read_text(path):
-    if not path.exists():
-        raise Mistake(f"{path.parent}: no {path.name} in it")
-    try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise Mistake(f"{path}: not UTF-8 text") from None
-
-
-def read_json(path):
-    """The dict in a JSON file."""
-    try:
-        content = json.loads(read_text(path))
-        return {**content}
-    except (json.JSONDecodeError, TypeError, RecursionError):
-        raise Mistake(f"{path}: truncated, or not what JSON should hold here") from None
-
-
-def fetch(name):
-    """The folder with the files of a model of the hub, downloaded unless they are there."""
-    folder = DATA / "roberta" / name
-    for file in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
-        if not (folder / file).exists():
-            url = f"{HUB}/{REPOSITORIES[name]}/resolve/main/{file}"
-            download(url, folder / file, instead="the folder of a copy can be named instead")
-    return folder
+def convert_folder(folder):
+    """(model, tokenizer, what is not used) of the files in a folder."""
+    theirs = read_config(folder / "config.json")
+    tokenizer = read_tokenizer(folder, theirs)
+    model, skipped = convert(theirs, tokenizer, *hub.read_weights(folder))
+    unused = [", ".join(skipped)] if skipped else []
+    dropout = theirs["hidden_dropout_prob"]
+    if theirs["attention_probs_dropout_prob"] != dropout:
+        unused.append(f"attention_probs_dropout_prob; dropout is {dropout} everywhere")
+    return model, tokenizer, unused
 
 
 def export(path, folder):
@@ -444,53 +255,19 @@ def export(path, folder):
     config = model.config
     if not isinstance(tokenizer, BPETokenizer) or not config.first_position:
         raise Mistake(f"{path}: it is not a RoBERTa, and only that can be exported")
-    vocab, merges = bpe_files(tokenizer)
-    texts = {
-        "config.json": json.dumps(their_config(config, tokenizer), indent=2),
-        "vocab.json": vocab,
-        "merges.txt": merges,
-    }
-    names = ["pytorch_model.bin", *texts]
-    if there := [name for name in names if (Path(folder) / name).exists()]:
-        raise Mistake(f"--export {folder}: there is a {there[0]} in it already")
+    theirs = their_config(config, tokenizer)
+    hub.check_kind(path, config, our_config(theirs, tokenizer, config.tied), "RoBERTa")
     tensors = {}
     for name, tensor in model.state_dict().items():
         their = their_name(name, "roberta")
         tensors[their if their.startswith("lm_head.") else f"roberta.{their}"] = tensor
     tensors["lm_head.decoder.bias"] = tensors["lm_head.bias"]  # readers differ in which they look for
-    with ExitStack() as stack:  # all of them or none
-        weights, *files = [stack.enter_context(replacing(Path(folder) / name)) for name in names]
-        save(tensors, weights)
-        for file, text in zip(files, texts.values()):
-            file.write(text.encode("utf-8"))
-    print(f"{folder}: {', '.join(names)}")
+    hub.write_model(folder, theirs, tokenizer, tensors)
 
 
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    folder = Path(config.source)
-    if config.export:
-        if config.out:
-            raise Mistake("--export: it writes a folder; --out is for a checkpoint")
-        path = DATA / "roberta" / f"{config.source}.pt" if config.source in REPOSITORIES else folder
-        return export(path, config.export)
-    if config.source in REPOSITORIES:
-        folder = fetch(config.source)
-    elif not folder.is_dir():
-        raise Mistake(f"{folder}: no such folder, and not one of {', '.join(REPOSITORIES)}")
-    theirs = read_config(folder / "config.json")
-    tokenizer = read_tokenizer(folder, theirs)
-    model, skipped = convert(theirs, tokenizer, *read_weights(folder))
-    out = Path(config.out or DATA / "roberta" / f"{folder.resolve().name}.pt")
-    save_checkpoint(out, model, tokenizer)
-    if skipped:
-        print(f"not used: {', '.join(skipped)}")
-    if theirs["attention_probs_dropout_prob"] != theirs["hidden_dropout_prob"]:
-        print(
-            f"not used: attention_probs_dropout_prob; dropout is {theirs['hidden_dropout_prob']} everywhere"
-        )
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {parameters:,} parameters, {tokenizer.vocab_size:,} tokens")
+    hub.prepare(config, DATA / "roberta", REPOSITORIES, convert_folder, export)
 
 
 if __name__ == "__main__":

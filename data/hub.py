@@ -1,0 +1,339 @@
+"""The files of a language model as the hub has them: config.json, weights, and a byte-pair vocabulary.
+
+What is wrong with one is said in a sentence (Mistake) that names it. data/roberta and data/gpt2 turn these
+files into a checkpoint of ours, and a checkpoint into these files.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from data.run.checkpoint import save, save_checkpoint
+from data.run.errors import Mistake
+from data.run.files import download, replacing
+from data.tokenizer import BPETokenizer
+from model import Transformer
+
+HUB = "https://huggingface.co"
+
+
+def prepare(config, home, repositories, convert, export):
+    """Do what a converter's flags say: write a checkpoint of the files of config.source, to config.out or else
+    below the folder home; or with config.export the files of a checkpoint.
+
+    repositories: those on the hub of the names that it knows. convert(folder) -> (model, tokenizer, what there
+    is to say about what is not used); export(path, folder).
+    """
+    folder = Path(config.source)
+    if config.export:
+        if config.out:
+            raise Mistake("--export: it writes a folder; --out is for a checkpoint")
+        path = home / f"{config.source}.pt" if config.source in repositories else folder
+        return export(path, Path(config.export))
+    if config.source in repositories:
+        folder = fetch(repositories[config.source], home / config.source)
+    elif not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder, and not one of {', '.join(repositories)}")
+    model, tokenizer, unused = convert(folder)
+    out = Path(config.out or home / f"{folder.resolve().name}.pt")
+    save_checkpoint(out, model, tokenizer)
+    for what in unused:
+        print(f"not used: {what}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {parameters:,} parameters, {tokenizer.vocab_size:,} tokens")
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def fetch(repository, folder):
+    """Download the files of a model of the hub to a folder, but for those that are there; the folder."""
+    for file in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
+        if not (folder / file).exists():
+            url = f"{HUB}/{repository}/resolve/main/{file}"
+            download(url, folder / file, instead="the folder of a copy can be named instead")
+    return folder
+
+
+def read_text(path):
+    if not path.exists():
+        raise Mistake(f"{path.parent}: no {path.name} in it")
+    try:
+        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise Mistake(f"{path}: not UTF-8 text") from None
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    try:
+        content = json.loads(read_text(path))
+        return {**content}
+    except (json.JSONDecodeError, TypeError, RecursionError):
+        raise Mistake(f"{path}: truncated, or not what JSON should hold here") from None
+
+
+def write_model(folder, theirs, tokenizer, tensors):
+    """Write config.json, the vocabulary and pytorch_model.bin to a folder, all of them or none."""
+    vocab, merges = bpe_files(tokenizer)
+    texts = {"config.json": json.dumps(theirs, indent=2), "vocab.json": vocab, "merges.txt": merges}
+    names = ["pytorch_model.bin", *texts]
+    if there := [name for name in names if (folder / name).exists()]:
+        raise Mistake(f"--export {folder}: there is a {there[0]} in it already")
+    with ExitStack() as stack:
+        weights, *files = [stack.enter_context(replacing(folder / name)) for name in names]
+        save(tensors, weights)
+        for file, text in zip(files, texts.values()):
+            file.write(text.encode("utf-8"))
+    print(f"{folder}: {', '.join(names)}")
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+# Their names of an activation, and ours; the first of several is the one that is exported.
+OUR_ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu"}
+OUR_ACTIVATION |= {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+
+
+def their_activation(config):
+    return next(name for name, ours in OUR_ACTIVATION.items() if ours == config.activation)
+
+
+def read_kind(path, kinds):
+    """config.json as a dict with its model_type, which must be one of kinds."""
+    theirs = read_json(path)
+    kind = theirs.get("model_type")
+    if kind is None:  # the oldest files do not say
+        kind = next((kind for kind in kinds if kind in str(theirs.get("architectures")).lower()), None)
+    if kind not in kinds:
+        raise Mistake(f"{path}: model_type {kind}, and only {' and '.join(kinds)} can be converted")
+    return {**theirs, "model_type": kind}
+
+
+def with_defaults(theirs, defaults, required, activation, path, may_be_0):
+    """A config.json's settings with the defaults of what it leaves out. Mistake if we have no such model.
+
+    required: what our model cannot be otherwise. activation: the setting that names it. may_be_0: those of the
+    whole numbers that need not be positive.
+    """
+    for name, value in required.items():
+        if theirs.get(name, value) != value:
+            raise Mistake(f"{path}: {name} {theirs[name]} cannot be represented, only {value}")
+    theirs = {**defaults, **theirs}
+    for name, default in defaults.items():
+        value = theirs[name]
+        if isinstance(default, float):
+            fits = type(value) in (int, float) and value >= 0
+        elif type(default) is int:
+            fits = type(value) is int and value >= (0 if name in may_be_0 else 1)
+        else:
+            fits = type(value) is type(default)
+        if not fits:
+            raise Mistake(f"{path}: {name} cannot be {value}; {default} is usual")
+    if theirs[activation] not in OUR_ACTIVATION:
+        known = ", ".join(OUR_ACTIVATION)
+        raise Mistake(f"{path}: {activation} {theirs[activation]} cannot be represented; {known} can")
+    return theirs
+
+
+def check_kind(path, config, again, kind):
+    """Raise Mistake if a checkpoint's ModelConfig is not the one that its export would be read as again."""
+    for field in dataclasses.fields(config):
+        ours, read = (getattr(each, field.name) for each in (config, again))
+        if ours != read:
+            difference = f"its {field.name} is {ours}, where one would have {read}"
+            raise Mistake(f"{path}: it is not a {kind}, and only that can be exported; {difference}")
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def read_weights(folder):
+    """(path, tensors by their names) of pytorch_model.bin, or else of model.safetensors."""
+    path = folder / "pytorch_model.bin"
+    other = folder / "model.safetensors"
+    if not path.exists() and other.exists():
+        path = other
+        if importlib.util.find_spec("safetensors") is None:
+            raise Mistake(f"{path}: reading it takes one package more, `pip install safetensors`")
+    if not path.exists():
+        raise Mistake(f"{folder}: no pytorch_model.bin in it, and no model.safetensors")
+    try:
+        if path == other:
+            from safetensors.torch import load_file
+
+            return path, load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(name, str) and plain_tensor(tensor) for name, tensor in tensors.items()):
+            raise TypeError("it holds more than dense tensors with names")
+        return path, tensors
+    except Exception as error:  # both raise a different one for every way to be broken
+        reason = " ".join(str(error).split())[:120]
+        raise Mistake(
+            f"{path}: truncated, or no file of weights alone ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def plain_tensor(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
+def their_name(name, names, layer):
+    """What a tensor of our state_dict is called in the files, where a layer is `layer.3` and so on. names: theirs
+    of each of our modules, or of a single tensor.
+    """
+    if name in names:
+        return names[name]
+    prefix = ""
+    if name.startswith("blocks."):
+        _, number, name = name.split(".", 2)
+        prefix = f"{layer}.{number}."
+    module, _, parameter = name.rpartition(".")
+    return f"{prefix}{names[module]}.{parameter}"
+
+
+def by_plain_name(tensors, plain_name, path):
+    """The tensors by their plain names, the one spelling out of those that are around; Mistake if two that
+    differ share one.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        plain = plain_name(name)
+        if plain in found and not torch.equal(found[plain], tensor):
+            raise Mistake(f"{path}: {name} is there twice, with different values")
+        found[plain] = tensor
+    return found
+
+
+def tie(found, embedding, head, theirs):
+    """Whether the head's matrix is the embedding, by these names of theirs; a file may then leave it out, and it
+    is put there.
+    """
+    same = head not in found or (embedding in found and torch.equal(found[embedding], found[head]))
+    tied = theirs["tie_word_embeddings"] and same
+    if tied and embedding in found:
+        found[head] = found[embedding]
+    return tied
+
+
+def empty_model(config, path):
+    """Our model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Mistake(f"{path.parent / 'config.json'}: no model can be made of it ({error})") from None
+
+
+def check_tensors(found, expected, path):
+    """Raise Mistake if a tensor that is expected is not found, or is of another shape, or no weight."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise Mistake(f"{path}: it has no {name}")
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)}, but config.json makes it {tuple(tensor.shape)}"
+            raise Mistake(f"{path}: {name} is {shapes}")
+        if not found[name].is_floating_point():
+            raise Mistake(f"{path}: {name} is of {found[name].dtype}, and no weight is")
+
+
+def left_over(tensors, plain_name, expected, unused, path):
+    """The names of the tensors for which our model has no use; Mistake if they are not known as such (by the
+    pattern unused, of plain names), since then it is another model.
+    """
+    names = [name for name in tensors if plain_name(name) not in expected]
+    unknown = sorted(name for name in names if not unused.match(plain_name(name)))
+    if unknown:
+        raise Mistake(f"{path}: {', '.join(unknown[:3])} ({len(unknown)} in all) fit nowhere in this model")
+    return names
+
+
+def fill(model, tensors):
+    """The empty model with these weights, tensors by our names, in eval mode."""
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.tie()
+    return model.eval()
+
+
+# --- byte-pair vocabularies ----------------------------------------------------------------------
+
+
+def byte_symbols():
+    """The letter that GPT-2's files write for each of the 256 bytes: itself where it can be seen, and
+    otherwise one from U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
+
+
+# How GPT-2 cuts text into words before it merges the bytes of each (encoder.py of its code, 2019).
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def padding_ids(n, vocab_size):
+    """The ids after n tokens that a vocab_size has which was rounded up, for speed, to a multiple of 8."""
+    return range(n, vocab_size) if vocab_size % 8 == 0 and vocab_size - n < 128 else range(0)
+
+
+def read_bpe(folder, vocab_size):
+    """The tokenizer of vocab.json and merges.txt."""
+    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    ids = read_json(vocab_path)
+    lines = read_text(merges_path).split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    if not all(type(i) is int for i in ids.values()) or {*ids.values()} != {*range(len(ids))}:
+        raise Mistake(f"{vocab_path}: its ids are not the numbers from 0 to {len(ids) - 1}")
+    symbols = byte_symbols()
+    tokens = list(dict.fromkeys([*symbols, *(merge.replace(" ", "") for merge in merges)]))
+    missing = [token for token in tokens if token not in ids]
+    if missing or any(merge.count(" ") != 1 for merge in merges) or not {*"".join(tokens)} <= {*symbols}:
+        raise Mistake(
+            f"{folder}: vocab.json and merges.txt do not belong together"
+            + (f"; the first has no {missing[0]!r}, {len(missing)} such in all" if missing else "")
+        )
+    byte_of = {symbol: chr(byte) for byte, symbol in enumerate(symbols)}
+    text = set(tokens)
+    special = {name: i for name, i in ids.items() if name not in text}
+    unmade = [name for name in special if not re.fullmatch(r"<.+>|madeupword\d+", name)]
+    if unmade:
+        count = f"no merge makes its {unmade[0]!r}, {len(unmade)} such in all"
+        raise Mistake(f"{folder}: vocab.json and merges.txt do not belong together; {count}")
+    special |= {f"<unused {i}>": i for i in padding_ids(len(ids), vocab_size)}
+    latin = ["".join(map(byte_of.get, token)) for token in tokens]
+    return BPETokenizer(latin, GPT2_PATTERN, [ids[token] for token in tokens], special)
+
+
+def check_vocab_size(folder, tokenizer, vocab_size):
+    if tokenizer.vocab_size != vocab_size:
+        count = f"{tokenizer.vocab_size} tokens in the vocabulary, {vocab_size} in config.json"
+        raise Mistake(f"{folder}: {count}")
+
+
+def bpe_files(tokenizer):
+    """The inverse of read_bpe: the texts of vocab.json and merges.txt.
+
+    The merges are found by merging each token's bytes again.
+    """
+    symbols = byte_symbols()
+    tokens = ["".join(symbols[ord(c)] for c in token) for token in tokenizer.state["tokens"]]
+    rank = {token: i for i, token in enumerate(tokens)}
+    lines = ["#version: 0.2"]
+    for token in tokens[256:]:
+        parts = list(token)
+        while len(parts) > 2:
+            pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
+            best = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
+            parts[best : best + 2] = [pairs[best]]
+        lines.append(" ".join(parts))
+    ids = dict(zip(tokens, tokenizer.ids)) | tokenizer.special
+    ids = dict(sorted(ids.items(), key=lambda item: item[1]))
+    return json.dumps(ids, ensure_ascii=False), "\n".join(lines) + "\n"
