@@ -537,6 +537,8 @@ def one_by_one(config, given):
 
 def check(config):
     """Raise Mistake for flags that cannot work together, before anything is written."""
+    if config.open_steps and config.init_from == "scratch":
+        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
     needs_bound = config.eval_only or config.weight == "elbo"

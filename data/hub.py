@@ -24,11 +24,11 @@ HUB = "https://huggingface.co"
 
 
 def prepare(config, home, repositories, convert, export):
-    """Do what a converter's flags say: write a checkpoint of the files of config.source, to config.out or else
-    below the folder home; or with config.export the files of a checkpoint.
+    """Do what a converter's flags say: write a checkpoint of the files of config.source, to config.out or
+    else below the folder home; or with config.export the files of a checkpoint.
 
-    repositories: those on the hub of the names that it knows. convert(folder) -> (model, tokenizer, what there
-    is to say about what is not used); export(path, folder).
+    repositories: those on the hub of the names that it knows. convert(folder) -> (model, tokenizer, list of
+    what is not used); export(path, folder).
     """
     folder = Path(config.source)
     if config.export:
@@ -119,8 +119,8 @@ def read_kind(path, kinds):
 def with_defaults(theirs, defaults, required, activation, path, may_be_0):
     """A config.json's settings with the defaults of what it leaves out. Mistake if we have no such model.
 
-    required: what our model cannot be otherwise. activation: the setting that names it. may_be_0: those of the
-    whole numbers that need not be positive.
+    required: what our model cannot be otherwise. activation: the setting that names it. may_be_0: those of
+    the whole numbers that need not be positive.
     """
     for name, value in required.items():
         if theirs.get(name, value) != value:
@@ -187,8 +187,8 @@ def plain_tensor(tensor):
 
 
 def their_name(name, names, layer):
-    """What a tensor of our state_dict is called in the files, where a layer is `layer.3` and so on. names: theirs
-    of each of our modules, or of a single tensor.
+    """What a tensor of our state_dict is called in the files, where the third layer is `layer.2`. names:
+    theirs of each of our modules, or of a single tensor.
     """
     if name in names:
         return names[name]
@@ -214,8 +214,8 @@ def by_plain_name(tensors, plain_name, path):
 
 
 def tie(found, embedding, head, theirs):
-    """Whether the head's matrix is the embedding, by these names of theirs; a file may then leave it out, and it
-    is put there.
+    """Whether the head's matrix is the embedding, by these names of theirs; a file may then leave it out, and
+    it is put there.
     """
     same = head not in found or (embedding in found and torch.equal(found[embedding], found[head]))
     tied = theirs["tie_word_embeddings"] and same

@@ -403,6 +403,28 @@ def test_watch_draws_in_place_and_leaves_the_text(checkpoint):
     assert b"\x1b[5m" in alone.stdout  # into a file it goes as it is
 
 
+def test_two_models_fill_a_pane_each(checkpoint):
+    written, code = in_terminal(
+        checkpoint, checkpoint, "--prompt", "a<b", "--steps", 3, "--length", 30, width=60
+    )
+    assert code == 0
+    frames = [
+        re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "") for frame in written.split("\x1b[J")
+    ]
+    rows = [frame.strip("\n").split("\n") for frame in frames if " | " in frame]
+    assert len(rows) == 6
+    for frame in rows:
+        assert {row[28:31] for row in frame} == {" | "}
+        assert all(sum(map(columns, row)) <= 60 for row in frame)
+    panes = [[row[:28] + "|" + row[31:] for row in frame] for frame in rows]
+    assert "step 1, " in panes[0][-1].partition("|")[0]
+    assert panes[0][-1].partition("|")[2].strip() == ""  # the second waits
+    left = [[row.partition("|")[0] for row in pane] for pane in panes]
+    assert left[2][:-1] == left[5][: len(left[2]) - 1]  # and the first stays
+    assert "step 3, 100% filled" in left[5][-1]
+    assert "step 3, 100% filled" in panes[5][-1].partition("|")[2]
+
+
 def test_ctrl_c_gives_the_cursor_back(checkpoint):
     written, code = in_terminal(checkpoint, "--steps", 10**6, "--length", 10**4, interrupt=b"step 3,")
     assert code == 130

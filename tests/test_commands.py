@@ -27,7 +27,7 @@ from data.run.errors import Mistake, command
 from data.run.machine import autocast
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer
-from model import Transformer, load_checkpoint
+from model import ModelConfig, Transformer, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 32 --batch_size 4 --prompt_len 0:8 --eval_tokens 512"
@@ -42,6 +42,9 @@ def world(tmp_path_factory):
         (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(600)))
         prepare(folder / "book.txt", "book", ByteTokenizer())
         run_train(patch, f"--data book --out_dir {folder}/out --max_iters 4 --evals 2 {SMALL}")
+        for name, attention in (("gpt", "causal"), ("blocks", "block:8")):
+            flags = f"--out_dir {folder}/{name} --attention {attention} --max_iters 4 --evals 1"
+            run_train(patch, f"--data book {flags} {SMALL.replace('0:8', '0')}")
     return folder
 
 
@@ -367,6 +370,168 @@ def test_every_precision_and_variant_trains(dtype, flags, tmp_path, monkeypatch,
     )
 
 
+# --- append and set ------------------------------------------------------------------------------
+
+
+def test_a_causal_run_masks_nothing_and_reports_its_likelihood(world, monkeypatch, capsys):
+    trained = load_checkpoint(world / "gpt" / "ckpt.pt")[2]["train"]
+    assert [trained[name] for name in ("attention", "level", "prompt_len")] == ["causal", "1.0", "0"]
+    run_train(monkeypatch, "--eval_only --init_from gpt/ckpt.pt --dtype float32")
+    printed = capsys.readouterr().out
+    assert "negative log-likelihood" in printed
+    assert "(exact)" in printed
+    nats = float(re.search(r"([\d.]+) nats per token", printed)[1])
+    # Half of the windows do not start where a window of sample.py does, so compare with those that do.
+    model, tokenizer, _ = load_checkpoint("gpt/ckpt.pt")
+    val = data.corpus.load_corpus("book")[1]
+    tokens = torch.from_numpy(val[: len(val) // 32 * 32].astype(np.int64))
+    (world / "val.txt").write_text(tokenizer.decode(tokens.tolist()))
+    printed = sample_text(
+        ["--ckpt", "gpt/ckpt.pt", "--score", "val.txt", "--dtype", "float32"], monkeypatch, capsys
+    )
+    (world / "val.txt").unlink()
+    score = float(printed.out.split()[0])
+    assert score == pytest.approx(float(train.nelbo(model, tokens.view(-1, 32))), abs=1e-4)
+    assert score == pytest.approx(nats, abs=0.05)
+
+
+GOES_ON = [
+    "out canvas",
+    "out causal",
+    "out block:8",
+    "gpt canvas",
+    "gpt block:4",
+    "blocks causal",
+    "blocks block:16",
+]
+
+
+@pytest.mark.parametrize("way", GOES_ON)
+def test_a_checkpoint_goes_on_under_any_attention(way, world, tmp_path, monkeypatch, capsys):
+    """Its weights stay, and its shift; a causal model that had none gets one."""
+    start, attention = way.split()
+    flags = (
+        f"--data book --init_from {start}/ckpt.pt --attention {attention} --out_dir {tmp_path} --max_iters 1"
+    )
+    run_train(monkeypatch, f"{flags} --lr 1e-30 --weight_decay 0 --prompt_len 0 --batch_size 2")
+    before, after = (load_checkpoint(folder / "last.pt")[0] for folder in (world / start, tmp_path))
+    assert all(a.equal(b) for a, b in zip(before.parameters(), after.parameters()))
+    assert str(train.attention_of(after.config)) == attention
+    assert (after.config.shift_id is not None) == (start == "gpt" or attention == "causal")
+    assert after.config.conv_right == before.config.conv_right
+    capsys.readouterr()
+    text = sample_text(["--ckpt", tmp_path / "last.pt", "--length", 80], monkeypatch, capsys).out
+    assert len(text.encode()) >= 80
+    run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path} --max_iters 2")
+    assert str(train.attention_of(load_checkpoint(tmp_path / "last.pt")[0].config)) == attention
+
+
+def test_learned_positions_open_with_one_position_less(world, tmp_path, monkeypatch, capsys):
+    flags = f"--data book --max_iters 1 {SMALL.replace('0:8', '0')}"
+    run_train(monkeypatch, f"{flags} --attention causal --position learned --conv 0 --out_dir {tmp_path}/gpt")
+    go_on = f"--data book --init_from {tmp_path}/gpt/last.pt --attention canvas --prompt_len 0 --max_iters 3"
+    run_train(monkeypatch, f"{go_on} --open_steps 2 --out_dir {tmp_path}/canvas")
+    model = load_checkpoint(tmp_path / "canvas" / "last.pt")[0]
+    assert (model.config.block_size, model.config.shift_id, len(model.position_embedding.weight)) == (
+        31,
+        256,
+        32,
+    )
+    capsys.readouterr()
+    sentence = mistake(train.main, f"{go_on} --block_size 32 --out_dir new".split(), monkeypatch, capsys)
+    assert "at most 31 tokens" in sentence
+
+
+def test_an_opening_resumes_where_it_was(world, tmp_path, monkeypatch):
+    opened = []
+    step = train.loss_of
+
+    def watched(model, *batch):
+        if model.training:
+            opened.append(model.opened)
+        return step(model, *batch)
+
+    monkeypatch.setattr(train, "loss_of", watched)
+    flags = f"--data book --attention causal --conv 0 --out_dir {tmp_path}/gpt --max_iters 1"
+    run_train(monkeypatch, f"{flags} {SMALL.replace('0:8', '0')}")
+    flags = f"--data book --init_from {tmp_path}/gpt/last.pt --attention canvas --open_steps 4 --batch_size 2"
+    run_train(monkeypatch, f"{flags} --prompt_len 0 --out_dir {tmp_path}/canvas --max_iters 2")
+    run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}/canvas --max_iters 6")
+    shares = [None if share is None else share.item() for share in opened]
+    assert shares == [None, 0, 0.25, 0.5, 0.75, None, None]
+
+
+def test_a_causal_checkpoint_of_an_earlier_version_gives_the_same_logits(world, tmp_path):
+    """There a token saw itself and those to its left, masked or not, and the convolution those to its left."""
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 257,
+        "mask_id": 256,
+        "block_size": 8,
+        "n_layer": 1,
+        "n_head": 1,
+        "n_embd": 8,
+        "conv": 3,
+    }
+    model = Transformer(ModelConfig(**shape, block_len=1)).eval()
+    torch.nn.init.normal_(model.blocks[0].convolution.weight)
+    earlier = {
+        "config": {**shape, "causal": True},
+        "model": model.state_dict(),
+        "tokenizer": {"kind": "bytes"},
+    }
+    torch.save({**earlier, "train": {"causal": True}}, tmp_path / "old.pt")
+    loaded, _, checkpoint = load_checkpoint(tmp_path / "old.pt")
+    assert "causal" not in checkpoint["train"]
+    idx = torch.tensor([[1, 256, 3, 256, 256, 4, 5, 6]])
+    with torch.no_grad():
+        logits = loaded(idx)
+        for n in range(1, 9):  # what stands to the right changes nothing
+            torch.testing.assert_close(loaded(idx[:, :n]), logits[:, :n])
+        x = model.token_embedding(idx)
+        strip = torch.nn.functional.pad(x, (0, 0, 2, 0))
+        taps = model.blocks[0].convolution.weight[:, 0, 0]  # (C, 3)
+        x = x + sum(strip[:, i : i + 8] * taps[:, i] for i in range(3))
+        torch.testing.assert_close(
+            model.blocks[0].convolution(model.token_embedding(idx), model.sight(0, 8, None, "cpu")[0]), x
+        )
+
+
+def test_two_models_write_the_same_prompt_one_after_the_other(world, monkeypatch, capsys):
+    flags = ["--prompt", "line 1", "the", "--length", 20, "--dtype", "float32"]
+    alone = [
+        sample_text(["--ckpt", f"{name}/ckpt.pt", *flags], monkeypatch, capsys) for name in ("gpt", "out")
+    ]
+    judged = ["--judge", "gpt/ckpt.pt"]
+    both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", *judged, *flags], monkeypatch, capsys)
+    assert both.out == "".join(each.out for each in alone)
+    model, tokenizer, _ = load_checkpoint("gpt/ckpt.pt")
+    for name, passes in (("gpt", 17), ("out", 17)):
+        line = next(line for line in both.err.splitlines() if f"{name}/ckpt.pt: 31 tokens in " in line)
+        assert re.search(
+            rf"tokens/s, {passes} forward passes; under gpt/ckpt.pt [\d.]+, [\d.]+ nats per byte", line
+        )
+        texts = both.out.encode()[: len(alone[0].out.encode())] if name == "gpt" else alone[1].out.encode()
+        nats = [float(x) for x in re.findall(r"gpt/ckpt.pt ([\d.]+), ([\d.]+) nats", line)[0]]
+        assert len(nats) == 2
+        assert texts
+    text = "line 3 of the book\nand more than one window of it\n"
+    ids = torch.tensor(tokenizer.encode(text))
+    whole = len(ids) // 32 * 32
+    nats = float(train.nelbo(model, ids[None, :whole])) * whole
+    nats += float(train.nelbo(model, ids[None, whole:])) * (len(ids) - whole)
+    assert sample.nats_per_byte(model, tokenizer, text) == pytest.approx(nats / len(text), abs=1e-4)
+
+
+def test_a_flag_that_one_of_two_models_can_follow_is_for_that_one(monkeypatch, capsys):
+    flags = ["--prompt", "line 1", "--order", "confidence", "--steps", 3, "--length", 20]
+    alone = sample_text(["--ckpt", "out/ckpt.pt", *flags], monkeypatch, capsys)
+    both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", *flags], monkeypatch, capsys)
+    assert both.out.endswith(alone.out)
+    assert " 14 forward passes" in both.err
+    assert " 3 forward passes" in both.err
+
+
 # --- mistakes ------------------------------------------------------------------------------------
 
 
@@ -438,6 +603,16 @@ TRAIN_MISTAKES = {
     "--init_from resume --max_iters 9 --optimizer adamw": "not with these flags",
     "--data book --out_dir book.txt --block_size 32 --prompt_len 0": "book.txt",
     "--data book --out_dir book.txt/below --block_size 32 --prompt_len 0": "book.txt",
+    "--attention block": "block:K for blocks of K tokens",
+    "--attention sideways": "canvas, block:K",
+    "--attention block:5 --block_size 32 --data book": "K must divide --block_size 32",
+    "--attention causal --level uniform --data book": "every token is a hole",
+    "--attention causal --slant 1 --data book": "every token is a hole",
+    "--init_from resume --attention causal --max_iters 9": "--attention causal: the model in",
+    "--init_from out/ckpt.pt --out_dir new --data book --attention block:5": "K must divide",
+    "--data book --open_steps 5": "--open_steps 5: it takes a causal model",
+    "--init_from out/ckpt.pt --out_dir new --data book --open_steps 5": "--open_steps 5: it takes a causal model",
+    "--init_from gpt/ckpt.pt --out_dir new --data book --open_steps 5": "--open_steps 5: it takes a causal model",
     "--data book --block_size 32 --device nonsense": "nonsense",
     "--data book --block_size 32 --device cpu:x": "cpu:x",
     "--data book --block_size 32 --device cuda:99": "cuda:99",
@@ -490,6 +665,23 @@ SAMPLE_MISTAKES = {
     ("--steps", "9" * 20): "at most",
     ("--block_len", "32", "--length", "64"): "sees 32 tokens",
     ("--save", "data/.svg"): ".html",
+    ("--ckpt", "gpt/ckpt.pt", "--suffix", "x"): "--suffix: the model in gpt/ckpt.pt",
+    ("--ckpt", "blocks/ckpt.pt", "--suffix", "x"): "--suffix: the model in blocks/ckpt.pt",
+    (
+        "--ckpt",
+        "gpt/ckpt.pt",
+        "--order",
+        "confidence",
+    ): "--order confidence: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--order", "random"): "--order random: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--steps", "3"): "--steps 3: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--block_len", "4"): "--block_len 4",
+    ("--ckpt", "gpt/ckpt.pt", "--prompt", "a", "--guidance", "2"): "--guidance 2.0",
+    ("--ckpt", "blocks/ckpt.pt", "--block_len", "3"): "--block_len 3: it must divide",
+    ("--ckpt", "blocks/ckpt.pt", "--score", "book.txt"): "no one probability",
+    ("--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", "--score", "book.txt"): "of one model at a time",
+    ("--ckpt", "gpt/ckpt.pt", "gpt/ckpt.pt", "--order", "left", "--steps", "3"): "--steps 3",
+    ("--judge", "nope.pt"): "nope.pt: there is no such checkpoint",
     ("--ckpt", "nope.pt"): "no such checkpoint",
     ("--ckpt", "book.txt"): "not a checkpoint",
     ("--ckpt", "data"): "data",

@@ -136,29 +136,35 @@ def library_text():
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
 
 
-def write_bpe(folder, merges, first=FIRST):
+def write_bpe(folder, merges, first=FIRST, last=("<mask>",)):
     """vocab.json and merges.txt; returns the number of tokens."""
     text = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
-    tokens = list(dict.fromkeys([*first, *text, "<mask>"]))
+    tokens = list(dict.fromkeys([*first, *text, *last]))
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     return len(tokens)
 
 
 def random_model(kind, **settings):
-    """transformers' model with random weights: no bias is zero, and no norm without effect."""
+    """transformers' model with random weights, those of the padding too."""
     config_class, model_class = CLASSES[kind]
     settings = shape(32, 2, 4, 48) | settings
     torch.manual_seed(0)
     model = model_class(config_class(initializer_range=settings["hidden_size"] ** -0.5, **settings)).eval()
+    move_biases(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # a bias, which was 0, or a norm's weight, which was 1
-                parameter += 0.3 * torch.randn_like(parameter)
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].normal_(std=model.config.initializer_range)
     return model
+
+
+@torch.no_grad()
+def move_biases(model):
+    """Make no bias zero, and no norm without effect."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # a bias, which was 0, or a norm's weight, which was 1
+            parameter += 0.3 * torch.randn_like(parameter)
 
 
 def write_roberta(folder, merges, first=FIRST, **settings):

@@ -184,7 +184,8 @@ def convert(theirs, tokenizer, path, tensors):
     twice = {name.replace("decoder.bias", "bias") for name in tensors if name.endswith("decoder.bias")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in twice}
     found = hub.by_plain_name(tensors, plain, path)
-    tied = hub.tie(found, *(their_name(name, kind) for name in ("token_embedding.weight", "head.weight")), theirs)
+    embedding, head = (their_name(name, kind) for name in ("token_embedding.weight", "head.weight"))
+    tied = hub.tie(found, embedding, head, theirs)
     model = hub.empty_model(our_config(theirs, tokenizer, tied), path)
     names = {name: their_name(name, kind) for name in model.state_dict()}
     expected = {names[name]: parameter for name, parameter in model.state_dict().items()}

@@ -1,0 +1,272 @@
+"""GPT-2's weights and tokenizer as one checkpoint of ours, and back.
+
+    python data/gpt2/prepare.py                             # gpt2, downloaded once
+    python data/gpt2/prepare.py DIR --out mine.pt           # files that are already there
+    python data/gpt2/prepare.py out/ckpt.pt --export DIR    # for the rest of the world to load
+
+The network is ours with blocks of one token, a shift and a few settings more (ModelConfig has them all), so
+this file is only about names: of settings, and of tensors. And about `<mask>`, which GPT-2 does not have.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import hub
+from data.corpus import DATA
+from data.run.errors import Mistake, command
+from data.run.flags import argument, flag, parse
+from data.tokenizer import BPETokenizer
+from model import ModelConfig, load_checkpoint
+
+REPOSITORIES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+START = "<|endoftext|>"  # ends one text and begins the next
+
+
+@dataclass
+class PrepareConfig:
+    source: str = argument(
+        f"{', '.join(REPOSITORIES)}; a folder with the files of a GPT-2; a checkpoint to --export",
+        default="gpt2",
+    )
+    out: str | None = flag(None, "checkpoint to write (default: data/gpt2/NAME.pt)")
+    export: str | None = flag(None, "folder to write the checkpoint's model to, in the files of GPT-2")
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+# What the files leave out when it is this.
+DEFAULTS = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": 0,  # 4 * n_embd; the files have null
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+# What our model cannot be, besides these.
+REQUIRED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
+def read_config(path):
+    """config.json as a dict, with the defaults of what it leaves out. Mistake if we have no such model."""
+    theirs = hub.read_kind(path, ("gpt2",))
+    if theirs.get("n_inner") is None:
+        theirs["n_inner"] = 0
+    theirs = hub.with_defaults(theirs, DEFAULTS, REQUIRED, "activation_function", path, may_be_0=("n_inner",))
+    if theirs["n_embd"] % theirs["n_head"]:
+        raise Mistake(f"{path}: n_embd is not a multiple of n_head")
+    if theirs["n_positions"] < 2:
+        raise Mistake(f"{path}: n_positions cannot be 1; a GPT of one position reads no text")
+    return theirs
+
+
+def our_config(theirs, tokenizer, tied):
+    """The ModelConfig of their config."""
+    return ModelConfig(
+        vocab_size=theirs["vocab_size"] + 1,
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        block_size=theirs["n_positions"],
+        n_layer=theirs["n_layer"],
+        n_head=theirs["n_head"],
+        n_embd=theirs["n_embd"],
+        dropout=theirs["resid_pdrop"],
+        block_len=1,
+        shift_id=tokenizer.first(START),
+        conv=0,
+        position="learned",
+        qk_norm=False,
+        mlp_width=theirs["n_inner"] or 0,
+        activation=hub.OUR_ACTIVATION[theirs["activation_function"]],
+        bias=True,
+        head_bias=False,
+        norm_eps=theirs["layer_norm_epsilon"],
+        tied=tied,
+    )
+
+
+def their_config(config, tokenizer):
+    """The inverse of our_config."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size - 1,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": config.mlp_width or None,
+        "activation_function": hub.their_activation(config),
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": tokenizer.first(START),
+        "eos_token_id": tokenizer.first(START),
+    }
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+NAMES = {
+    "token_embedding": "wte",
+    "position_embedding": "wpe",
+    "attention_norm": "ln_1",
+    "attention.query": "attn.c_attn",  # three of ours, one below the other, are one of theirs
+    "attention.key": "attn.c_attn",
+    "attention.value": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+    "final_norm": "ln_f",
+    "head": "lm_head",
+}
+TABLES = ("wte.weight", "lm_head.weight")  # a row for each token
+# Parts of a file that are no weights: who sees whom, and what a score that is not seen becomes.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+# Heads that writing text does not use.
+UNUSED = re.compile(r"score\.|classifier\.|multiple_choice_head\.|qa_outputs\.")
+
+
+def their_name(name):
+    """What a tensor of our state_dict is called in the files, without the leading `transformer.`."""
+    return hub.their_name(name, NAMES, "h")
+
+
+def plain_name(name):
+    """A key of a file in the spelling of their_name."""
+    return name.removeprefix("transformer.")
+
+
+def transposed(name, tensor):
+    """A layer's matrix the other way round: theirs are (in, out), and ours (out, in)."""
+    return tensor.T.contiguous() if name.startswith("h.") and tensor.ndim == 2 else tensor
+
+
+def their_tensors(ours):
+    """Tensors of our state_dict with GPT-2's names and shapes."""
+    parts = defaultdict(list)
+    for name, tensor in ours.items():
+        their = their_name(name)
+        parts[their].append(tensor[:-1] if their in TABLES else tensor)  # without the row of <mask>
+    return {name: transposed(name, torch.cat(tensors)) for name, tensors in parts.items()}
+
+
+def our_tensors(found, names):
+    """The inverse: tensors by our names, of those found by theirs."""
+    parts = defaultdict(list)
+    for name in names:
+        parts[their_name(name)].append(name)
+    ours = {}
+    for their, several in parts.items():
+        tensor = transposed(their, found[their].float())
+        if their in TABLES:
+            tensor = with_mask(tensor)
+        ours |= zip(several, (part.clone() for part in tensor.chunk(len(several))))
+    return ours
+
+
+def with_mask(table):
+    """A table (V, C) with one row more, for `<mask>`.
+
+    A GPT never reads one, since a position sees only what is written, so the row is needed only once the
+    attention is opened. The mean of all tokens is then where training begins: it favours none of them.
+    """
+    return torch.cat((table, table.mean(0, keepdim=True)))
+
+
+def convert(theirs, tokenizer, path, tensors):
+    """Our model with their tensors, and the names of those that it has no use for."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(plain_name(name))}
+    found = hub.by_plain_name(tensors, plain_name, path)
+    tied = hub.tie(found, *TABLES, theirs)
+    model = hub.empty_model(our_config(theirs, tokenizer, tied), path)
+    expected = their_tensors(model.state_dict())
+    hub.check_tensors(found, expected, path)
+    skipped = hub.left_over(tensors, plain_name, expected, UNUSED, path)
+    return hub.fill(model, our_tensors(found, model.state_dict())), skipped
+
+
+# --- the tokenizer -------------------------------------------------------------------------------
+
+
+def with_special(tokenizer, special):
+    """The same tokenizer with these special tokens, ids by name."""
+    state = tokenizer.state
+    return BPETokenizer(state["tokens"], state["pattern"], state["ids"], special)
+
+
+def read_tokenizer(folder, theirs):
+    """Their tokenizer, and `<mask>` after all others."""
+    tokenizer, vocab_size = hub.read_bpe(folder, theirs["vocab_size"]), theirs["vocab_size"]
+    hub.check_vocab_size(folder, tokenizer, vocab_size)
+    if START not in tokenizer.special:
+        raise Mistake(f"{folder}: its vocabulary has no {START}, which stands before the text of a GPT-2")
+    if tokenizer.mask_id is not None:
+        raise Mistake(f"{folder}: its vocabulary has a <mask> already, and a GPT-2's has none")
+    return with_special(tokenizer, {**tokenizer.special, "<mask>": vocab_size})
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def convert_folder(folder):
+    """(model, tokenizer, what is not used) of the files in a folder."""
+    theirs = read_config(folder / "config.json")
+    tokenizer = read_tokenizer(folder, theirs)
+    model, skipped = convert(theirs, tokenizer, *hub.read_weights(folder))
+    unused = [", ".join(skipped)] if skipped else []
+    dropout = theirs["resid_pdrop"]
+    others = [name for name in ("embd_pdrop", "attn_pdrop") if theirs[name] != dropout]
+    if others:
+        unused.append(f"{', '.join(others)}; dropout is {dropout} everywhere")
+    return model, tokenizer, unused
+
+
+def export(path, folder):
+    """Write the GPT-2 of our checkpoint to a folder in the layout of the hub's."""
+    model, tokenizer, _ = load_checkpoint(path)
+    config = model.config
+    if not isinstance(tokenizer, BPETokenizer) or START not in tokenizer.special:
+        raise Mistake(f"{path}: it is not a GPT-2, and only that can be exported; it has no {START}")
+    theirs = their_config(config, tokenizer)
+    hub.check_kind(path, config, our_config(theirs, tokenizer, config.tied), "GPT-2")
+    special = {name: i for name, i in tokenizer.special.items() if name != "<mask>"}
+    tensors = their_tensors(model.state_dict())
+    if config.tied:  # it is wte.weight again
+        del tensors["lm_head.weight"]
+    tensors = {name if name in TABLES[1:] else f"transformer.{name}": t for name, t in tensors.items()}
+    hub.write_model(folder, theirs, with_special(tokenizer, special), tensors)
+
+
+def main():
+    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
+    hub.prepare(config, DATA / "gpt2", REPOSITORIES, convert_folder, export)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,514 @@
+"""GPT-2: the same logits, tokens and continuations as transformers', which is the reference, and back."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import test_roberta
+import torch
+import transformers
+from safetensors.torch import save_file
+from test_roberta import (
+    assert_equal,
+    edit,
+    library_text,
+    move_biases,
+    renamed,
+    same_vocabulary,
+    save_weights,
+    without,
+    write_bpe,
+)
+
+import data.gpt2.prepare as prepare
+import data.hub
+import data.roberta.prepare as roberta_prepare
+import data.text.prepare as text_prepare
+import sample
+import train
+from data.run.checkpoint import save_checkpoint
+from data.tokenizer import ByteTokenizer
+from model import ModelConfig, Transformer, load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+START = "<|endoftext|>"
+FILES = ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]
+
+# The fixtures of the other converter's tests, here of this one.
+data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
+merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
+
+
+def shape(width, layers, heads, positions, inside=None):
+    """The settings that give a model its shape."""
+    names = "n_embd", "n_layer", "n_head", "n_positions", "n_inner"
+    return dict(zip(names, (width, layers, heads, positions, inside)))
+
+
+SMALL = shape(32, 2, 4, 24)
+
+
+def write_gpt2(folder, merges, **settings):
+    """A folder with the files of a random GPT-2 but its weights; returns transformers' model of it."""
+    folder.mkdir()
+    vocab_size = write_bpe(folder, merges, first=(), last=(START,))
+    start = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))[START]
+    settings = {"vocab_size": vocab_size, "bos_token_id": start, "eos_token_id": start, **SMALL, **settings}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(initializer_range=settings["n_embd"] ** -0.5, **settings)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    move_biases(model)
+    config.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def original(merges, tmp_path_factory):
+    """A small GPT-2, whole: its folder and its model."""
+    folder = tmp_path_factory.mktemp("original") / "gpt2"
+    model = write_gpt2(folder, merges[:200])
+    save_weights(folder, model.state_dict())
+    return folder, model
+
+
+@pytest.fixture(scope="session")
+def expected(original):
+    """Our tensors of the small GPT-2."""
+    return in_memory(*original).state_dict()
+
+
+@pytest.fixture
+def gpt2(original, tmp_path):
+    """A copy of the small GPT-2's folder, for the test to change."""
+    return shutil.copytree(original[0], tmp_path / "model")
+
+
+@pytest.fixture
+def checkpoint(original, run, tmp_path):
+    """Our checkpoint of the small GPT-2."""
+    run(original[0], "--out", tmp_path / "gpt2.pt")
+    return tmp_path / "gpt2.pt"
+
+
+def in_memory(folder, reference):
+    """Our model of a folder's config.json and vocabulary, and of transformers' model's weights."""
+    theirs = prepare.read_config(folder / "config.json")
+    tokenizer = prepare.read_tokenizer(folder, theirs)
+    return prepare.convert(theirs, tokenizer, folder / "pytorch_model.bin", reference.state_dict())[0]
+
+
+# --- logits --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def largest_difference(model, reference, lengths):
+    """The largest between the logits of random texts, which begin with START for the reference alone."""
+    torch.manual_seed(0)
+    largest = 0.0
+    for T in lengths:
+        ids = torch.randint(reference.config.vocab_size, (3, T))
+        start = torch.full((3, 1), reference.config.bos_token_id)
+        theirs = reference(torch.cat((start, ids[:, :-1]), 1)).logits  # (3, T, V), of the token that follows
+        ours = model(ids)  # (3, T, V + 1), of the token that is there
+        assert ours.dtype == torch.float32
+        assert (ours[..., -1] == -torch.inf).all()
+        largest = max(largest, (ours[..., :-1] - theirs).abs().max().item())
+    return largest
+
+
+REAL = {  # but for the vocabulary: shape, lengths
+    "distilgpt2": (shape(768, 6, 12, 1024), (1, 17, 1024)),
+    "gpt2": (shape(768, 12, 12, 1024), (1, 65, 1024)),
+    "gpt2-medium": (shape(1024, 24, 16, 1024), (2, 512)),
+}
+ODD = {
+    "relu, a large eps, untied": {
+        **shape(36, 3, 3, 31, 50),
+        "activation_function": "relu",
+        "layer_norm_epsilon": 1e-2,
+        "tie_word_embeddings": False,
+    },
+    "gelu, one layer, one head": {**shape(20, 1, 1, 40, 24), "activation_function": "gelu"},
+    "silu, two positions": {**shape(80, 2, 5, 2), "activation_function": "silu"},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_path):
+    settings, lengths = REAL[name]
+    reference = write_gpt2(tmp_path / name, merges[:40], **settings)
+    model = in_memory(tmp_path / name, reference)
+    largest = largest_difference(model, reference, lengths)
+    print(f"{name}: the largest difference is {largest:.1e}")
+    assert model.config.block_size == 1024
+    assert largest < 1e-4
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_logits_of_odd_shapes_are_those_of_the_reference_at_every_length(name, merges, tmp_path):
+    reference = write_gpt2(tmp_path / "odd", merges[:20], **ODD[name])
+    model = in_memory(tmp_path / "odd", reference)
+    lengths = range(1, model.config.block_size + 1)
+    largest = largest_difference(model, reference, lengths)
+    print(f"{name}: the largest difference is {largest:.1e}")
+    assert len(lengths) == ODD[name]["n_positions"]
+    assert largest < 1e-4
+
+
+def test_a_greedy_continuation_is_that_of_the_reference_token_for_token(merges, tmp_path):
+    reference = write_gpt2(tmp_path / "model", merges[:200], **shape(64, 3, 4, 60))
+    model = in_memory(tmp_path / "model", reference)
+    start, vocab_size = reference.config.bos_token_id, reference.config.vocab_size
+    reference.generation_config.eos_token_id = None  # else a text ends there
+    for n_prompt in (0, 1, 20):
+        prompt = torch.randint(start, (4, n_prompt))
+        canvas = torch.cat((prompt, torch.full((4, 60 - n_prompt), model.config.mask_id)), 1)
+        *_, ours = sample.denoise(model, canvas, temperature=0)
+        read = torch.cat((torch.full((4, 1), start), prompt), 1)
+        theirs = reference.generate(
+            read,
+            attention_mask=torch.ones_like(read),
+            max_new_tokens=60 - n_prompt,
+            do_sample=False,
+            suppress_tokens=[start],
+            pad_token_id=start,
+        )
+        assert ours.equal(theirs[:, 1:])
+        assert ours.max() < vocab_size
+
+
+def test_the_row_of_mask_is_the_mean_of_all_others_and_is_never_read(original):
+    model = in_memory(*original)
+    table, mask_id = model.token_embedding.weight, model.config.mask_id
+    assert mask_id == len(table) - 1 == original[1].config.vocab_size
+    torch.testing.assert_close(table[-1], table[:-1].mean(0))
+    ids = torch.randint(mask_id, (2, 20))
+    canvas = ids.masked_fill(torch.arange(20) >= 12, mask_id)
+    assert model(ids)[:, :13].equal(model(canvas)[:, :13])
+    with torch.no_grad():
+        before = model(ids)
+        table[-1] = 100.0
+    assert model(ids).equal(before)
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def test_tokens_are_those_of_the_reference_and_hold_the_text(original, checkpoint, mixed_lines):
+    folder, reference = original
+    tokenizer = load_checkpoint(checkpoint)[1]
+    lines = mixed_lines[::4]
+    their_tokenizer = transformers.GPT2TokenizerFast.from_pretrained(folder)
+    for line, ids in zip(lines, their_tokenizer(lines).input_ids):
+        if START not in line:  # which is text for ours, and a token for theirs
+            assert tokenizer.encode(line) == ids, line
+            assert tokenizer.decode(ids) == line
+
+
+def test_special_tokens_are_not_text(original, checkpoint):
+    start = original[1].config.bos_token_id
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    assert model.config.shift_id == start
+    assert model.config.special_ids == tokenizer.special_ids == (start, tokenizer.mask_id)
+    text = f"one{START} two <mask>"
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.special_ids)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_line("one\n") == tokenizer.encode("one\n")  # nothing opens or closes a line
+    one, two = tokenizer.encode("one"), tokenizer.encode(" two")
+    assert tokenizer.decode([start, *one, start, *two, tokenizer.mask_id]) == "one two<mask>"
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "as transformers writes it": lambda tensors: tensors,
+    "without the leading name": lambda tensors: renamed(tensors, r"^transformer\.", ""),
+    "no head, which is tied": lambda tensors: without(tensors, "lm_head.weight"),
+    "with buffers, as the oldest files": lambda tensors: {
+        **renamed(tensors, r"^transformer\.", ""),
+        **{f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24, dtype=torch.uint8).tril() for i in range(2)},
+        **{f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_names_gives_the_same_model(layout, original, expected, gpt2, run, tmp_path, capsys):
+    save_weights(gpt2, LAYOUTS[layout](original[1].state_dict()))
+    run(gpt2, "--out", tmp_path / "out.pt")
+    model = load_checkpoint(tmp_path / "out.pt")[0]
+    assert_equal(model.state_dict(), expected)
+    assert model.head.weight is model.token_embedding.weight
+    assert "not used" not in capsys.readouterr().out
+
+
+def test_a_head_that_differs_from_the_embedding_is_its_own(original, gpt2, run, tmp_path):
+    tensors = original[1].state_dict()
+    save_weights(gpt2, tensors | {"lm_head.weight": 2 * tensors["lm_head.weight"]})
+    run(gpt2, "--out", tmp_path / "out.pt")
+    model = load_checkpoint(tmp_path / "out.pt")[0]
+    assert not model.config.tied
+    assert model.head.weight[:-1].equal(2 * model.token_embedding.weight[:-1])
+
+
+def test_what_is_not_used_is_said(original, expected, gpt2, run, tmp_path, capsys):
+    save_weights(gpt2, original[1].state_dict() | {"score.weight": torch.ones(2, 32)})
+    edit(gpt2 / "config.json", attn_pdrop=0.0)
+    run(gpt2, "--out", tmp_path / "out.pt")
+    assert_equal(load_checkpoint(tmp_path / "out.pt")[0].state_dict(), expected)
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used")]
+    assert listed == ["not used: score.weight", "not used: attn_pdrop; dropout is 0.1 everywhere"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_float32_of_the_same_values(dtype, original, gpt2, run, tmp_path):
+    half = {name: tensor.to(dtype) for name, tensor in original[1].state_dict().items()}
+    save_weights(gpt2, half)
+    run(gpt2, "--out", tmp_path / "out.pt")
+    table = load_checkpoint(tmp_path / "out.pt")[0].token_embedding.weight
+    assert table.dtype == torch.float32
+    assert table[:-1].equal(half["transformer.wte.weight"].float())
+
+
+def test_safetensors_are_read_where_they_are_the_only_file(original, expected, gpt2, run, mistake, tmp_path):
+    (gpt2 / "pytorch_model.bin").unlink()
+    tensors = {name: tensor.clone() for name, tensor in original[1].state_dict().items()}
+    save_file(tensors, gpt2 / "model.safetensors")
+    run(gpt2, "--out", tmp_path / "out.pt")
+    assert_equal(load_checkpoint(tmp_path / "out.pt")[0].state_dict(), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.hub.importlib.util, "find_spec", lambda name: None)
+        assert "pip install safetensors" in mistake(gpt2, "--out", tmp_path / "new.pt")
+
+
+def test_a_name_is_downloaded_from_its_repository(original, expected, run, data_folder, monkeypatch):
+    fetched = []
+
+    def download(url, path, instead):
+        fetched.append(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(original[0] / path.name, path)
+
+    monkeypatch.setattr(data.hub, "download", download)
+    run("distilgpt2")
+    assert fetched == [f"{data.hub.HUB}/distilbert/distilgpt2/resolve/main/{name}" for name in FILES]
+    run("distilgpt2", "--out", data_folder / "again.pt")
+    assert len(fetched) == 4
+    for path in (data_folder / "gpt2" / "distilgpt2.pt", data_folder / "again.pt"):
+        assert_equal(load_checkpoint(path)[0].state_dict(), expected)
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+EXPORTED = {
+    "tied": {},
+    "untied, other settings": {
+        "tie_word_embeddings": False,
+        "activation_function": "relu",
+        "layer_norm_epsilon": 1e-3,
+        "n_inner": 48,
+        "resid_pdrop": 0.25,
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_is_the_original_for_transformers_and_for_us(name, merges, run, tmp_path):
+    original, exported = tmp_path / "model", tmp_path / "exported"
+    reference = write_gpt2(original, merges, **EXPORTED[name])
+    save_weights(original, reference.state_dict())
+    run(original, "--out", tmp_path / "a.pt")
+    run(tmp_path / "a.pt", "--export", exported)
+    loaded, report = transformers.GPT2LMHeadModel.from_pretrained(exported, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == reference.config.tie_word_embeddings
+    assert_equal(loaded.state_dict(), reference.state_dict())
+    for setting in (*SMALL, "activation_function", "layer_norm_epsilon", "resid_pdrop", "bos_token_id"):
+        assert getattr(loaded.config, setting) == getattr(reference.config, setting)
+    assert same_vocabulary(exported, original)
+    ids = torch.randint(reference.config.vocab_size, (3, 24))
+    with torch.no_grad():
+        assert loaded.eval()(ids).logits.equal(reference(ids).logits)
+    run(exported, "--out", tmp_path / "b.pt")
+    (model, tokenizer, _), (again, tokenizer_again, _) = (
+        load_checkpoint(tmp_path / path) for path in ("a.pt", "b.pt")
+    )
+    assert again.config == model.config
+    assert tokenizer_again.state == tokenizer.state
+    assert_equal(again.state_dict(), model.state_dict())
+
+
+def test_an_exported_file_has_no_more_than_the_weights(checkpoint, original, run, tmp_path):
+    run(checkpoint, "--export", tmp_path / "exported")
+    tensors = torch.load(tmp_path / "exported" / "pytorch_model.bin", weights_only=True)
+    assert_equal(tensors, without(original[1].state_dict(), "lm_head.weight"))
+    for tensor in tensors.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_only_a_gpt2_is_exported_and_only_to_a_folder_without_a_model(
+    checkpoint, original, gpt2, merges, run, mistake, tmp_path
+):
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    roberta = test_roberta.write_roberta(tmp_path / "roberta", merges[:200])
+    save_weights(tmp_path / "roberta", roberta.state_dict())
+    run(tmp_path / "roberta", "--out", tmp_path / "roberta.pt", main=roberta_prepare.main)
+    small = {"n_embd": 16, "n_layer": 1, "block_size": 16}
+    tokens = {"vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id}
+    own = {**small, **tokens, "special_ids": tokenizer.special_ids}
+    save_checkpoint(tmp_path / "bytes.pt", Transformer(ModelConfig(**small)), ByteTokenizer())
+    save_checkpoint(tmp_path / "rope.pt", Transformer(ModelConfig(**own)), tokenizer)
+    opened, _, _ = load_checkpoint(checkpoint, block_len=0, block_size=23)
+    save_checkpoint(tmp_path / "opened.pt", opened, tokenizer)
+    for name in ("roberta", "bytes", "rope", "opened"):
+        assert "not a GPT-2" in mistake(tmp_path / f"{name}.pt", "--export", tmp_path / "new")
+    assert "block_len is 0" in mistake(tmp_path / "opened.pt", "--export", tmp_path / "new")
+    sentence = mistake(checkpoint, "--export", tmp_path / "new", main=roberta_prepare.main)
+    assert "not a RoBERTa" in sentence
+    assert "in it already" in mistake(checkpoint, "--export", gpt2)
+    assert "--out" in mistake(checkpoint, "--export", tmp_path / "new", "--out", "x.pt")
+    assert "no such checkpoint" in mistake(tmp_path / "none.pt", "--export", tmp_path / "new")
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train_on_text(run, checkpoint, tmp_path, *flags):
+    """Train a checkpoint on a little text with its own tokens; the path of what was trained."""
+    (tmp_path / "novel.txt").write_text(library_text()[:20_000], encoding="utf-8")
+    arguments = (tmp_path / "novel.txt", "--name", "novel", "--tokenizer", checkpoint)
+    run(*arguments, main=text_prepare.main)
+    out = ("--data", "novel", "--out_dir", tmp_path / "out", "--evals", 1, "--prompt_len", 0)
+    run("--init_from", checkpoint, *flags, *out, main=train.main)
+    return tmp_path / "out" / "ckpt.pt"
+
+
+def test_a_gpt2_that_is_trained_further_is_exported(checkpoint, original, run, tmp_path):
+    trained = train_on_text(run, checkpoint, tmp_path, "--max_iters", 3)
+    run(trained, "--export", tmp_path / "exported")
+    reference = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "exported").eval()
+    model = load_checkpoint(trained)[0]
+    assert largest_difference(model, reference, [24]) < 1e-4
+    assert largest_difference(model, original[1], [24]) > 1e-3
+
+
+def opening():
+    """The flags of data/gpt2/README.md's line that opens GPT-2, without those that name files."""
+    readme = (ROOT / "data" / "gpt2" / "README.md").read_text(encoding="utf-8")
+    line = re.search(r"^python train.py (.*--open_steps.*)$", readme, re.MULTILINE)[1]
+    return re.sub(r"--(init_from|data|out_dir|open_steps) \S+", "", line).split()
+
+
+def test_an_opened_gpt2_trains_and_writes_what_stands_between(checkpoint, run, mistake, tmp_path, capsys):
+    flags = (*opening(), "--open_steps", 2)
+    longer = ("--init_from", checkpoint, *flags, "--block_size", 24, "--max_iters", 1)
+    assert "at most 23 tokens" in mistake(*longer, main=train.main)
+    trained = train_on_text(run, checkpoint, tmp_path, *flags, "--block_size", 23, "--max_iters", 4)
+    model, tokenizer, checkpoint = load_checkpoint(trained)
+    assert checkpoint["step"] == 4
+    assert (model.config.block_len, model.config.block_size) == (0, 23)
+    assert model.config.shift_id == tokenizer.first(START)
+    ids = torch.randint(model.config.mask_id, (1, 23))
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % model.config.mask_id
+    assert not model(ids)[0, 0].equal(model(changed)[0, 0])  # the first sees the last
+    capsys.readouterr()
+    run("--ckpt", trained, "--prompt", "def <mask*9>:", main=sample.main)
+    text = capsys.readouterr().out
+    assert text.startswith("def ")
+    assert text.endswith(":\n")
+    assert START not in text
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing_is_named(name, gpt2, mistake, tmp_path):
+    (gpt2 / name).unlink()
+    assert f"no {name} in it" in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_truncated_is_named(name, gpt2, mistake, tmp_path):
+    whole = (gpt2 / name).read_bytes()
+    for size in (0, len(whole) // 2, len(whole) - 3):
+        (gpt2 / name).write_bytes(whole[:size])
+        assert name in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")
+
+
+OTHER_CONFIGS = [
+    ({"model_type": "roberta"}, "roberta"),
+    ({"model_type": None, "architectures": ["T5Model"]}, "None"),
+    ({"activation_function": "swiglu"}, "swiglu"),
+    ({"scale_attn_weights": False}, "scale_attn_weights"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ({"add_cross_attention": True}, "add_cross_attention"),
+    ({"n_head": 5}, "n_embd is not a multiple"),
+    ({"n_head": 0}, "n_head cannot be 0"),
+    ({"n_embd": "768"}, "n_embd cannot be 768"),
+    ({"n_inner": -1}, "n_inner cannot be -1"),
+    ({"n_inner": 100}, "mlp.c_fc"),
+    ({"n_positions": 1}, "n_positions cannot be 1"),
+    ({"n_positions": 25}, "wpe.weight"),
+    ({"n_embd": 64}, "64)"),
+    ({"n_layer": 3}, "h.2."),
+    ({"n_layer": 1}, "h.1."),
+    ({"vocab_size": 100}, "100 in config.json"),
+    ({"vocab_size": 10**12}, "in config.json"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), OTHER_CONFIGS)
+def test_a_config_that_is_of_another_model_is_refused_by_name(changes, reason, gpt2, mistake, tmp_path):
+    edit(gpt2 / "config.json", **changes)
+    assert reason in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")
+
+
+LAYER = "transformer.h.1.attn.c_attn.weight"
+OTHER_WEIGHTS = {
+    "an unknown tensor": (lambda t: t | {"transformer.adapter.weight": torch.ones(2)}, "transformer.adapter"),
+    "a layer too many": (lambda t: t | {LAYER.replace("1", "2"): t[LAYER]}, "h.2.attn.c_attn"),
+    "a layer's tensor missing": (lambda t: without(t, LAYER), "h.1.attn.c_attn.weight"),
+    "no embedding": (lambda t: without(t, "wte.weight"), "wte.weight"),
+    "neither embedding nor head": (lambda t: without(t, "wte.weight", "lm_head.weight"), "wte.weight"),
+    "not transposed": (lambda t: t | {LAYER: t[LAYER].T}, "(96, 32), but config.json makes it (32, 96)"),
+    "another vocabulary": (
+        lambda t: {k: v[:-1] if "wte" in k or "lm_head" in k else v for k, v in t.items()},
+        "wte.weight",
+    ),
+    "whole numbers": (lambda t: t | {LAYER: t[LAYER].long()}, "torch.int64"),
+    "two that differ": (lambda t: t | {LAYER.removeprefix("transformer."): t[LAYER] + 1}, "twice"),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_WEIGHTS)
+def test_a_tensor_that_is_left_over_missing_or_of_another_shape_is_named(
+    change, original, gpt2, mistake, tmp_path
+):
+    alter, reason = OTHER_WEIGHTS[change]
+    save_weights(gpt2, alter(original[1].state_dict()))
+    assert reason in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("<start>", f"no {START}"), ("<mask>", "no <|endof")])
+def test_a_vocabulary_without_its_special_token(name, reason, gpt2, mistake, tmp_path):
+    path = gpt2 / "vocab.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(START, name), encoding="utf-8")
+    assert reason in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")
+
+
+def test_a_vocabulary_that_has_a_mask(gpt2, mistake, tmp_path):
+    ids = json.loads((gpt2 / "vocab.json").read_text(encoding="utf-8"))
+    edit(gpt2 / "vocab.json", **{"<mask>": len(ids)})
+    edit(gpt2 / "config.json", vocab_size=len(ids) + 1)
+    assert "has a <mask> already" in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")
+
+
+def test_a_source_that_is_nothing_we_know(mistake, tmp_path):
+    assert "gpt2-medium" in mistake(tmp_path / "none")
