@@ -405,7 +405,7 @@ def test_watch_draws_in_place_and_leaves_the_text(checkpoint):
 
 def test_two_models_fill_a_pane_each(checkpoint):
     written, code = in_terminal(
-        checkpoint, checkpoint, "--prompt", "a<b", "--steps", 3, "--length", 30, width=60
+        checkpoint, "--ckpt", checkpoint, "--prompt", "a<b", "--steps", 3, "--length", 30, width=60
     )
     assert code == 0
     frames = [
