@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
-from data.run.fast import Dropout, attend
+from data.run.fast import Dropout, Linear, attend, linear
 from data.tokenizer import tokenizer_from_state
 
 
@@ -140,9 +140,8 @@ class Cache:
 
     def join(self, name, x, zeros=0):
         """x (..., S, D) behind what a layer keeps by this name: (..., zeros + length + S, D)."""
-        if name not in self.rooms:  # float32 on a CPU, where a product with one row is slow in bfloat16
-            dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-            self.rooms[name] = x.new_zeros(*x.shape[:-2], zeros + self.W + 1, x.shape[-1], dtype=dtype)
+        if name not in self.rooms:
+            self.rooms[name] = x.new_zeros(*x.shape[:-2], zeros + self.W + 1, x.shape[-1])
         room = self.rooms[name][..., : zeros + self.length + x.shape[-2], :]
         room[..., zeros + self.length :, :] = x
         return room
@@ -156,10 +155,10 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = config.n_head, Dropout(config.dropout)
         # Three matrices and not one, because Muon orthogonalises each on its own.
-        self.query = nn.Linear(config.n_embd, config.n_embd, config.bias)
-        self.key = nn.Linear(config.n_embd, config.n_embd, config.bias)
-        self.value = nn.Linear(config.n_embd, config.n_embd, config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, config.bias)
+        self.query = Linear(config.n_embd, config.n_embd, config.bias)
+        self.key = Linear(config.n_embd, config.n_embd, config.bias)
+        self.value = Linear(config.n_embd, config.n_embd, config.bias)
+        self.out = Linear(config.n_embd, config.n_embd, config.bias)
         head_dim = config.n_embd // config.n_head
         self.query_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
         self.key_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
@@ -174,8 +173,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
         if sight.cache is not None:
             k, v = sight.cache.join((self, "key"), k), sight.cache.join((self, "value"), v)
-        with torch.autocast(x.device.type, enabled=False):  # in the precision of what is kept
-            y = attend(q.type_as(k), k, v, self.dropout, sight.visible, sight.causal)
+        y = attend(q, k, v, self.dropout, sight.visible, sight.causal)
         return self.out(y.transpose(1, 2).flatten(2))  # softmax(q k^T / sqrt(D)) v, mixed
 
 
@@ -183,8 +181,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.mlp_width or 4 * config.n_embd
-        self.up = nn.Linear(config.n_embd, width, config.bias)
-        self.down = nn.Linear(width, config.n_embd, config.bias)
+        self.up = Linear(config.n_embd, width, config.bias)
+        self.down = Linear(width, config.n_embd, config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -213,12 +211,10 @@ class Convolution(nn.Module):
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), sight.n_clean // K
         before = before.unfold(1, left, K).transpose(2, 3)  # (B, blocks or more, left, C)
         before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
-        strip = F.pad(torch.cat((before, blocks), 2), (0, 0, 0, right)).flatten(1, 2)
-        # Seen as an image of height 1 in channels-last layout, so that nothing is copied.
-        image = F.pad(strip, (0, 0, 0, left + right)).transpose(1, 2).unsqueeze(2)
-        mixed = F.conv2d(image, self.weight[..., : left + 1 + right], groups=C).squeeze(2).transpose(1, 2)
-        mixed = mixed.unflatten(1, (-1, left + K + right))[:, :, :K].flatten(1, 2)
-        return x + mixed[:, :S]
+        rows = F.pad(torch.cat((before, blocks), 2), (0, 0, 0, right))  # (B, blocks, left + K + right, C)
+        # Seen as an image with a block in each row, in channels-last layout, so that nothing is copied.
+        mixed = F.conv2d(rows.permute(0, 3, 1, 2), self.weight[..., : left + 1 + right], groups=C)
+        return x + mixed.permute(0, 2, 3, 1).flatten(1, 2)[:, :S]
 
 
 class Block(nn.Module):
@@ -260,9 +256,9 @@ class Transformer(nn.Module):
         self.embedding_norm = nn.Identity() if pre else layer_norm(config.n_embd, config)
         self.final_norm = layer_norm(config.n_embd, config) if pre else nn.Identity()
         if config.head_activation:
-            self.transform = nn.Linear(config.n_embd, config.n_embd, config.bias)
+            self.transform = Linear(config.n_embd, config.n_embd, config.bias)
             self.transform_norm = layer_norm(config.n_embd, config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, config.bias and config.head_bias)
+        self.head = Linear(config.n_embd, config.vocab_size, config.bias and config.head_bias)
         self.tie()
         self.apply(self.init_weights)
 
@@ -301,7 +297,7 @@ class Transformer(nn.Module):
         bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
         is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
         # SUBS, without one more pass over the logits: no hole is filled with a hole.
-        return F.linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
+        return linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
 
     def sight(self, n_clean, n, cache, device):
         """The Sight of a pass over n_clean positions and n after those of the cache; and where all these are."""

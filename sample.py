@@ -153,7 +153,7 @@ def denoise(
     start, cache = None, None
     for number, window, block, n_steps in blocks(is_open, steps, block_len, W, K):
         if window.start != start:  # other tokens to see, at other positions
-            start, cache = window.start, Cache(W) if K < W else None
+            start, cache = window.start, Cache(min(T, W)) if K < W else None
         look = look_at(model, canvas, given, window, block, guidance, cache)
         noise = functools.partial(uniforms, seeds, number, canvas[:, block])
 
@@ -481,17 +481,15 @@ class Written(NamedTuple):
     summary: str
 
 
-def write_all(model, tokenizer, prompts, block_size, config, flags, watch):
-    """What a model writes for each prompt, num_samples times, Written."""
+def write_all(model, tokenizer, choices, config, flags, watch):
+    """What a model writes, Written: num_samples texts for each prompt, whose canvases, choices, differ in the
+    length of a hole.
+    """
     passes, began = [], time.perf_counter()
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     device, rows, done = next(model.parameters()).device, [], {}  # rows: (number, ids, seed) of each text
-    for prompt in prompts:
-        canvases = make_canvases(prompt, config.suffix, config.length, tokenizer, block_size)
-        W, longest = model.config.block_size, max(map(len, canvases))
-        if (config.block_len or 0) > W or (config.block_len == W < longest):
-            raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
-        if len(canvases) > 1:  # the hole may have several lengths
+    for canvases in choices:
+        if len(canvases) > 1:
             canvases.sort(key=lambda ids: fit(model, torch.tensor([ids], device=device)))
         rows += [(len(rows) + i, canvases[-1], config.seed + i) for i in range(config.num_samples)]
     for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
@@ -506,9 +504,9 @@ def write_all(model, tokenizer, prompts, block_size, config, flags, watch):
     return Written([tokenizer.decode(row) for row in ids], histories, summary)
 
 
-def flags_for(model, path, config, given, token_nats, alone):
-    """The flags of denoise as this model can follow them; Mistake if it cannot, unless it is not alone: then
-    the others do, and a causal one writes as it must.
+def flags_for(model, path, longest, config, given, token_nats, alone):
+    """The flags of denoise as a model can follow them on canvases of `longest` tokens at most. Mistake if it
+    cannot, unless it is causal and not alone: then they are for the others.
     """
     K, W = model.config.K, model.config.block_size
     if config.suffix and K < W:
@@ -524,6 +522,8 @@ def flags_for(model, path, config, given, token_nats, alone):
         return {"order": "left"}
     if K < W and K % (config.block_len or 1):
         raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
+    if (config.block_len or 0) > W or (config.block_len == W < longest):
+        raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
     if config.order == "information" and token_nats is None:
         raise Mistake(f"--order information: {path} does not say how common its tokens are")
     names = "steps", "order", "tau", "block_len", "revise", "guidance"
@@ -575,19 +575,22 @@ def main():
     device = pick_device(config.device)
     loaded = [load_checkpoint(path, device) for path in config.ckpt]
     judge = None if config.judge is None else load_checkpoint(config.judge, device)
+    if judge and judge[1].bos_id is not None:
+        raise Mistake(f"--judge {config.judge}: not a model whose lines begin with a token of their own")
+    W = min(model.config.block_size for model, _, _ in loaded)
     alone = all(model.config.K == 1 for model, _, _ in loaded)
-    flags = [
-        flags_for(model, path, config, given, checkpoint.get("token_nats"), alone)
-        for path, (model, _, checkpoint) in zip(config.ckpt, loaded)
-    ]
+    plans = []  # the canvases of each model, and the flags that it follows
+    for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
+        choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
+        longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
+        plans.append((choices, flags_for(model, path, longest, config, given, token_nats, alone)))
     with torch.no_grad(), autocast(device, config.dtype):
         if config.score is not None:
-            return score(config.score, *loaded[0][:2], flags[0])
-        W = min(model.config.block_size for model, _, _ in loaded)
+            return score(config.score, *loaded[0][:2], plans[0][1])
         results = []
         with Watch(len(loaded)) if config.watch else nullcontext() as watch:
-            for (model, tokenizer, _), its_flags in zip(loaded, flags):
-                results.append(write_all(model, tokenizer, prompts, W, config, its_flags, watch))
+            for (model, tokenizer, _), (choices, flags) in zip(loaded, plans):
+                results.append(write_all(model, tokenizer, choices, config, flags, watch))
                 if watch:
                     watch.next()
         for path, (texts, _, summary) in zip(config.ckpt, results):

@@ -462,18 +462,22 @@ def attention_of(config):
     )
 
 
-def attention_fields(attention, mask_id, model_config=None):
-    """The fields of a ModelConfig with this Attention; those that another model's, which goes on with it, has
-    otherwise. What was read with a shift stays so, and a table of positions keeps its rows.
+def attention_fields(attention, mask_id, old=None):
+    """The fields that give a ModelConfig this Attention. A model whose config is old goes on with it: what was
+    read with a shift stays so, a convolution keeps its taps, and a table of positions its rows.
     """
-    causal = attention.kind == "causal"
-    if model_config is None:
-        return {"block_len": attention.K, "shift_id": mask_id if causal else None}
-    old = model_config
-    shift_id = mask_id if causal and old.shift_id is None else old.shift_id
-    new = dataclasses.replace(old, block_len=attention.K, shift_id=shift_id)
-    block_size = old.block_size + (old.n_more - new.n_more) * (old.position == "learned")
-    return {"block_len": attention.K, "shift_id": shift_id, "block_size": block_size}
+    shift_id = None if old is None else old.shift_id
+    if attention.kind == "causal" and shift_id is None:
+        shift_id = mask_id
+    fields = {"block_len": attention.K, "shift_id": shift_id}
+    if old is None:
+        return fields
+    more = old.n_more - dataclasses.replace(old, **fields).n_more
+    fields |= {
+        "conv_right": old.conv_right,
+        "block_size": old.block_size + more * (old.position == "learned"),
+    }
+    return fields
 
 
 def settle(given):
@@ -493,7 +497,6 @@ def settle(given):
     attention = given.get("attention", before)
     if attention != before and not resume:
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
-        changes["conv_right"] = model.config.conv_right
         model, tokenizer, checkpoint = load_checkpoint(path, **changes)
     trained, longest = checkpoint.get("train", {}), model.config.block_size
     kept = trained if resume else {}
@@ -512,7 +515,8 @@ def settle(given):
         raise Mistake(f"{path}: cannot be resumed ({error})") from None
     if config.block_size > longest:
         raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
-    for name, value in {**shape, "attention": attention_of(model.config)}.items():
+    fixed = {**shape, "attention": before} if resume else shape
+    for name, value in fixed.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
     if config.open_steps and not resume and (before.kind, attention.kind) != ("causal", "canvas"):

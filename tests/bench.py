@@ -97,18 +97,9 @@ def training_speed(device, **flags):
     batch = draw_batch(split, config, torch.Generator().manual_seed(0), model.config)
     clock, parts = {}, []
 
-    def timed(name, function):
-        def call(*args):
-            start = now(device)
-            result = function(*args)
-            clock[name] = clock.get(name, 0.0) + now(device) - start
-            return result
-
-        return call
-
     for optimizer in run.optimizers:
-        optimizer.step = timed("optimizer", optimizer.step)
-    with mock.patch("train.loss_of", timed("forward", loss_of)):
+        optimizer.step = timed(clock, "optimizer", optimizer.step, device)
+    with mock.patch("train.loss_of", timed(clock, "forward", loss_of, device)):
         for _ in range(8):
             clock.clear()
             start = now(device)
@@ -118,6 +109,18 @@ def training_speed(device, **flags):
     shares = [clock["forward"] / seconds, 1 - sum(clock.values()) / seconds, clock["optimizer"] / seconds]
     peak = matmul_flops(device, run.precision)
     return batch[0].numel() / seconds, step_flops(model, config) / seconds / peak, peak, shares
+
+
+def timed(clock, name, function, device):
+    """The function, which then adds the seconds that it takes to clock[name]."""
+
+    def call(*args):
+        start = now(device)
+        result = function(*args)
+        clock[name] = clock.get(name, 0.0) + now(device) - start
+        return result
+
+    return call
 
 
 def now(device):
@@ -346,25 +349,18 @@ def step_seconds(attentions, device):
 
 
 def token_seconds(model, at, device):
-    """Seconds of appending a token after each number of tokens in at, and of the attention over as many, which is
-    all that may grow: the best of the 32 tokens before.
+    """Seconds of appending a token after each number of tokens in at, the best of the 32 before; and the same if
+    attention is left out, the one layer whose cost may grow.
     """
-    config, seconds = model.config, []
-    canvas = torch.full((1, max(at)), config.mask_id, device=device)
-    q, *rooms = torch.randn(1 + 2 * config.n_layer, 1, config.n_head, max(at), config.n_embd // config.n_head)
-
-    def attention(n):  # over keys and values of every layer, which no cache of the processor holds
-        for k, v in zip(rooms[::2], rooms[1::2]):
-            attend(q[:, :, :1], k[:, :, :n], v[:, :, :n], torch.nn.Dropout(0.0))
-
-    with torch.no_grad(), autocast(device):
-        for _ in range(2):  # the first warms up
-            start, times = time.perf_counter(), []
-            for _ in denoise(model, canvas):
-                times.append(time.perf_counter() - start)
-                start = time.perf_counter()
-    for n in at:
-        seconds.append((min(times[n - 32 : n]), *best_seconds(functools.partial(attention, n), repeats=20)))
+    canvas, seconds = torch.full((1, max(at)), model.config.mask_id, device=device), []
+    for attention in (attend, lambda q, *_: q):
+        with torch.no_grad(), autocast(device), mock.patch("model.attend", attention):
+            for _ in range(2):  # the first warms up
+                start, times = now(device), []
+                for _ in denoise(model, canvas):
+                    times.append(now(device) - start)
+                    start = now(device)
+        seconds.append([min(times[n - 32 : n]) for n in at])
     return seconds
 
 
@@ -385,8 +381,8 @@ def dial_rows(device):
     )
     default = ModelConfig(block_size=1024, **attention_fields(Attention("causal", 1), 256))
     for name, config in (("GPT-2 small", ModelConfig(**GPT2)), ("the default model", default)):
-        (early, few), (late, many) = token_seconds(Transformer(config).to(device).eval(), (64, 1024), device)
-        measure = f"{1e3 * (late - early):.2f} ms more; the attention itself {1e3 * (many - few):.2f} ms more"
+        (early, late), (few, many) = token_seconds(Transformer(config).to(device).eval(), (64, 1024), device)
+        measure = f"{1e3 * (late - early):.2f} ms more; with attention left out {1e3 * (many - few):.2f} ms"
         yield (
             f"{name}, a token after 64 and after 1,024",
             f"{1e3 * early:.2f} and {1e3 * late:.2f} ms",

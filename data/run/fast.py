@@ -11,11 +11,11 @@ def attend(q, k, v, dropout, visible=None, causal=False):
     """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D), of
     q (B, H, Q, D) and k, v (B, H, S, D). visible: (Q, S) bool, or all; causal: the first i see the first i.
 
-    On a CPU torch has no fused kernel with dropout, and one that is slow in bfloat16 until the scores no longer
-    fit into its caches: these lines take half the time at 256 positions.
+    On a CPU torch has no fused kernel with dropout, and one that is slow in bfloat16 for many queries, until
+    the scores no longer fit into its caches: these lines take half the time at 256 positions.
     """
     p = dropout.p if dropout.training else 0.0
-    written_out = p or (q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= 2**18)
+    written_out = p or (q.dtype == torch.bfloat16 and q.shape[2] >= 64 and q.shape[2] * k.shape[2] <= 2**18)
     if q.device.type != "cpu" or not written_out:
         return F.scaled_dot_product_attention(q, k, v, visible, dropout_p=p, is_causal=causal)
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, Q, S)
@@ -24,6 +24,23 @@ def attend(q, k, v, dropout, visible=None, causal=False):
     if visible is not None:
         scores += torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
+
+
+# With AMX torch reads bfloat16 weights twice as fast for a vector as for a matrix of one row.
+VECTORS = torch.cpu.get_capabilities().get("amx_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
+
+
+def linear(x, weight, bias=None):
+    """F.linear; the one token that is read when one is appended is a vector to it."""
+    if not VECTORS or x.device.type != "cpu" or x.numel() > x.shape[-1]:
+        return F.linear(x, weight, bias)
+    y = weight @ x.flatten()
+    return (y if bias is None else y + bias.type_as(y)).view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Dropout(nn.Dropout):
@@ -39,92 +56,6 @@ class Dropout(nn.Dropout):
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = bits[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * kept.type_as(x).mul_(1 / (1 - self.p))
-
-
-def rows_at_a_time(logits):
-    """How many rows of logits (N, V) to copy at a time, so that there is no float copy of them all."""
-    return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
-
-
-def in_parts(function, logits, *more):
-    """function(logits (N, V), ...), (N,), a few rows at a time."""
-    parts = zip(*(tensor.split(rows_at_a_time(logits)) for tensor in (logits, *more)))
-    return torch.cat([function(*part) for part in parts])
-
-
-class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of logits (N, V) and target (N,), in nats, one for each (N,), without a float32 copy
-    of the logits.
-
-    The gradient takes the logits' place in memory, a few rows at a time: at RoBERTa's vocabulary
-    they are by far the largest tensor of a training step.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, target):
-        parts = logits.split(rows_at_a_time(logits))
-        log_z = torch.cat([part.to(torch.float32).logsumexp(-1) for part in parts])  # (N,)
-        ctx.save_for_backward(logits, target, log_z)
-        return log_z - logits.gather(1, target[:, None]).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, target, log_z = ctx.saved_tensors
-        logits, rows = logits.detach(), rows_at_a_time(logits)
-        for part, y, z, g in zip(*(tensor.split(rows) for tensor in (logits, target, log_z, gradient))):
-            p = (part.to(torch.float32) - z[:, None]).exp()
-            p[torch.arange(len(p), device=p.device), y] -= 1
-            part.copy_(p * g[:, None])
-        return logits, None
-
-
-cross_entropy = CrossEntropy.apply
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is a matrix with singular values near 1 (Jordan 2024; 2502.16982).
-
-    The step's size is that of AdamW's (2502.16982, eq. 4), so one learning rate serves both. This is
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for two things: products are in `dtype`, the
-    run's own, where torch's are in bfloat16, which a CPU without instructions for it multiplies a
-    hundred times slower; and matrices of one shape are one product.
-    """
-
-    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            alike = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[p.shape].append(p)
-            for (A, B), matrices in alike.items():
-                averages = []
-                for p in matrices:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                    average = self.state[p]["momentum_buffer"]
-                    average.lerp_(p.grad, 1 - group["momentum"])
-                    averages.append(p.grad.lerp(average, group["momentum"]))  # Nesterov's
-                size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's
-                for p, update in zip(matrices, orthogonalised(torch.stack(averages), self.dtype)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
-
-
-def orthogonalised(x, dtype):
-    """Matrices x (n, A, B) with all their singular values moved to about 1, in dtype, by five steps of a
-    polynomial that has its steepest rise at 0 (Newton and Schulz; coefficients of Jordan 2024).
-    """
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(5):
-        gram = wide @ wide.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
-    return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
 def rows_at_a_time(logits):
