@@ -68,7 +68,7 @@ class ModelConfig:
 
     @property
     def n_more(self):
-        """Positions after the last that are read: with a shift the last token stands there, if any sees it."""
+        """Positions read after the last: with a shift the last token stands there, if any sees it."""
         return int(self.shift_id is not None and self.K > self.block_size)
 
 
@@ -300,7 +300,7 @@ class Transformer(nn.Module):
         return linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
 
     def sight(self, n_clean, n, cache, device):
-        """The Sight of a pass over n_clean positions and n after those of the cache; and where all these are."""
+        """The Sight of a pass over n_clean positions, and n after those of the cache; and where all are."""
         config, K, held = self.config, self.config.K, cache.length if cache else 0
         at = torch.cat([torch.arange(*span, device=device) for span in ((0, n_clean), (held, held + n))])
         one_block = not n_clean and held // K == (held + n - 1) // K  # whose positions see all

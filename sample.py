@@ -13,7 +13,6 @@ An autoregressive model calls `.append(token)`; this one calls `.setitem(i, toke
 
 import functools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,13 +26,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.canvas.history import History, inert
-from data.canvas.picture import check_path, save_histories
-from data.canvas.prompt import MASK_TAG, MOST, check_prompts, make_canvases, read_text
+from data.canvas.picture import save_histories
+from data.canvas.prompt import MOST, make_canvases, read_text
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
 from data.run.fast import in_parts
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
+from data.run.settings import check_writing, flags_for
 from model import Cache, load_checkpoint
 
 NEAR = 4  # tokens on either side of a hole that say which of several lengths fits it
@@ -167,12 +167,12 @@ def denoise(
 
 
 def blocks(is_open, steps, block_len, W, K):
-    """A canvas in blocks, from left to right, those with holes in is_open (B, T): (number, window, block, steps) of
-    each, two slices of T and its share (B, 1) of the steps (B, 1).
+    """A canvas in blocks, from left to right, those with holes in is_open (B, T): (number, window, block,
+    steps) of each, two slices of T and its share (B, 1) of the steps (B, 1).
 
-    The window is what is seen of the canvas, W positions at most. A canvas that is longer slides through, with
-    up to a quarter of W in sight after the block. A model of blocks sees nothing after its own block of
-    K, and its window moves by whole ones, about a quarter of W at a time.
+    The window is what is seen of the canvas, W positions at most. A canvas that is longer slides through it,
+    with up to a quarter of W in sight after the block. A model of blocks sees nothing after its own block
+    of K, and its window moves by whole ones, about a quarter of W at a time.
     """
     T = is_open.shape[1]
     n_before = F.pad(is_open.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
@@ -188,8 +188,7 @@ def blocks(is_open, steps, block_len, W, K):
 
 
 def look_at(model, canvas, given, window, block, guidance=0.0, cache=None):
-    """look(where (B, block)) -> logits (N, V) of those positions of a block, minus infinity for all that is no
-    text.
+    """look(where (B, block)) -> logits (N, V) there, in a block; minus infinity for what is no text.
 
     It sees the window of the canvas (B, T) as it is when asked. guidance w: (1 + w) times the logits less
     w times those of a canvas whose prompt, `given` (B, T), is masked too, so that what the prompt makes
@@ -450,7 +449,7 @@ def fit(model, canvas):
 
 
 def nats_per_byte(judge, tokenizer, text):
-    """How likely a text is under a model that fills it in one token a step, where it is surest or from the left."""
+    """How likely a text is under a judge that sets one token a step, where it is surest or from the left."""
     nats = negative_log_likelihood(judge, torch.tensor(tokenizer.encode(text)), MOST, order="confidence")
     return nats / max(1, len(text.encode()))
 
@@ -504,53 +503,6 @@ def write_all(model, tokenizer, choices, config, flags, watch):
     return Written([tokenizer.decode(row) for row in ids], histories, summary)
 
 
-def flags_for(model, path, longest, config, given, token_nats, alone):
-    """The flags of denoise as a model can follow them on canvases of `longest` tokens at most. Mistake if it
-    cannot, unless it is causal and not alone: then they are for the others.
-    """
-    K, W = model.config.K, model.config.block_size
-    if config.suffix and K < W:
-        raise Mistake(
-            f"--suffix: the model in {path} writes from the left, and does not see what stands after"
-        )
-    if K == 1:
-        names = "order", "steps", "tau", "block_len", "revise", "guidance"
-        wrong = [name for name in names if given.get(name, "left") not in ("left", 0)]
-        if wrong and alone:
-            how = f"the model in {path} is causal and writes from the left, one token a step"
-            raise Mistake(f"--{wrong[0]} {given[wrong[0]]}: {how}")
-        return {"order": "left"}
-    if K < W and K % (config.block_len or 1):
-        raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
-    if (config.block_len or 0) > W or (config.block_len == W < longest):
-        raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
-    if config.order == "information" and token_nats is None:
-        raise Mistake(f"--order information: {path} does not say how common its tokens are")
-    names = "steps", "order", "tau", "block_len", "revise", "guidance"
-    return {**{name: getattr(config, name) for name in names}, "token_nats": token_nats}
-
-
-def check(config, given, prompts):
-    """Raise Mistake for flags that cannot work together, before a model is loaded."""
-    goes_with_score = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
-    wrong = [name for name in given if name not in goes_with_score]
-    if config.score is not None and wrong:
-        raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
-    if config.score is not None and len(config.ckpt) > 1:
-        raise Mistake(f"--score: of one model at a time, and --ckpt names {len(config.ckpt)}")
-    if config.order == "threshold" and config.steps is not None:
-        raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
-    check_prompts(prompts, config.suffix, config.length or MOST)
-    if config.revise and config.order == "remask":
-        raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
-    if config.guidance and not all(MASK_TAG.sub("", text) or config.suffix for text in prompts):
-        raise Mistake("--guidance: it needs a --prompt to heed")
-    if config.save is not None:
-        check_path(config.save)
-    if config.ckpt == SampleConfig.ckpt and not os.path.exists(config.ckpt[0]):
-        raise Mistake(f"{config.ckpt[0]}: there is no checkpoint yet; `python train.py` makes one")
-
-
 def score(path, model, tokenizer, flags):
     """Print how likely the text of a file is, by the steps that would write it."""
     if flags["order"] in ("random", "remask"):
@@ -571,7 +523,7 @@ def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
     config = SampleConfig(**given)
     prompts = [*config.prompt, *map(read_text, config.prompt_file)] or [""]
-    check(config, given, prompts)
+    check_writing(config, given, prompts)
     device = pick_device(config.device)
     loaded = [load_checkpoint(path, device) for path in config.ckpt]
     judge = None if config.judge is None else load_checkpoint(config.judge, device)
@@ -583,7 +535,7 @@ def main():
     for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
         choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
         longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
-        plans.append((choices, flags_for(model, path, longest, config, given, token_nats, alone)))
+        plans.append((choices, flags_for(config, given, path, model, token_nats, longest, alone)))
     with torch.no_grad(), autocast(device, config.dtype):
         if config.score is not None:
             return score(config.score, *loaded[0][:2], plans[0][1])

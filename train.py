@@ -7,10 +7,9 @@ probability that rises with t, its rate. The model sees the corrupted canvas xt 
     loss = (weights[holes] * cross_entropy(model(xt, where=holes, clean=x0), x0[holes])).sum()
 
 Four choices tell the methods apart, and each has one place: how t is drawn (`draw_levels`), the rate of
-each token (`mask_rates`), what a hole's loss counts (`hole_weights`), and who sees whom (model.py, which says
-what it takes of x0 besides xt). BERT is t = 0.15; text diffusion draws t from all of (0, 1]. A model that writes
-in blocks sees the clean text before each, so that here a block is a sequence of its own; and GPT is blocks of
-one token, all of them holes.
+each token (`mask_rates`), what a hole's loss counts (`hole_weights`), and who sees whom (model.py). BERT is
+t = 0.15; text diffusion draws t from all of (0, 1]. A model that writes in blocks sees the clean text x0
+before each, and so a block is a sequence of its own; GPT is blocks of one token, all of them holes.
 
     python train.py                                      # ten minutes on the Python library
     python train.py --data shakespeare --max_minutes 5
@@ -18,7 +17,6 @@ one token, all of them holes.
     python train.py --eval_only --init_from out/ckpt.pt
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -38,11 +36,12 @@ from data.run.checkpoint import save_checkpoint
 from data.run.errors import Mistake, command, ctrl_c
 from data.run.fast import cross_entropy
 from data.run.files import replacing
-from data.run.flags import Attention, Level, Span, flag, from_plain, parse
+from data.run.flags import Attention, Level, Span, flag, parse
 from data.run.machine import pick_device
 from data.run.report import Report
+from data.run.settings import SHAPE, attention_fields, check_training, settle
 from data.run.training import Run
-from model import ModelConfig, Transformer, load_checkpoint
+from model import ModelConfig, Transformer
 from sample import denoise
 
 UNIFORM = Level("uniform")
@@ -119,8 +118,8 @@ def draw_levels(level, B, generator):
 
 
 def block_levels(level, B, n, generator):
-    """Noise levels of the n blocks of each of B texts: t (B * n, 1). Stratified over each text, too, and there
-    in random order, so that no level belongs to a place.
+    """Noise levels of the n blocks of each of B texts: t (B * n, 1). Stratified over each text, too, in
+    random order there, so that no level belongs to a place.
     """
     t = draw_levels(level, B * n, generator).view(n, B).T  # (B, n)
     return t.gather(1, torch.rand(B, n, generator=generator).argsort(1)).reshape(-1, 1)
@@ -447,135 +446,9 @@ def compile_ahead(run, draw, report):
     report.start_clock()
 
 
-# The fields that shape the model; a model that is loaded has its own.
-SHAPE = ("n_layer", "n_head", "n_embd", "conv", "norm", "position")
-
-
-def attention_of(config):
-    """The Attention of a ModelConfig."""
-    if config.K > config.block_size:
-        return Attention("canvas")
-    return (
-        Attention("causal", 1)
-        if config.shift_id is not None and config.K == 1
-        else Attention("block", config.K)
-    )
-
-
-def attention_fields(attention, mask_id, old=None):
-    """The fields that give a ModelConfig this Attention. A model whose config is old goes on with it: what was
-    read with a shift stays so, a convolution keeps its taps, and a table of positions its rows.
-    """
-    shift_id = None if old is None else old.shift_id
-    if attention.kind == "causal" and shift_id is None:
-        shift_id = mask_id
-    fields = {"block_len": attention.K, "shift_id": shift_id}
-    if old is None:
-        return fields
-    more = old.n_more - dataclasses.replace(old, **fields).n_more
-    fields |= {
-        "conv_right": old.conv_right,
-        "block_size": old.block_size + more * (old.position == "learned"),
-    }
-    return fields
-
-
-def settle(given):
-    """What was given and what the checkpoint of --init_from was trained with, as one: (config, model,
-    tokenizer, checkpoint), the latter three None for a run from scratch.
-    """
-    config = TrainConfig(**given)
-    if config.init_from == "scratch":
-        return one_by_one(config, given), None, None, None
-    resume = config.init_from == "resume"
-    path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
-    if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
-        raise Mistake(f"--init_from {path}: --out_dir {config.out_dir} would overwrite it; name another")
-    changes = {"dropout": given["dropout"]} if "dropout" in given else {}
-    model, tokenizer, checkpoint = load_checkpoint(path, **changes)
-    before = attention_of(model.config)
-    attention = given.get("attention", before)
-    if attention != before and not resume:
-        changes |= attention_fields(attention, tokenizer.mask_id, model.config)
-        model, tokenizer, checkpoint = load_checkpoint(path, **changes)
-    trained, longest = checkpoint.get("train", {}), model.config.block_size
-    kept = trained if resume else {}
-    if config.eval_only:  # the corpus that it was trained on, and whole texts
-        kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
-    shape = {name: getattr(model.config, name) for name in SHAPE}
-    model_fields = {
-        "block_size": min(trained.get("block_size", longest), longest),
-        "out_dir": config.out_dir,
-        "attention": str(attention_of(model.config)),
-        **shape,
-    }
-    try:  # what was given beats what the model is, that its training, and that the defaults
-        config = dataclasses.replace(from_plain(TrainConfig, {**kept, **model_fields}), **given)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise Mistake(f"{path}: cannot be resumed ({error})") from None
-    if config.block_size > longest:
-        raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
-    fixed = {**shape, "attention": before} if resume else shape
-    for name, value in fixed.items():
-        if getattr(config, name) != value:
-            raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
-    if config.open_steps and not resume and (before.kind, attention.kind) != ("causal", "canvas"):
-        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
-    if config.open_steps and model.config.conv and model.config.conv_right:
-        raise Mistake(f"--open_steps {config.open_steps}: the model in {path} has a convolution to the right")
-    return one_by_one(config, given), model, tokenizer, checkpoint
-
-
-def one_by_one(config, given):
-    """The config; with blocks of one token every token is a hole, and there is no noise to choose."""
-    if config.attention.K != 1 or config.eval_only:
-        return config
-    for name in ("level", "one_level", "slant", "spindle", "visible"):
-        if given.get(name):
-            raise Mistake(
-                f"--{name} {given[name]}: under --attention {config.attention} every token is a hole"
-            )
-    noise = {"level": Level("fixed", 1.0), "prompt_len": Span(0, 0), "weight": "mean"}  # elbo is the same
-    return dataclasses.replace(config, **{**noise, **{k: v for k, v in given.items() if k == "prompt_len"}})
-
-
-def check(config):
-    """Raise Mistake for flags that cannot work together, before anything is written."""
-    if config.open_steps and config.init_from == "scratch":
-        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
-    if config.eval_only and config.init_from == "scratch":
-        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
-    needs_bound = config.eval_only or config.weight == "elbo"
-    if config.spindle and needs_bound:
-        raise Mistake(
-            f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
-            "it goes with --weight mean, and not with --eval_only"
-        )
-    if config.visible and config.weight == "elbo":
-        raise Mistake(f"--visible {config.visible}: it goes with --weight mean; the bound is of holes alone")
-    if config.slant and config.spindle:
-        raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
-    if config.slant and config.level.kind == "grid" and needs_bound:
-        raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
-    if needs_bound and config.level.kind not in ("uniform", "grid"):
-        # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
-        reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
-        raise Mistake(f"--level {config.level}: {reason} the bound, which needs uniform or grid:N")
-    if config.eval_only and config.prompt_len.low < config.prompt_len.high:
-        raise Mistake(f"--prompt_len {config.prompt_len}: --eval_only needs one number")
-    if config.batch_size % config.grad_accum:
-        raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
-    if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
-        raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
-    if config.attention.K and config.block_size % config.attention.K:
-        raise Mistake(f"--attention {config.attention}: K must divide --block_size {config.block_size}")
-    if config.prompt_len.high >= config.block_size:
-        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
-
-
 def main():
-    config, model, tokenizer, checkpoint = settle(parse(TrainConfig, __doc__.splitlines()[0]))
-    check(config)
+    config, model, tokenizer, checkpoint = settle(parse(TrainConfig, __doc__.splitlines()[0]), TrainConfig)
+    check_training(config)
     device = pick_device(config.device)
     train_split, val_split, corpus_tokenizer, meta = load_corpus(config.data, config.block_size)
     torch.manual_seed(config.seed)

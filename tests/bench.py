@@ -5,7 +5,7 @@
     python tests/bench.py --roberta   # the RoBERTa figures alone, beside transformers: ten minutes
     python tests/bench.py --bound     # the error, variance and speed of the likelihood bound
     python tests/bench.py --orders    # the share of a step that is not the forward pass, for every order
-    python tests/bench.py --dial      # append and set: training steps, a GPT-2's tokens, their cost by position
+    python tests/bench.py --dial      # append and set: training steps, and what it costs to append a token
 
 Every speed is the best of several passes, and a ratio's two sides are timed in turn.
 """
@@ -34,17 +34,16 @@ from data.run.errors import command
 from data.run.fast import attend
 from data.run.flags import Attention, flag, parse
 from data.run.machine import autocast, pick_device
+from data.run.settings import attention_fields, one_by_one
 from data.run.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import (
     STRATA,
     TrainConfig,
-    attention_fields,
     draw_batch,
     loss_of,
     nelbo,
-    one_by_one,
     sequence_bounds,
     train,
     windows,
@@ -97,9 +96,18 @@ def training_speed(device, **flags):
     batch = draw_batch(split, config, torch.Generator().manual_seed(0), model.config)
     clock, parts = {}, []
 
+    def timed(name, function):
+        def call(*args):
+            start = now(device)
+            result = function(*args)
+            clock[name] = clock.get(name, 0.0) + now(device) - start
+            return result
+
+        return call
+
     for optimizer in run.optimizers:
-        optimizer.step = timed(clock, "optimizer", optimizer.step, device)
-    with mock.patch("train.loss_of", timed(clock, "forward", loss_of, device)):
+        optimizer.step = timed("optimizer", optimizer.step)
+    with mock.patch("train.loss_of", timed("forward", loss_of)):
         for _ in range(8):
             clock.clear()
             start = now(device)
@@ -109,18 +117,6 @@ def training_speed(device, **flags):
     shares = [clock["forward"] / seconds, 1 - sum(clock.values()) / seconds, clock["optimizer"] / seconds]
     peak = matmul_flops(device, run.precision)
     return batch[0].numel() / seconds, step_flops(model, config) / seconds / peak, peak, shares
-
-
-def timed(clock, name, function, device):
-    """The function, which then adds the seconds that it takes to clock[name]."""
-
-    def call(*args):
-        start = now(device)
-        result = function(*args)
-        clock[name] = clock.get(name, 0.0) + now(device) - start
-        return result
-
-    return call
 
 
 def now(device):
@@ -303,15 +299,15 @@ def run_python(*arguments):
 
 
 GPT2 = {
-    "vocab_size": 50258, "mask_id": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "conv": 0,
-    "position": "learned", "qk_norm": False, "bias": True, "head_bias": False, "activation": "gelu_tanh", "tied": True,
-    "block_len": 1, "shift_id": 50256,
+    "vocab_size": 50258, "mask_id": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
+    "conv": 0, "position": "learned", "qk_norm": False, "bias": True, "head_bias": False, "tied": True,
+    "activation": "gelu_tanh", "block_len": 1, "shift_id": 50256,
 }  # fmt: skip
 
 
 def gpt2_writers(device, n):
-    """Functions that append n tokens to 16 with random weights of GPT-2 small's shape and a cache: ours in the
-    precision that is fast on this machine, the reference in float32 and in bfloat16.
+    """Functions that append n tokens to 16 with random weights of GPT-2 small's shape and a cache: ours in
+    the precision that is fast on this machine, the reference in float32 and in bfloat16.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -349,8 +345,8 @@ def step_seconds(attentions, device):
 
 
 def token_seconds(model, at, device):
-    """Seconds of appending a token after each number of tokens in at, the best of the 32 before; and the same if
-    attention is left out, the one layer whose cost may grow.
+    """Seconds of appending a token after each number of tokens in at, the best of the 32 before; and the
+    same if attention is left out, the one layer whose cost may grow.
     """
     canvas, seconds = torch.full((1, max(at)), model.config.mask_id, device=device), []
     for attention in (attend, lambda q, *_: q):
@@ -392,8 +388,8 @@ def dial_rows(device):
 
 def sampling_seconds(folder, device):
     """Seconds of the post's recipe, 256 positions in 10 steps: ours, the reference's ten bare passes,
-    the same loop over the reference in float32; and of GPT-2 small writing the 240 tokens with its cache: ours,
-    and the reference's in the precision in which it is faster.
+    the same loop over the reference in float32; and of GPT-2 small writing the 240 tokens with its cache:
+    ours, and the reference's in the precision in which it is faster.
     """
     from transformers import RobertaForMaskedLM, TopKLogitsWarper, TopPLogitsWarper
 

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -297,15 +297,13 @@ MINUTES = {"shakespeare": 5, "python": 10}
 
 def on_the_dial(corpus, attention, seed=0, minutes=None):
     """The path of a model, trained for as many minutes as the others on its corpus."""
-    flags = (
-        f"--data {corpus} --attention {attention} --seed {seed} --max_minutes {minutes or MINUTES[corpus]}"
-    )
-    flags += " --prompt_len 0 --evals 4 --eval_tokens 16384"
+    flags = f"--data {corpus} --attention {attention} --seed {seed} --prompt_len 0"
+    flags += f" --max_minutes {minutes or MINUTES[corpus]} --evals 4 --eval_tokens 16384"
     return train(f"out-dial/{corpus}-{attention.replace(':', '-')}-{seed}", flags)
 
 
 def log_of(path):
-    """What a run's log says of its validation: tokens seen, in millions, and nats per token, an array each."""
+    """What a run's log says of its validation: millions of tokens seen, and nats per token, an array each."""
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
     tokens = np.array([int(row["step"]) for row in rows]) * 16 * 256 / 1e6
@@ -313,11 +311,11 @@ def log_of(path):
 
 
 def dial(config, device):
-    """The bound at every point of the dial: over the validation split, after the same minutes and, as the logs
-    have it, after as many tokens as the slowest has seen; and of some windows, beside the exact likelihood of
-    the sampler that sets the surest token of a block, one a step.
+    """The bound at every point of the dial: over the validation split, after the same minutes and, as the
+    logs have it, after as many tokens as the slowest has seen; and of some windows, beside the exact
+    likelihood of the sampler that sets the surest token of a block, one a step.
     """
-    after_minutes, *curves, save = plot(config.save, 3)
+    after_minutes, *curves, save = plot(config.save, 1 + len(MINUTES))
     header = "corpus", "attention", "seed", "tokens", "NELBO", "after as many tokens", "of some", "exact"
     print("|", " | ".join(header), "|")
     for corpus, curve in zip(MINUTES, curves):
@@ -326,28 +324,26 @@ def dial(config, device):
         seeds = range(config.seeds if corpus == "shakespeare" else 1)
         paths = {name: [on_the_dial(corpus, name, seed) for seed in seeds] for name in ATTENTIONS}
         logs = {name: [log_of(path) for path in paths[name]] for name in ATTENTIONS}
-        fewest = min(log[0][-1] for each in logs.values() for log in each)
-        lowest = []
+        fewest = min(seen[-1] for each in logs.values() for seen, _ in each)
+        bounds = []  # of each attention, those of its seeds
         for name in ATTENTIONS:
-            bounds = []
+            bounds.append([])
             for seed, path, (seen, nats) in zip(seeds, paths[name], logs[name]):
                 model, _, _ = load_checkpoint(path, device)
                 with autocast(device):
-                    bounds.append(nelbo(model, tokens, draws=1 if name == "causal" else 2))
-                    of_some, exact = "", ""
+                    bounds[-1].append(nelbo(model, tokens, draws=1 if name == "causal" else 2))
+                    row = [f"{seen[-1]:.2f} M", f"{bounds[-1][-1]:.3f}"]
+                    row += [f"{np.interp(fewest, seen, nats):.3f}"]
                     if seed == 0:
-                        draws = 1 if name == "causal" else 16
-                        of_some = f"{nelbo(model, some, draws=draws):.3f}"
+                        row += [f"{nelbo(model, some, draws=1 if name == 'causal' else 16):.3f}"]
                         exact = negative_log_likelihood(model, some.flatten(), MOST, order="confidence")
-                        exact = f"{exact / some.numel():.3f}"
-                row = [corpus, name, f"{seed}", f"{seen[-1]:.2f} M", f"{bounds[-1]:.3f}"]
-                row += [f"{np.interp(fewest, seen, nats):.3f}", of_some, exact]
-                print("|", " | ".join(row), "|", flush=True)
-            lowest.append(bounds)
-            curve.plot(*np.mean(logs[name], axis=0), marker="o", markersize=4, label=name)
-        means = np.mean(lowest, axis=1)
-        after_minutes.plot(ATTENTIONS, means, marker="o", label=f"{corpus}, {MINUTES[corpus]} minutes")
-        after_minutes.fill_between(ATTENTIONS, np.min(lowest, axis=1), np.max(lowest, axis=1), alpha=0.2)
+                        row += [f"{exact / some.numel():.3f}"]
+                print("|", " | ".join([corpus, name, str(seed), *row]), "|", flush=True)
+            for number, (seen, nats) in enumerate(logs[name]):
+                curve.plot(seen, nats, color=f"C{len(bounds)}", marker=".", label="" if number else name)
+        label = f"{corpus}, {MINUTES[corpus]} minutes"
+        after_minutes.plot(ATTENTIONS, np.mean(bounds, 1), marker="o", label=label)
+        after_minutes.fill_between(ATTENTIONS, np.min(bounds, 1), np.max(bounds, 1), alpha=0.2)
         curve.set(title=corpus, xlabel="million tokens seen", ylabel="validation bound, nats per token")
         curve.legend()
     after_minutes.set(title="after the same time", ylabel="validation bound, nats per token")
@@ -355,97 +351,93 @@ def dial(config, device):
     save()
 
 
+class Point(NamedTuple):
+    """How fast and how well a model writes in one way."""
+
+    attention: str
+    curve: str
+    way: str
+    speeds: tuple  # tokens per second, of one text and of several at once
+    nats: float  # per byte, under the judge
+    bits: float  # entropy of a pair of bytes
+
+
 def ways_to_write(attention, T=256):
-    """The settings of each curve: a dict of curve to (what varies, flags of denoise)."""
+    """(curve, way, flags of denoise) of each point: append at several temperatures, of which the lower make
+    its text likelier and poorer; the others in several numbers of steps.
+    """
     if attention == "causal":
-        return {
-            "": [(f"temperature {x}", {"temperature": x}) for x in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)]
-        }
-    K = int(attention.partition(":")[2] or T)
-    steps = [T // K * 2**i for i in range(int(np.log2(K)) + 1) if T // K * 2**i >= 8]
-    ways = {
-        order: [(f"{n} steps", {"order": order, "steps": n}) for n in steps]
-        for order in ("random", "confidence")
-    }
-    return ways | {
-        "threshold": [(f"tau {tau}", {"order": "threshold", "tau": tau}) for tau in (0.4, 0.6, 0.8, 0.9)]
-    }
+        return [("", f"temperature {x}", {"temperature": x}) for x in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)]
+    n_blocks, ways = T // int(attention.partition(":")[2] or T), []
+    for curve, order, temperature in (
+        ("random", "random", 1.0),
+        ("random, temperature 0.8", "random", 0.8),
+        ("confidence", "confidence", 1.0),
+    ):
+        flags = {"order": order, "temperature": temperature}
+        ways += [(curve, f"{n} steps", {**flags, "steps": n}) for n in (8, 16, 32, 64, 128) if n >= n_blocks]
+    return ways + [("threshold", f"tau {x}", {"order": "threshold", "tau": x}) for x in (0.4, 0.6, 0.8, 0.9)]
 
 
 def speed(config, device):
     """Quality is a pair again: nats per byte under the judge, a causal model trained for longer from another
-    seed, and the entropy of byte pairs. Append at several temperatures draws a line from one pair to the other:
-    what lies on it or below, at the same entropy, is as good.
+    seed, and the entropy of byte pairs. Append at several temperatures draws a line from one pair to the
+    other: what lies on it or below, at the same entropy, is as good.
     """
     *panels, save = plot(config.save, 4, 2)
     judge, _, _ = load_checkpoint(on_the_dial("python", "causal", 9, 15), device)
-    T = 256
+    T, sizes, points = 256, (1, config.texts), []
     _, val, _, _ = load_corpus("python", T)
-    print(
-        "| attention | way | passes | nats per byte | bits per pair | tokens/s at 1 | at", config.texts, "|"
-    )
-    with autocast(device), torch.no_grad():
-        real = (
-            nelbo(judge, windows(val, T, config.texts * T)),
-            pair_entropy(windows(val, T, config.texts * T)),
-        )
+
+    def quality(texts):
+        return float(nelbo(judge, texts)), pair_entropy(texts)
+
+    with autocast(device):
+        real = quality(windows(val, T, config.texts * T))
+        header = "attention", "way", "passes", "nats per byte", "bits per pair", "tokens/s at batch 1"
+        print("|", " | ".join(header), "| at", config.texts, "|")
         print("| text of the corpus | | | {:.3f} | {:.2f} | | |".format(*real))
-        line, append = [], None
-        factors = [(0.0, "none")] * 2
-        for colour, attention in enumerate(ATTENTIONS):
+        for attention in ATTENTIONS:
             model, _, _ = load_checkpoint(on_the_dial("python", attention), device)
-            for (curve, ways), marker in zip(ways_to_write(attention).items(), "osD"):
-                points = []
-                for way, flags in ways:
-                    speeds = []
-                    for n in (1, config.texts):
+            for curve, way, flags in ways_to_write(attention, T):
+                speeds = []
+                for n in sizes:
+                    seconds = []
+                    for _ in range(3 if n == 1 else 1):
                         start = time.perf_counter()
-                        repeats = 3 if n == 1 else 1
-                        for _ in range(repeats):
-                            texts, passes = write(model, n, T, **{"steps": None, **flags})
-                        speeds.append(repeats * n * T / (time.perf_counter() - start))
-                    quality = nelbo(judge, texts), pair_entropy(texts)
-                    points.append((*speeds, *quality))
-                    row = (
-                        attention,
-                        f"{curve} {way}".strip(),
-                        str(passes),
-                        f"{quality[0]:.3f}",
-                        f"{quality[1]:.2f}",
-                    )
-                    print("|", " | ".join((*row, *(f"{s:,.0f}" for s in speeds))), "|", flush=True)
-                    if attention == "causal":
-                        line.append(quality[::-1])  # (bits, nats), both rise with the temperature
-                        append = speeds
-                    elif line[0][0] <= quality[1] and quality[0] <= np.interp(
-                        quality[1], *zip(*sorted(line))
-                    ):
-                        for i in range(2):
-                            factors[i] = max(
-                                factors[i], (speeds[i] / append[i], f"{attention}, {curve} {way}")
-                            )
-                speeds, values = list(zip(*points))[:2], list(zip(*points))[2:]
-                for panel, (x, y) in zip(panels, ((x, y) for y in values for x in speeds)):
-                    label = f"{attention} {curve}".strip()
-                    panel.plot(
-                        x, y, marker=marker, markersize=4, color=f"C{colour}", linewidth=1, label=label
-                    )
-    for n, (factor, way) in zip((1, config.texts), factors):
-        print(f"batch {n}: {factor:.2f} times the speed of append at its quality ({way})")
-    for i, panel in enumerate(panels):
-        quality, n = (
-            ("nats per byte under the judge", "bits per pair of bytes")[i // 2],
-            (1, config.texts)[i % 2],
-        )
-        panel.axhline(real[i // 2], color="gray", linestyle=":", label="text of the corpus")
-        panel.set(xscale="log", xlabel="tokens per second", ylabel=quality, title=f"batch {n}")
+                        texts, passes = write(model, n, T, **{"steps": None, **flags})
+                        seconds.append(time.perf_counter() - start)
+                    speeds.append(n * T / min(seconds))
+                points.append(Point(attention, curve, way, speeds, *quality(texts)))
+                row = f"{points[-1].nats:.3f} | {points[-1].bits:.2f} | {speeds[0]:,.0f} | {speeds[1]:,.0f}"
+                print(f"| {attention} | {curve} {way} | {passes} | {row} |", flush=True)
+    append = sorted((p.bits, p.nats, *p.speeds) for p in points if p.attention == "causal")
+    bits, nats, *fastest = zip(*append)
+    as_good = [p for p in points if p.bits >= bits[0] and p.nats <= np.interp(p.bits, bits, nats)]
+    for i, n in enumerate(sizes):
+        ratios = {f"{p.attention} {p.curve} {p.way}": p.speeds[i] / max(fastest[i]) for p in as_good}
+        others = {name: ratio for name, ratio in ratios.items() if not name.startswith("causal")}
+        best = max(others, key=others.get, default="nothing")
+        print(f"batch {n}: as good as append, and {others.get(best, 0):.2f} times as fast: {best}")
+    for number, panel in enumerate(panels):
+        for colour, attention in enumerate(ATTENTIONS):
+            curves = dict.fromkeys(p.curve for p in points if p.attention == attention)
+            for marker, curve in zip("osD^", curves):
+                chosen = [p for p in points if (p.attention, p.curve) == (attention, curve)]
+                line = [p.speeds[number % 2] for p in chosen], [(p.nats, p.bits)[number // 2] for p in chosen]
+                label = f"{attention} {curve}".strip()
+                panel.plot(*line, marker=marker, markersize=4, color=f"C{colour}", linewidth=1, label=label)
+        panel.axhline(real[number // 2], color="gray", linestyle=":", label="text of the corpus")
+        measure = ("nats per byte under the judge", "bits per pair of bytes")[number // 2]
+        panel.set(xscale="log", xlabel="tokens per second", ylabel=measure)
+        panel.set_title(f"batch {sizes[number % 2]}")
     panels[0].legend(fontsize="x-small")
     save()
 
 
 def post(config, device):
-    """The post's comparison, at the shapes of roberta-base and of gpt2 with random weights: 16 tokens given and
-    240 written.
+    """The post's comparison, at the shapes of roberta-base and of gpt2 with random weights: 16 tokens given
+    and 240 written.
     """
     from bench import make_roberta, sampling_seconds
 

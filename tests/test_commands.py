@@ -25,6 +25,7 @@ import train
 from data.corpus import write_corpus
 from data.run.errors import Mistake, command
 from data.run.machine import autocast
+from data.run.settings import attention_of
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer
 from model import ModelConfig, Transformer, load_checkpoint
@@ -416,14 +417,14 @@ def test_a_checkpoint_goes_on_under_any_attention(way, world, tmp_path, monkeypa
     run_train(monkeypatch, f"{flags} --lr 1e-30 --weight_decay 0 --prompt_len 0 --batch_size 2")
     before, after = (load_checkpoint(folder / "last.pt")[0] for folder in (world / start, tmp_path))
     assert all(a.equal(b) for a, b in zip(before.parameters(), after.parameters()))
-    assert str(train.attention_of(after.config)) == attention
+    assert str(attention_of(after.config)) == attention
     assert (after.config.shift_id is not None) == (start == "gpt" or attention == "causal")
     assert after.config.conv_right == before.config.conv_right
     capsys.readouterr()
     text = sample_text(["--ckpt", tmp_path / "last.pt", "--length", 80], monkeypatch, capsys).out
     assert len(text.encode()) >= 80
     run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path} --max_iters 2")
-    assert str(train.attention_of(load_checkpoint(tmp_path / "last.pt")[0].config)) == attention
+    assert str(attention_of(load_checkpoint(tmp_path / "last.pt")[0].config)) == attention
 
 
 def test_learned_positions_open_with_one_position_less(world, tmp_path, monkeypatch, capsys):
@@ -462,7 +463,7 @@ def test_an_opening_resumes_where_it_was(world, tmp_path, monkeypatch):
 
 
 def test_a_causal_checkpoint_of_an_earlier_version_gives_the_same_logits(world, tmp_path):
-    """There a token saw itself and those to its left, masked or not, and the convolution those to its left."""
+    """There a token saw itself and those to its left, masked or not, and so did the convolution."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": 257,
@@ -611,8 +612,8 @@ TRAIN_MISTAKES = {
     "--init_from resume --attention causal --max_iters 9": "--attention causal: the model in",
     "--init_from out/ckpt.pt --out_dir new --data book --attention block:5": "K must divide",
     "--data book --open_steps 5": "--open_steps 5: it takes a causal model",
-    "--init_from out/ckpt.pt --out_dir new --data book --open_steps 5": "--open_steps 5: it takes a causal model",
-    "--init_from gpt/ckpt.pt --out_dir new --data book --open_steps 5": "--open_steps 5: it takes a causal model",
+    "--init_from out/ckpt.pt --out_dir new --data book --open_steps 5": "it takes a causal model to",
+    "--init_from gpt/ckpt.pt --out_dir new --data book --open_steps 5": "it takes a causal model to",
     "--data book --block_size 32 --device nonsense": "nonsense",
     "--data book --block_size 32 --device cpu:x": "cpu:x",
     "--data book --block_size 32 --device cuda:99": "cuda:99",

@@ -81,7 +81,7 @@ def test_attention_is_softmax_of_scaled_products(canvas):
 @pytest.mark.parametrize("conv", [1, 4, 5])
 @pytest.mark.parametrize("K", [1, 2, 3, 7])
 def test_convolution_is_a_weighted_sum_of_the_neighbours_that_are_seen(K, conv):
-    """Of an even number one more is to the left; with K = 1 all are. Those after the end of a block count 0."""
+    """Of an even number one more is to the left; with K = 1 all are. What is after a block's end counts 0."""
     model = tiny_model(T=7, conv=conv, block_len=K)
     layer = model.blocks[0].convolution
     x = torch.randn(2, 7, 16)

@@ -21,8 +21,8 @@ def check_path(path):
 
 
 def save_histories(path, texts, names=("",)):
-    """Write a page of how texts came to be, or a picture of the first, as the path's ending says. Each is a list
-    of histories, by one model, or by several, with these names, side by side in the time that each took.
+    """Write a page of how texts came to be, or a picture of the first, as the path's ending says. Each is a
+    list of histories, by one model, or by several of these names, side by side in the time that each took.
     """
     save = save_html if Path(path).suffix == ".html" else save_svg
     save(path, texts, names)
@@ -57,8 +57,8 @@ rect { fill: #f6f8fa; stroke: #d0d7de } .hole { fill: #a8b1ba } .new { fill: #09
 
 
 def moments(sides, n):
-    """After how many steps each of several canvases is shown in each of n + 1 frames: at the same share of its
-    steps if it is alone, and otherwise at the same time.
+    """After how many steps each of several canvases is shown in each of n + 1 frames: at the same share of
+    its steps if it is alone, and otherwise at the same time.
     """
     if len(sides) == 1:
         return [(round(i * len(sides[0].steps) / max(1, n)),) for i in range(n + 1)]

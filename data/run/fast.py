@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 
 def attend(q, k, v, dropout, visible=None, causal=False):
-    """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D), of
-    q (B, H, Q, D) and k, v (B, H, S, D). visible: (Q, S) bool, or all; causal: the first i see the first i.
+    """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D),
+    of q (B, H, Q, D) and k, v (B, H, S, D). visible: (Q, S) bool, or all; causal: those up to its own.
 
     On a CPU torch has no fused kernel with dropout, and one that is slow in bfloat16 for many queries, until
     the scores no longer fit into its caches: these lines take half the time at 256 positions.
@@ -27,7 +27,7 @@ def attend(q, k, v, dropout, visible=None, causal=False):
 
 
 # With AMX torch reads bfloat16 weights twice as fast for a vector as for a matrix of one row.
-VECTORS = torch.cpu.get_capabilities().get("amx_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False
+VECTORS = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
 
 
 def linear(x, weight, bias=None):

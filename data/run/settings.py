@@ -1,0 +1,183 @@
+"""What a command was asked to do, settled with what its checkpoint is; or refused, in a sentence."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from data.canvas.picture import check_path
+from data.canvas.prompt import MASK_TAG, MOST, check_prompts
+from data.run.errors import Mistake
+from data.run.flags import Attention, Level, Span, from_plain
+from model import load_checkpoint
+
+# --- who sees whom -------------------------------------------------------------------------------
+
+
+def attention_of(config):
+    """The Attention of a ModelConfig."""
+    if config.K > config.block_size:
+        return Attention("canvas")
+    causal = config.K == 1 and config.shift_id is not None
+    return Attention("causal", 1) if causal else Attention("block", config.K)
+
+
+def attention_fields(attention, mask_id, old=None):
+    """The fields that give a ModelConfig this Attention. A model whose config is old goes on with it: what
+    was read with a shift stays so, a convolution keeps its taps, and a table of positions its rows.
+    """
+    shift_id = None if old is None else old.shift_id
+    if attention.kind == "causal" and shift_id is None:
+        shift_id = mask_id
+    fields = {"block_len": attention.K, "shift_id": shift_id}
+    if old is None:
+        return fields
+    more = old.n_more - dataclasses.replace(old, **fields).n_more
+    block_size = old.block_size + (more if old.position == "learned" else 0)
+    return {**fields, "conv_right": old.conv_right, "block_size": block_size}
+
+
+# --- training ------------------------------------------------------------------------------------
+
+# The fields that shape the model; a model that is loaded has its own.
+SHAPE = ("n_layer", "n_head", "n_embd", "conv", "norm", "position")
+
+
+def settle(given, config_class):
+    """What was given and what the checkpoint of --init_from was trained with, as one: (config, model,
+    tokenizer, checkpoint), the latter three None for a run from scratch.
+    """
+    config = config_class(**given)
+    if config.init_from == "scratch":
+        return one_by_one(config, given), None, None, None
+    resume = config.init_from == "resume"
+    path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
+    if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
+        raise Mistake(f"--init_from {path}: --out_dir {config.out_dir} would overwrite it; name another")
+    changes = {"dropout": given["dropout"]} if "dropout" in given else {}
+    model, tokenizer, checkpoint = load_checkpoint(path, **changes)
+    before = attention_of(model.config)
+    attention = given.get("attention", before)
+    if attention != before and not resume:
+        changes |= attention_fields(attention, tokenizer.mask_id, model.config)
+        model, tokenizer, checkpoint = load_checkpoint(path, **changes)
+    trained, longest = checkpoint.get("train", {}), model.config.block_size
+    kept = trained if resume else {}
+    if config.eval_only:  # the corpus that it was trained on, and whole texts
+        kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
+    shape = {name: getattr(model.config, name) for name in SHAPE}
+    model_fields = {
+        "block_size": min(trained.get("block_size", longest), longest),
+        "out_dir": config.out_dir,
+        "attention": str(attention_of(model.config)),
+        **shape,
+    }
+    try:  # what was given beats what the model is, that its training, and that the defaults
+        config = dataclasses.replace(from_plain(config_class, {**kept, **model_fields}), **given)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Mistake(f"{path}: cannot be resumed ({error})") from None
+    if config.block_size > longest:
+        raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
+    for name, value in {**shape, **({"attention": before} if resume else {})}.items():
+        if getattr(config, name) != value:
+            raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
+    if config.open_steps and not resume and (before.kind, attention.kind) != ("causal", "canvas"):
+        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
+    if config.open_steps and model.config.conv and model.config.conv_right:
+        raise Mistake(f"--open_steps {config.open_steps}: the model in {path} has a convolution to the right")
+    return one_by_one(config, given), model, tokenizer, checkpoint
+
+
+def one_by_one(config, given):
+    """The config; with blocks of one token every token is a hole, and there is no noise to choose."""
+    if config.attention.K != 1 or config.eval_only:
+        return config
+    for name in ("level", "one_level", "slant", "spindle", "visible"):
+        if given.get(name):
+            how = f"under --attention {config.attention} every token is a hole"
+            raise Mistake(f"--{name} {given[name]}: {how}")
+    prompt_len = given.get("prompt_len", Span(0, 0))
+    # The weight elbo would be the same.
+    return dataclasses.replace(config, level=Level("fixed", 1.0), prompt_len=prompt_len, weight="mean")
+
+
+def check_training(config):
+    """Raise Mistake for flags that cannot work together, before anything is written."""
+    if config.open_steps and config.init_from == "scratch":
+        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
+    if config.eval_only and config.init_from == "scratch":
+        raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
+    needs_bound = config.eval_only or config.weight == "elbo"
+    if config.spindle and needs_bound:
+        raise Mistake(
+            f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
+            "it goes with --weight mean, and not with --eval_only"
+        )
+    if config.visible and config.weight == "elbo":
+        raise Mistake(f"--visible {config.visible}: it goes with --weight mean; the bound is of holes alone")
+    if config.slant and config.spindle:
+        raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
+    if config.slant and config.level.kind == "grid" and needs_bound:
+        raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
+    if needs_bound and config.level.kind not in ("uniform", "grid"):
+        # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
+        reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
+        raise Mistake(f"--level {config.level}: {reason} the bound, which needs uniform or grid:N")
+    if config.eval_only and config.prompt_len.low < config.prompt_len.high:
+        raise Mistake(f"--prompt_len {config.prompt_len}: --eval_only needs one number")
+    if config.batch_size % config.grad_accum:
+        raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
+    if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
+        raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
+    if config.attention.K and config.block_size % config.attention.K:
+        raise Mistake(f"--attention {config.attention}: K must divide --block_size {config.block_size}")
+    if config.prompt_len.high >= config.block_size:
+        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def check_writing(config, given, prompts):
+    """Raise Mistake for flags that cannot work together, before a model is loaded."""
+    goes_with_score = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
+    wrong = [name for name in given if name not in goes_with_score]
+    if config.score is not None and wrong:
+        raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
+    if config.score is not None and len(config.ckpt) > 1:
+        raise Mistake(f"--score: of one model at a time, and --ckpt names {len(config.ckpt)}")
+    if config.order == "threshold" and config.steps is not None:
+        raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
+    check_prompts(prompts, config.suffix, config.length or MOST)
+    if config.revise and config.order == "remask":
+        raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
+    if config.guidance and not all(MASK_TAG.sub("", text) or config.suffix for text in prompts):
+        raise Mistake("--guidance: it needs a --prompt to heed")
+    if config.save is not None:
+        check_path(config.save)
+    if config.ckpt == type(config).ckpt and not os.path.exists(config.ckpt[0]):
+        raise Mistake(f"{config.ckpt[0]}: there is no checkpoint yet; `python train.py` makes one")
+
+
+def flags_for(config, given, path, model, token_nats, longest, alone):
+    """The flags of denoise as the model in path can follow them on canvases of `longest` tokens at most.
+    Mistake if it cannot; but a causal model that is not alone writes as it must, and they are for the others.
+    """
+    K, W = model.config.K, model.config.block_size
+    if config.suffix and K < W:
+        how = f"the model in {path} writes from the left, and does not see what stands after"
+        raise Mistake(f"--suffix: {how}")
+    if K == 1:
+        names = "order", "steps", "tau", "block_len", "revise", "guidance"
+        wrong = [name for name in names if given.get(name, "left") not in ("left", 0)]
+        if wrong and alone:
+            how = f"the model in {path} is causal and writes from the left, one token a step"
+            raise Mistake(f"--{wrong[0]} {given[wrong[0]]}: {how}")
+        return {"order": "left"}
+    if K < W and K % (config.block_len or 1):
+        raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
+    if (config.block_len or 0) > W or (config.block_len == W < longest):
+        raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
+    if config.order == "information" and token_nats is None:
+        raise Mistake(f"--order information: {path} does not say how common its tokens are")
+    names = "steps", "order", "tau", "block_len", "revise", "guidance"
+    return {**{name: getattr(config, name) for name in names}, "token_nats": token_nats}
