@@ -46,7 +46,7 @@ class ModelConfig:
     norm: str = "pre"  # "pre": normalise what a layer reads; "post": the sum after it, as in BERT
     position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
     qk_norm: bool = True  # normalise queries and keys: Muon would let the attention logits grow
-    # What only BERT and RoBERTa set, besides "post", "learned", no qk_norm and no convolution:
+    # What only BERT, RoBERTa and GPT-2 set, besides "learned", no qk_norm and no convolution:
     mlp_width: int = 0  # of the hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     bias: bool = False  # in linear layers and norms

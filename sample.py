@@ -455,21 +455,24 @@ def nats_per_byte(judge, tokenizer, text):
 
 
 def write(model, tokenizer, canvas, seeds, config, flags, watch):
-    """Fill a canvas (B, T) as the flags say: (ids, History) of each row; the History is None where none is
-    needed.
+    """Fill a canvas (B, T) as the flags say: (ids, History) of each row, and the seconds that it took,
+    without those of showing it. The History is None where none is needed.
     """
     shown = config.watch or config.save is not None
     histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * len(canvas)
     rule = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     take = Recorded(functools.partial(draw, **rule), canvas)
     canvases = denoise(model, canvas, seeds=seeds, take=take, **flags)
+    seconds, began = 0.0, time.perf_counter()
     for canvas in tqdm(canvases, unit="step", leave=False, disable=config.watch):
+        seconds += time.perf_counter() - began
         if shown:
             for history, ids, p in zip(histories, canvas.tolist(), take.log_p.exp().tolist()):
-                history.add(ids, p)
+                history.add(ids, p, seconds)
         if watch:
             watch.show(histories[0], len(histories))
-    return list(zip(canvas.tolist(), histories))
+        began = time.perf_counter()
+    return zip(canvas.tolist(), histories), seconds
 
 
 class Written(NamedTuple):
@@ -491,11 +494,13 @@ def write_all(model, tokenizer, choices, config, flags, watch):
         if len(canvases) > 1:
             canvases.sort(key=lambda ids: fit(model, torch.tensor([ids], device=device)))
         rows += [(len(rows) + i, canvases[-1], config.seed + i) for i in range(config.num_samples)]
+    seconds = time.perf_counter() - began
     for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
         numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
         canvas = torch.tensor(canvas, device=device)  # (B, T)
-        done |= zip(numbers, write(model, tokenizer, canvas, seeds, config, flags, watch))
-    seconds = time.perf_counter() - began
+        written, took = write(model, tokenizer, canvas, seeds, config, flags, watch)
+        done |= zip(numbers, written)
+        seconds += took
     hook.remove()
     n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
     summary = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
@@ -540,7 +545,7 @@ def main():
         if config.score is not None:
             return score(config.score, *loaded[0][:2], plans[0][1])
         results = []
-        with Watch(len(loaded)) if config.watch else nullcontext() as watch:
+        with Watch(config.ckpt) if config.watch else nullcontext() as watch:
             for (model, tokenizer, _), (choices, flags) in zip(loaded, plans):
                 results.append(write_all(model, tokenizer, choices, config, flags, watch))
                 if watch:

@@ -256,6 +256,13 @@ def left_over(tensors, plain_name, expected, unused, path):
     return names
 
 
+def not_used(skipped, theirs, dropout, *others):
+    """What a conversion leaves out: tensors, and settings of dropout that differ from the one it takes."""
+    unused = [", ".join(skipped)] if skipped else []
+    differ = [name for name in others if theirs[name] != theirs[dropout]]
+    return unused + ([f"{', '.join(differ)}; dropout is {theirs[dropout]} everywhere"] if differ else [])
+
+
 def fill(model, tensors):
     """The empty model with these weights, tensors by our names, in eval mode."""
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -287,7 +294,9 @@ def padding_ids(n, vocab_size):
 def read_bpe(folder, vocab_size):
     """The tokenizer of vocab.json and merges.txt."""
     vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
-    ids = read_json(vocab_path)
+    ids, added = read_json(vocab_path), folder / "added_tokens.json"
+    if added.exists():
+        ids |= read_json(added)
     lines = read_text(merges_path).split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     if not all(type(i) is int for i in ids.values()) or {*ids.values()} != {*range(len(ids))}:
@@ -303,7 +312,7 @@ def read_bpe(folder, vocab_size):
     byte_of = {symbol: chr(byte) for byte, symbol in enumerate(symbols)}
     text = set(tokens)
     special = {name: i for name, i in ids.items() if name not in text}
-    unmade = [name for name in special if not re.fullmatch(r"<.+>|madeupword\d+", name)]
+    unmade = [name for name in special if not re.fullmatch(r"<.+>|\[.+\]|madeupword\d+", name)]
     if unmade:
         count = f"no merge makes its {unmade[0]!r}, {len(unmade)} such in all"
         raise Mistake(f"{folder}: vocab.json and merges.txt do not belong together; {count}")
@@ -334,6 +343,7 @@ def bpe_files(tokenizer):
             best = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
             parts[best : best + 2] = [pairs[best]]
         lines.append(" ".join(parts))
-    ids = dict(zip(tokens, tokenizer.ids)) | tokenizer.special
+    special = {name: i for name, i in tokenizer.special.items() if not name.startswith("<unused ")}
+    ids = dict(zip(tokens, tokenizer.ids)) | special
     ids = dict(sorted(ids.items(), key=lambda item: item[1]))
     return json.dumps(ids, ensure_ascii=False), "\n".join(lines) + "\n"

@@ -91,7 +91,7 @@ def run_of(start, steps=8, order="random", **flags):
     run, canvases = History(BYTES, start), [(start, [1.0] * len(start))]
     for canvas in denoise(model, canvas, steps, order, take=take, **flags):
         canvases.append((canvas[0].tolist(), take.log_p[0].exp().tolist()))
-        run.add(*canvases[-1])
+        run.add(*canvases[-1], seconds=0.0)
     return run, canvases
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from toys import tiny_model
 
+import data.run.fast as fast
 from data.run.fast import Dropout
 from data.run.machine import autocast
 from model import rotary_angles, rotate
@@ -141,3 +142,17 @@ def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypat
         logits = model.train()(torch.full_like(x0, 5), clean=x0)
     tolerance = {"atol": 1.0, "rtol": 0.1} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(logits.float(), expected, **tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatch):
+    """A vector where the machine is faster at it: in the same precision, with the same result."""
+    layer, rows = fast.Linear(8, 5, bias), torch.randn(1, 3, 8)
+    with autocast(torch.device("cpu"), dtype):
+        for vectors in (True, False):
+            monkeypatch.setattr(fast, "VECTORS", vectors)
+            together, alone = layer(rows), layer(rows[:, 1:2])
+            assert together.dtype == alone.dtype == getattr(torch, dtype)
+            torch.testing.assert_close(alone, together[:, 1:2])

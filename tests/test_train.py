@@ -640,9 +640,10 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_product_is_in_the_precision_of_the_run(dtype, optimizer, dropout):
+@pytest.mark.parametrize("attention", [{}, {"block_len": 4}, {"block_len": 1, "shift_id": 8}], ids=str)
+def test_every_product_is_in_the_precision_of_the_run(attention, dtype, optimizer, dropout):
     """Of training, with the optimizer, and of sampling: another one can take a hundred times as long."""
-    model = tiny_model(V=8, T=16, dropout=dropout)
+    model = tiny_model(V=8, T=16, dropout=dropout, **attention)
     config = TrainConfig(
         batch_size=4, block_size=16, max_iters=9, dtype=dtype, optimizer=optimizer, prompt_len=Span(0, 3)
     )

@@ -4,7 +4,6 @@ The text of the model and of the prompt may be anything: nothing in it can move 
 terminal or become markup. terminal.py and picture.py show what is kept here.
 """
 
-import time
 import unicodedata
 
 HOLE = "·"
@@ -40,10 +39,10 @@ class History:
         self.start = self.tokens = tokens_of(tokenizer, canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas[: len(self.start)]]
         self.kinds = ["hole" if hole else "given" for hole in self.holes]
-        self.steps, self.seconds, self.began = [], [], time.perf_counter()
+        self.steps, self.seconds = [], []
 
-    def add(self, canvas, probability):
-        """The canvas after one more step, and what the model gave each token when it was set."""
+    def add(self, canvas, probability, seconds):
+        """The canvas after one more step, what the model gave each token when it was set, and when."""
         tokens, changes = tokens_of(self.tokenizer, canvas), []
         for i, token in enumerate(tokens):
             new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]
@@ -56,7 +55,7 @@ class History:
                 changes.append([i, token, None])
         self.kinds = kinds_after(self.kinds, changes)
         self.steps.append(changes)
-        self.seconds.append(round(time.perf_counter() - self.began, 3))
+        self.seconds.append(round(seconds, 3))
         self.canvas, self.probability, self.tokens = canvas, probability, tokens
 
     def frames(self):

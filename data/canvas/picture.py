@@ -6,7 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from data.canvas.history import lines_of, visible
+from data.canvas.history import inert, lines_of, visible
 from data.run.errors import Mistake
 from data.run.files import replacing
 
@@ -84,7 +84,8 @@ def save_svg(path, texts, names):
             title = f"step {step} of {len(frames[side]) - 1}"
             if len(sides) > 1:
                 title = f"{names[side]}: {title}, {[0, *sides[side].seconds][step]:.2f} s"
-            rows.append(f'<text class="step" x="{x}" y="22">{escape(title)}</text>')
+            title = escape(inert(title)[-columns:])  # of a long name the end
+            rows.append(f'<text class="step" x="{x}" y="22">{title}</text>')
             for y, line in enumerate(lines):
                 spans = "".join(
                     f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line

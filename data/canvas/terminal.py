@@ -2,22 +2,21 @@
 
 import os
 import sys
-import time
 
 from data.canvas.history import columns, lines_of, visible
 
 
 class Watch:
     """Draws a canvas on stderr, over and over in the same place if that is a terminal, and stdout too; or
-    several, each in a pane of its own, that fill one after the other.
+    several of these names, each in a pane of its own, that fill one after the other.
     """
 
     codes = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
 
-    def __init__(self, n_panes=1):
+    def __init__(self, names):
         self.moving = sys.stdout.isatty() and sys.stderr.isatty()
-        self.n_lines, self.panes, self.pane = 0, [([], [], "")] * n_panes, -1
-        self.next()
+        self.n_lines, self.names, self.pane = 0, names, 0
+        self.panes = [([], [], "")] * len(names)
 
     def __enter__(self):
         if self.moving:
@@ -37,21 +36,21 @@ class Watch:
 
     def next(self):
         """What is shown from now on is in the next pane."""
-        self.pane, self.n_set, self.began = self.pane + 1, 0, time.perf_counter()
+        self.pane += 1
 
     def show(self, history, n_canvases):
         """Draw the canvas after its newest step, the first of n_canvases."""
-        kinds = history.kinds
-        self.n_set += kinds.count("new")
-        filled = 1 - kinds.count("hole") / max(1, sum(history.holes))
-        speed = self.n_set / (time.perf_counter() - self.began)
-        status = f"step {len(history.steps)}, {filled:.0%} filled, {speed:,.0f} tokens/s"
+        kinds, n_holes = history.kinds, sum(history.holes)
+        n_set = n_holes - kinds.count("hole")
+        speed = n_set / max(1e-3, history.seconds[-1])
+        status = f"step {len(history.steps)}, {n_set / max(1, n_holes):.0%} filled, {speed:,.0f} tokens/s"
         status += f" (the first of {n_canvases})" if n_canvases > 1 else ""
         if self.moving:
             self.panes[self.pane] = history.tokens, kinds, status
             self.redraw()
         else:
-            self.write(f"--- {status}\n{''.join(history.tokens)}\n")
+            name = f"{self.names[self.pane]}: " if len(self.names) > 1 else ""
+            self.write(f"--- {name}{status}\n{''.join(history.tokens)}\n")
 
     def redraw(self):
         width, height = os.get_terminal_size(sys.stderr.fileno())

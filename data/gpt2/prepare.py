@@ -53,7 +53,7 @@ DEFAULTS = {
     "n_embd": 768,
     "n_layer": 12,
     "n_head": 12,
-    "n_inner": 0,  # 4 * n_embd; the files have null
+    "n_inner": 3072,  # the files have null: 4 * n_embd
     "activation_function": "gelu_new",
     "resid_pdrop": 0.1,
     "embd_pdrop": 0.1,
@@ -72,9 +72,9 @@ REQUIRED = {
 def read_config(path):
     """config.json as a dict, with the defaults of what it leaves out. Mistake if we have no such model."""
     theirs = hub.read_kind(path, ("gpt2",))
-    if theirs.get("n_inner") is None:
-        theirs["n_inner"] = 0
-    theirs = hub.with_defaults(theirs, DEFAULTS, REQUIRED, "activation_function", path, may_be_0=("n_inner",))
+    given = {name: value for name, value in theirs.items() if value is not None}
+    theirs = hub.with_defaults(given, DEFAULTS, REQUIRED, "activation_function", path, may_be_0=())
+    theirs["n_inner"] = given.get("n_inner", 0)
     if theirs["n_embd"] % theirs["n_head"]:
         raise Mistake(f"{path}: n_embd is not a multiple of n_head")
     if theirs["n_positions"] < 2:
@@ -239,11 +239,7 @@ def convert_folder(folder):
     theirs = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, theirs)
     model, skipped = convert(theirs, tokenizer, *hub.read_weights(folder))
-    unused = [", ".join(skipped)] if skipped else []
-    dropout = theirs["resid_pdrop"]
-    others = [name for name in ("embd_pdrop", "attn_pdrop") if theirs[name] != dropout]
-    if others:
-        unused.append(f"{', '.join(others)}; dropout is {dropout} everywhere")
+    unused = hub.not_used(skipped, theirs, "resid_pdrop", "embd_pdrop", "attn_pdrop")
     return model, tokenizer, unused
 
 

@@ -243,10 +243,7 @@ def convert_folder(folder):
     theirs = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, theirs)
     model, skipped = convert(theirs, tokenizer, *hub.read_weights(folder))
-    unused = [", ".join(skipped)] if skipped else []
-    dropout = theirs["hidden_dropout_prob"]
-    if theirs["attention_probs_dropout_prob"] != dropout:
-        unused.append(f"attention_probs_dropout_prob; dropout is {dropout} everywhere")
+    unused = hub.not_used(skipped, theirs, "hidden_dropout_prob", "attention_probs_dropout_prob")
     return model, tokenizer, unused
 
 
