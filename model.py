@@ -10,9 +10,9 @@ Masking is the noise of this diffusion, and the holes show its level, so there i
 One block for the whole canvas is masked diffusion; K in between is block diffusion (2503.09573); K = 1 with
 the shift is GPT, and one block with the shift is DiffuGPT (2410.17891).
 
-Unlike GPT-2's, positions rotate queries and keys, which are normalised; a short convolution opens each
-layer; there are no biases, and the head is not tied to the embedding. `attend` and `Dropout` are torch's own,
-made faster on a CPU.
+What GPT-2 does otherwise: here positions rotate queries and keys, which are normalised; a short convolution
+opens each layer; there are no biases, and the head is not tied to the embedding. Dropout, Linear, linear and
+`attend`, which is softmax attention, are torch's own, made faster on a CPU.
 """
 
 import functools
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
-from data.run.fast import Dropout, Linear, attend, linear
+from data.run.fast import Cache, Dropout, Linear, attend, linear
 from data.tokenizer import tokenizer_from_state
 
 
@@ -39,7 +39,7 @@ class ModelConfig:
     n_embd: int = 192
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # not text: train.py never masks them, sample.py never writes them
-    block_len: int = 0  # K, tokens of a block; 0: the canvas is one block
+    block_len: int = 0  # K, tokens of a block; 0: the canvas is one. sample.py's --block_len may be shorter
     shift_id: int | None = None  # what stands before a text that is read with a shift; None: no shift
     conv: int = 5  # neighbours that a layer's convolution mixes, the token itself included; 0: none
     conv_right: int | None = None  # how many of them are to its right; None: half, but none of another block
@@ -68,26 +68,22 @@ class ModelConfig:
 
     @property
     def n_more(self):
-        """Positions read after the last: with a shift the last token stands there, if any sees it."""
+        """1 if the last token is read too, at position T: with a shift, where all see all. Else 0."""
         return int(self.shift_id is not None and self.K > self.block_size)
 
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS["gelu_tanh"] = functools.partial(F.gelu, approximate="tanh")
 
 
 def layer_norm(width, config):
     return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
 
 
-def rotary_angles(at, D):
-    """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions at (S,), each (S, D/2)."""
-    frequency = 10000 ** -(torch.arange(0, D, 2, device=at.device) / D)  # (D/2,)
-    angle = at[:, None] * frequency  # (S, D/2)
+def rotary_angles(positions, D):
+    """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions (S,), each (S, D/2)."""
+    frequency = 10000 ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
+    angle = positions[:, None] * frequency  # (S, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -100,51 +96,35 @@ def rotate(x, cos, sin):
 
 # --- who sees whom -------------------------------------------------------------------------------
 #
-# Whoever predicts a hole of a block may know the clean text of the blocks before it, and of its own block
-# what is not masked. In training all blocks have holes, each at a noise level of its own, and so a pass
-# reads two halves, [x0 ; xt], at the same positions: the clean blocks see those before them and themselves,
-# and each noisy block sees the clean ones before it and itself. Where text is written, all that stands before
-# a block is clean already, and one half will do. What it gives is final, and stays in a Cache.
+# A hole is predicted from the text of the blocks before its own, and from what its own block still shows.
+# In training every block has holes, so a pass reads two halves, [x0 ; xt], at the same positions: each block,
+# clean or noisy, sees itself and the clean ones before it. When text is written, the blocks before are clean
+# already, and one half will do. What the layers made of them does not change again, so a Cache keeps it.
 
 
 class Sight(NamedTuple):
-    """Who sees whom in a pass over S positions, those of a clean half first; the same for every layer."""
+    """Who sees whom in a pass over S positions, those of a clean half first."""
 
     rotation: tuple | None  # cos and sin, (S, D/2) each, where positions are rotary
-    visible: torch.Tensor | None  # (S, cached + S) bool: who sees which; None: all, or as `causal` says
-    causal: bool  # who sees those before it and itself, for which there are kernels
+    sees: torch.Tensor | None  # (S, cached + S) bool, row by row; None: all see all, or as `causal` says
+    causal: bool  # each sees itself and those before it: no mask is needed, and kernels are faster without
     n_clean: int  # positions of the clean half
-    strip: int  # tokens over which a convolution reaches both ways: a block, or all S
-    cache: "Cache | None"
-    first: int = 0  # positions before it are seen, but ask nothing: nobody reads what they become
+    strip: int  # tokens that a convolution takes as one row, seeing nothing after its end: a block, or all
+    cache: Cache | None
+    first: int = 0  # positions before it are seen and see nothing: their result is not needed
 
 
-def visible(at, n_clean, n_cached, K):
-    """Who sees whom, (S, n_cached + S) bool, of positions at (S,), the n_clean first of them clean, and of
-    n_cached before these: clean blocks before its own, and of its own what is as clean or noisy as itself.
+def sees(positions, n_clean, n_cached, K):
+    """Who sees whom, (S, n_cached + S) bool: a row for each position that sees, a column for each one seen.
+
+    positions (S,): those of the pass, the clean half first, n_clean long. The n_cached before them are clean.
+    Each sees the clean blocks before its own, and of its own block the half that it stands in itself.
     """
-    device, S = at.device, len(at)
-    noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # without a clean half none is
-    key, key_noisy = torch.cat((torch.arange(n_cached, device=device), at)), F.pad(noisy, (n_cached, 0))
-    key, own = key // K, (at // K)[:, None]
-    return (key < own) & ~key_noisy | (key == own) & (key_noisy == noisy[:, None])
-
-
-class Cache:
-    """What the layers know of the first `length` positions of a window of W, which are final. A pass reads
-    what comes after these, and then `length` is `final`.
-    """
-
-    def __init__(self, W):
-        self.W, self.length, self.final, self.rooms = W, 0, 0, {}
-
-    def join(self, name, x, zeros=0):
-        """x (..., S, D) behind what a layer keeps by this name: (..., zeros + length + S, D)."""
-        if name not in self.rooms:
-            self.rooms[name] = x.new_zeros(*x.shape[:-2], zeros + self.W + 1, x.shape[-1])
-        room = self.rooms[name][..., : zeros + self.length + x.shape[-2], :]
-        room[..., zeros + self.length :, :] = x
-        return room
+    S, device = len(positions), positions.device
+    noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # one half alone counts as clean
+    keys = torch.cat((torch.arange(n_cached, device=device), positions)) // K
+    keys_noisy, own = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
+    return (keys < own) & ~keys_noisy | (keys == own) & (keys_noisy == noisy[:, None])
 
 
 # --- the layers ----------------------------------------------------------------------------------
@@ -173,8 +153,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D)
         if sight.cache is not None:
             k, v = sight.cache.join((self, "key"), k), sight.cache.join((self, "value"), v)
-        y = attend(q, k, v, self.dropout, sight.visible, sight.causal)
-        return self.out(y.transpose(1, 2).flatten(2))  # softmax(q k^T / sqrt(D)) v, mixed
+        y = attend(q, k, v, self.dropout, sight.sees, sight.causal)  # softmax(q k^T / sqrt(D)) v
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -193,31 +173,32 @@ class Convolution(nn.Module):
     """Adds to each token a weighted sum of the neighbours that it sees, channel by channel.
 
     Most of what determines a token is next to it, and this is the cheapest way to look there: a short
-    depthwise convolution as in Primer (2109.08668), here on the residual stream. It begins as nothing.
+    depthwise convolution as in Primer (2109.08668), here on the residual stream. Its weights begin at 0.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))
-        self.left, self.right = config.conv - 1 - config.conv_right, min(config.conv_right, config.K - 1)
+        self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))  # (C, 1, 1, conv)
+        self.left = config.conv - 1 - config.conv_right
+        self.right = min(config.conv_right, config.K - 1)  # fewer if a canvas's model goes on with blocks
 
     def forward(self, x, sight):
         (B, S, C), K, left, right = x.shape, sight.strip, self.left, self.right
-        # In front of each block, clean or noisy, stand the clean tokens before it; behind it nothing is seen.
+        # To the left of each block, clean or noisy, stand the clean tokens before it; to its right, zeros.
         if sight.cache is None:
             before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
         else:
             before = sight.cache.join(self, x, left)[:, sight.cache.length :]
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), sight.n_clean // K
-        before = before.unfold(1, left, K).transpose(2, 3)  # (B, blocks or more, left, C)
+        before = before.unfold(1, left, K).transpose(2, 3)  # (B, S / K or more, left, C)
         before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
         rows = F.pad(torch.cat((before, blocks), 2), (0, 0, 0, right))  # (B, blocks, left + K + right, C)
         # Seen as an image with a block in each row, in channels-last layout, so that nothing is copied.
         mixed = F.conv2d(rows.permute(0, 3, 1, 2), self.weight[..., : left + 1 + right], groups=C)
-        return x + mixed.permute(0, 2, 3, 1).flatten(1, 2)[:, :S]
+        return x + mixed.permute(0, 2, 3, 1).flatten(1, 2)[:, :S]  # (B, S, C)
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.pre = config.norm == "pre"
@@ -243,8 +224,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         pre = config.norm == "pre"
-        self.gpt = config.K == 1 and config.shift_id is not None  # reads earlier tokens alone: no hole
-        self.opened = None  # while a GPT becomes a canvas: the share of what it hides that is seen
+        self.gpt = config.K == 1 and config.shift_id is not None  # no position reads a hole, or its own token
+        self.opened = None  # while a GPT is trained into a canvas: the share that it sees of what it hid
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             rows = config.first_position + config.block_size + config.n_more
@@ -252,7 +233,7 @@ class Transformer(nn.Module):
         if config.token_types:
             self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.n_layer))  # by GPT-2's name
         self.embedding_norm = nn.Identity() if pre else layer_norm(config.n_embd, config)
         self.final_norm = layer_norm(config.n_embd, config) if pre else nn.Identity()
         if config.head_activation:
@@ -271,8 +252,8 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def read(self, idx, clean):
-        """What the positions read of idx (B, T): their own tokens; with a shift those before them, which are
-        clean at the start of a block.
+        """What is read at each position of idx (B, T): (B, T + n_more). Its own token; with a shift the token
+        before it, and at the start of a block that of the clean text, since it belongs to another block.
         """
         config, (_, T) = self.config, idx.shape
         if config.shift_id is None:
@@ -280,17 +261,17 @@ class Transformer(nn.Module):
         idx, clean = (F.pad(tokens, (1, config.n_more - 1), value=config.shift_id) for tokens in (idx, clean))
         return torch.where(torch.arange(T + config.n_more, device=idx.device) % config.K == 0, clean, idx)
 
-    def embed(self, tokens, at):
-        """Vectors of tokens (B, S) at positions at (S,): (B, S, C)."""
+    def embed(self, tokens, positions):
+        """Vectors of tokens (B, S) at positions (S,): (B, S, C)."""
         x = self.token_embedding(tokens)
         if self.config.position == "learned":
-            x = x + self.position_embedding(self.config.first_position + at)
+            x = x + self.position_embedding(self.config.first_position + positions)
         if self.config.token_types:
             x = x + self.type_embedding.weight[0]
         return self.dropout(self.embedding_norm(x))
 
     def unembed(self, x):
-        """Logits (..., V) of the last block's vectors (..., C)."""
+        """Logits (..., V) of the last layer's vectors (..., C)."""
         x = self.final_norm(x)
         if self.config.head_activation:
             x = self.transform_norm(ACTIVATIONS[self.config.head_activation](self.transform(x)))
@@ -300,18 +281,21 @@ class Transformer(nn.Module):
         return linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
 
     def sight(self, n_clean, n, cache, device):
-        """The Sight of a pass over n_clean positions, and n after those of the cache; and where all are."""
+        """The Sight of a pass over n_clean positions of a clean half and then n after those of the cache; and
+        (S,), which positions these are.
+        """
         config, K, held = self.config, self.config.K, cache.length if cache else 0
-        at = torch.cat([torch.arange(*span, device=device) for span in ((0, n_clean), (held, held + n))])
-        one_block = not n_clean and held // K == (held + n - 1) // K  # whose positions see all
-        causal = K == 1 and n > 1 and not (n_clean or held)
-        seen = None if one_block or causal else visible(at, n_clean, held, K)
-        if self.training and self.opened is not None:
+        positions = torch.arange(held, held + n, device=device)
+        positions = torch.cat((positions[:n_clean], positions))  # (S,); a pass with a clean half has no cache
+        causal = K == 1 < n and not (n_clean or held)
+        seen = None if n <= K or causal else sees(positions, n_clean, held, K)  # within one block all see all
+        if self.training and self.opened is not None:  # a draw in (0, 1]: at 0 nothing to the right is seen
             seen = (1 - torch.rand(n, n, device=device)).triu(1) <= self.opened
-        strip = K if n_clean or n > K > 1 else n
+        # Blocks of one token look to the left alone: in one half they are mixed as one row, without copies.
+        strip = n if K == 1 and not n_clean else min(K, n)
         rope = config.position == "rope"
-        rotation = rotary_angles(at, config.n_embd // config.n_head) if rope else None
-        return Sight(rotation, seen, causal, n_clean, strip, cache), at
+        rotation = rotary_angles(positions, config.n_embd // config.n_head) if rope else None
+        return Sight(rotation, seen, causal, n_clean, strip, cache), positions
 
     def forward(self, idx, where=None, clean=None, cache=None):
         """Logits (B, T, V), in autocast's precision, of the token that belongs at each position of idx (B, T)
@@ -319,20 +303,22 @@ class Transformer(nn.Module):
 
         where: (B, T) bool; only those positions' logits, (N, V), in row-major order: only holes have a
             loss, and at a large vocabulary the full logits would be the largest tensor there is.
-        clean: (B, T), the text without holes, for the blocks after those that it fills. Without it they see
-            idx as it is, of which then only the last block should have holes.
-        cache: a Cache; only positions after its `length` are read, and where lies there.
+        clean: (B, T), the same text without holes: what a block sees of those before it. Without it they are
+            seen as idx has them, which is right if only the last block has holes.
+        cache: a Cache; of idx only what comes after its `length` is read, and where counts only there.
         """
         (_, T), K, held = idx.shape, self.config.K, cache.length if cache else 0
-        n_clean = 0 if clean is None or self.gpt else (T - 1) // K * K  # all but the last block
+        # The clean half: all blocks but the last, which no other sees. One block needs none, nor does a GPT.
+        n_clean = 0 if clean is None or self.gpt else (T - 1) // K * K
         clean = idx if clean is None else clean
-        noisy = self.read(idx, clean)[:, held:]  # (B, n)
-        sight, at = self.sight(n_clean, noisy.shape[1], cache, idx.device)
-        x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], noisy), 1), at)  # (B, S, C)
-        for block in self.blocks[:-1]:
-            x = block(x, sight)
-        visible = None if sight.visible is None else sight.visible[n_clean:]
-        x = self.blocks[-1](x, sight._replace(first=n_clean, visible=visible))[:, : T - held]
+        tokens = self.read(idx, clean)[:, held:]  # (B, n)
+        sight, positions = self.sight(n_clean, tokens.shape[1], cache, idx.device)
+        x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], tokens), 1), positions)  # (B, S, C)
+        for layer in self.blocks[:-1]:
+            x = layer(x, sight)
+        if n_clean:  # what the last layer would make of the clean half is not needed
+            sight = sight._replace(first=n_clean, sees=sight.sees[n_clean:])
+        x = self.blocks[-1](x, sight)[:, : T - held]  # (B, T - held, C), without what a shift reads at T
         if cache:
             cache.length = T if self.gpt else cache.final
         if where is None:

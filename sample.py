@@ -30,11 +30,11 @@ from data.canvas.picture import save_histories
 from data.canvas.prompt import MOST, make_canvases, read_text
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
-from data.run.fast import in_parts
+from data.run.fast import Cache, in_parts
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
 from data.run.settings import check_writing, flags_for
-from model import Cache, load_checkpoint
+from model import load_checkpoint
 
 NEAR = 4  # tokens on either side of a hole that say which of several lengths fits it
 ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "information", "left"
@@ -46,9 +46,7 @@ class SampleConfig:
     prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
     suffix: str = flag("", "text that stands after the hole")
-    length: int | None = flag(
-        None, "tokens of the canvas (block_size, or a prompt's own)", least=1, most=MOST
-    )
+    length: int | None = flag(None, "tokens of the canvas (block_size, or the prompt's)", least=1, most=MOST)
     steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=MOST)
     order: Literal[ORDERS] = flag("random", "what is set first")
     tau: float = flag(0.9, "threshold: set every hole as sure as this", least=0, most=1)
@@ -74,6 +72,7 @@ class SampleConfig:
 class Rule(NamedTuple):
     """An order, which says what is set next.
 
+    lot (B, W): uniform numbers. n_written() -> (B, 1): how many of the open positions stand written.
     choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits
         (N, V); it looks before it chooses, or after.
     pace(n_open, n_steps, n_written) yields for each step `due`, how many tokens must stand written once it
@@ -104,7 +103,7 @@ def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
         holes = is_open & (canvas == mask_id)
         again, candidates = rule.reopen(holes, is_open & ~holes & going, again_lot, n_open - due)
         n = due - n_written() + again.sum(1, keepdim=True)  # n_written - again + n = due
-        # A row with nothing to set costs no forward pass.
+        # A row with nothing to set is not asked about.
         chosen, logits = rule.choose(look, candidates & (n > 0), n, lot)
         canvas.masked_fill_(again, mask_id)  # not before the model has seen it
         canvas[chosen] = take(logits, u[chosen.cpu()], where=chosen)  # .setitem
@@ -127,7 +126,7 @@ def denoise(
     block_len: fill the canvas in blocks of this many positions, from left to right; each has its
         share of the steps, and at least one (semi-autoregressive, 2502.09992). By default the canvas
         is one block, or if it is longer than the model's block_size, blocks of a quarter of that. A model
-        that sees in blocks of K writes in these, or in what divides them; with K = 1 it is a GPT.
+        that sees in blocks of K writes in these, or in parts that divide them.
     revise: each step masks each written token again with this probability, and no more of them than
         holes remain after it, which will replace them (ReMDM 2503.00307, at a constant rate).
     guidance: see `look_at`.
@@ -140,21 +139,24 @@ def denoise(
     canvas, is_open = canvas.clone(), canvas == mask_id
     seeds = range(B) if seeds is None else seeds
     not_text = torch.tensor([mask_id, *model.config.special_ids], device=canvas.device)
-    given = torch.isin(canvas, not_text, invert=True)  # (B, T)
+    prompt = torch.isin(canvas, not_text, invert=True)  # (B, T)
     rule = rule_of(order, tau, token_nats, revise)
     take = take or functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    block_len = min(block_len or (W if T <= W or K < W else max(1, W // 4)), W, K)
+    if block_len is None:  # the model's own; on a canvas longer than it sees, a quarter of what it sees
+        block_len = K if T <= W or K < W else max(1, W // 4)
+    block_len = min(block_len, W, K)
     if K < W and K % block_len:
         raise ValueError(f"block_len {block_len}: it does not divide the model's blocks of {K}")
     n_holes = is_open.sum(1, keepdim=True)  # (B, 1)
     steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
     if not is_open.any():
         yield canvas
-    start, cache = None, None
+    window_start = cache = None
     for number, window, block, n_steps in blocks(is_open, steps, block_len, W, K):
-        if window.start != start:  # other tokens to see, at other positions
-            start, cache = window.start, Cache(min(T, W)) if K < W else None
-        look = look_at(model, canvas, given, window, block, guidance, cache)
+        if window.start != window_start:  # other tokens to see, at other positions
+            window_start = window.start
+            cache = Cache(min(T, W)) if K < W else None  # on a canvas nothing is final: all see the holes
+        look = look_at(model, canvas, prompt, window, block, guidance, cache)
         noise = functools.partial(uniforms, seeds, number, canvas[:, block])
 
         def take_here(logits, u, where, block=block):
@@ -167,48 +169,50 @@ def denoise(
 
 
 def blocks(is_open, steps, block_len, W, K):
-    """A canvas in blocks, from left to right, those with holes in is_open (B, T): (number, window, block,
-    steps) of each, two slices of T and its share (B, 1) of the steps (B, 1).
+    """Cut a canvas into blocks, from left to right; (number, window, block, steps) of each that has holes.
 
-    The window is what is seen of the canvas, W positions at most. A canvas that is longer slides through it,
-    with up to a quarter of W in sight after the block. A model of blocks sees nothing after its own block
-    of K, and its window moves by whole ones, about a quarter of W at a time.
+    is_open (B, T): the holes. window and block: slices of T, what is seen and what is filled. A block's steps
+    (B, 1) are its share of all, steps (B, 1). A canvas longer than W slides through the window, with up to a
+    quarter of W in sight after the block. A model of blocks sees nothing after its own block of K; its window
+    moves by whole ones, about a quarter of W at a time, since each move empties the cache.
     """
     T = is_open.shape[1]
     n_before = F.pad(is_open.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
     share = (n_before * steps / n_before[:, -1:].clamp(min=1)).round().long()
-    jump = max(1, W // 4 // K) * K if K < W else 1
+    jump, ahead = (max(1, W // 4 // K) * K, K) if K < W else (1, min(W // 4, (W - block_len) // 2))
     for number, start in enumerate(range(0, T, block_len)):
         end = min(start + block_len, T)
-        last = (start // K + 1) * K if K < W else start + block_len + min(W // 4, (W - block_len) // 2)
-        left = max(0, -((W - last) // jump) * jump) if T > W else 0
-        window = slice(left, min(left + W, T, last if K < W else T))
+        unseen = (start // K + 1) * K  # where the model's next block begins
+        left = max(0, -((W - min(unseen, start + block_len + ahead)) // jump) * jump) if T > W else 0
+        window = slice(left, min(left + W, T, unseen))
         if is_open[:, start:end].any():
             yield number, window, slice(start, end), (share[:, end] - share[:, start]).clamp(min=1)[:, None]
 
 
-def look_at(model, canvas, given, window, block, guidance=0.0, cache=None):
-    """look(where (B, block)) -> logits (N, V) there, in a block; minus infinity for what is no text.
+def look_at(model, canvas, prompt, window, block, guidance=0.0, cache=None):
+    """look(where) -> logits (N, V) at where (B, block_len), of a block; minus infinity for what is no text.
 
     It sees the window of the canvas (B, T) as it is when asked. guidance w: (1 + w) times the logits less
-    w times those of a canvas whose prompt, `given` (B, T), is masked too, so that what the prompt makes
-    likelier becomes likelier still (2410.18514). cache: what the model knows of the window; what stands
-    before its block of K is final. The pass that makes it so is the first over the next block.
+    w times those of a canvas whose prompt (B, T) is masked too, so that what the prompt makes likelier
+    becomes likelier still (2410.18514). cache: what the model keeps of the window. Its blocks of K before
+    this one are final; the first pass over a block reads the one before as well, now that it is written.
     """
-    not_text = [model.config.mask_id, *model.config.special_ids]
-    seen, prompt = canvas[:, window], given[:, window]  # (B, W)
+    mask_id, K, W = model.config.mask_id, model.config.K, model.config.block_size
+    not_text = [mask_id, *model.config.special_ids]
+    seen, seen_prompt = canvas[:, window], prompt[:, window]  # (B, W)
     inside = slice(block.start - window.start, block.stop - window.start)
-    final = max(0, block.start // model.config.K * model.config.K - window.start)
-    guidance = guidance if guidance and prompt.any() else 0.0
+    final = max(0, block.start // K * K - window.start)  # where the model's own block begins
+    # Asked of all that the window will see, so that a cache keeps its number of rows.
+    guidance = guidance if prompt[:, window.start : window.start + W].any() else 0.0
 
     def look(where):
         if not where.any():
             return torch.zeros(0, model.config.vocab_size, device=canvas.device)
         rows = where.any(1) | (cache is not None)  # a cache is of all rows
-        text, place = seen[rows], torch.zeros_like(prompt[rows])
+        text, place = seen[rows], torch.zeros_like(seen_prompt[rows])
         place[:, inside] = where[rows]
         if guidance:
-            text = torch.cat((text, text.masked_fill(prompt[rows], model.config.mask_id)))
+            text = torch.cat((text, text.masked_fill(seen_prompt[rows], mask_id)))
             place = torch.cat((place, place))
         if cache is not None:
             cache.length, cache.final = min(cache.length, final), final
@@ -268,10 +272,13 @@ def surest(score, tau=math.inf):
     logits less the largest in each row, x (N, V).
     """
 
+    def score_part(logits):
+        x = logits.float()
+        return score(x - x.amax(1, keepdim=True))
+
     def choose(look, candidates, n, lot):
         logits = look(candidates)
-        sure = in_parts(lambda logits: score((x := logits.float()) - x.amax(1, keepdim=True)), logits)
-        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, sure)
+        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, in_parts(score_part, logits))
         chosen = highest(scores, candidates, torch.maximum(n, (scores >= tau).sum(1, keepdim=True)))
         return chosen, logits[chosen[candidates]]
 
@@ -279,7 +286,7 @@ def surest(score, tau=math.inf):
 
 
 def largest(x):
-    """The probability of the likeliest token."""
+    """The probability of the likeliest token, whose x is 0."""
     return 1 / x.exp().sum(1)
 
 
@@ -313,7 +320,7 @@ def at_every_step(n_open, n_steps, n_written):
 
 
 def evenly(n_open, n_steps, n_written):
-    """The same, in no more steps than there are holes: each step sets one at least."""
+    """As at_every_step, in no more steps than there are holes: each step sets one at least."""
     return at_every_step(n_open, torch.minimum(n_steps, n_open.clamp(min=1)), n_written)
 
 
@@ -416,7 +423,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, where=None):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def negative_log_likelihood(model, tokens, steps, batch_size=32, **flags):
+def negative_log_likelihood(model, tokens, steps=None, batch_size=32, **flags):
     """Minus the log of the probability with which the sampler writes tokens (N,) at temperature 1, in nats,
     in windows of block_size that are independent of each other. flags: as denoise has them.
     """
@@ -449,7 +456,9 @@ def fit(model, canvas):
 
 
 def nats_per_byte(judge, tokenizer, text):
-    """How likely a text is under a judge that sets one token a step, where it is surest or from the left."""
+    """Nats per byte of a text under a judge that sets one token a step, the surest first; a GPT, whose blocks
+    are one token, goes from the left.
+    """
     nats = negative_log_likelihood(judge, torch.tensor(tokenizer.encode(text)), MOST, order="confidence")
     return nats / max(1, len(text.encode()))
 
@@ -460,8 +469,8 @@ def write(model, tokenizer, canvas, seeds, config, flags, watch):
     """
     shown = config.watch or config.save is not None
     histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * len(canvas)
-    rule = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    take = Recorded(functools.partial(draw, **rule), canvas)
+    how = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    take = Recorded(functools.partial(draw, **how), canvas)
     canvases = denoise(model, canvas, seeds=seeds, take=take, **flags)
     seconds, began = 0.0, time.perf_counter()
     for canvas in tqdm(canvases, unit="step", leave=False, disable=config.watch):
@@ -484,16 +493,17 @@ class Written(NamedTuple):
 
 
 def write_all(model, tokenizer, choices, config, flags, watch):
-    """What a model writes, Written: num_samples texts for each prompt, whose canvases, choices, differ in the
-    length of a hole.
+    """Write num_samples texts for each prompt with one model: Written. choices: the canvases of each prompt,
+    lists of ids, one for every length that its holes may have; the one that fits best is filled.
     """
     passes, began = [], time.perf_counter()
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     device, rows, done = next(model.parameters()).device, [], {}  # rows: (number, ids, seed) of each text
     for canvases in choices:
+        best = canvases[-1]
         if len(canvases) > 1:
-            canvases.sort(key=lambda ids: fit(model, torch.tensor([ids], device=device)))
-        rows += [(len(rows) + i, canvases[-1], config.seed + i) for i in range(config.num_samples)]
+            best = max(canvases[::-1], key=lambda ids: fit(model, torch.tensor([ids], device=device)))
+        rows += [(len(rows) + i, best, config.seed + i) for i in range(config.num_samples)]
     seconds = time.perf_counter() - began
     for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
         numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
@@ -519,7 +529,7 @@ def score(path, model, tokenizer, flags):
     if not text:
         raise Mistake(f"--score {path}: it is empty")
     tokens = torch.tensor(tokenizer.encode(text))
-    nats, n = negative_log_likelihood(model, tokens, **{"steps": None, **flags}), len(tokens)
+    nats, n = negative_log_likelihood(model, tokens, **flags), len(tokens)
     bits = nats / math.log(2) / len(text.encode())
     print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
 
@@ -535,12 +545,12 @@ def main():
     if judge and judge[1].bos_id is not None:
         raise Mistake(f"--judge {config.judge}: not a model whose lines begin with a token of their own")
     W = min(model.config.block_size for model, _, _ in loaded)
-    alone = all(model.config.K == 1 for model, _, _ in loaded)
+    all_causal = all(model.config.K == 1 for model, _, _ in loaded)
     plans = []  # the canvases of each model, and the flags that it follows
     for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
         choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
         longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
-        plans.append((choices, flags_for(config, given, path, model, token_nats, longest, alone)))
+        plans.append((choices, flags_for(config, given, path, model, token_nats, longest, all_causal)))
     with torch.no_grad(), autocast(device, config.dtype):
         if config.score is not None:
             return score(config.score, *loaded[0][:2], plans[0][1])

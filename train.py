@@ -63,22 +63,20 @@ class TrainConfig:
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
     prompt_len: Span = flag(Span(0, 16), "tokens at the start that stay, N or M:N; 0 for --eval_only")
     # model
-    n_layer: int = flag(4, "blocks", least=1)
+    n_layer: int = flag(4, "layers", least=1)
     n_head: int = flag(2, "attention heads", least=1)
     n_embd: int = flag(192, "width", least=1)
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
-    conv: int = flag(5, "neighbours that each block's convolution mixes; 0 for none", least=0)
-    attention: Attention = flag(
-        Attention("canvas"), "who sees whom: canvas, block:K, or causal, which is GPT"
-    )
+    conv: int = flag(5, "neighbours that each layer's convolution mixes; 0 for none", least=0)
+    attention: Attention = flag(Attention("canvas"), "who sees whom: canvas, block:K, or causal: a GPT")
     open_steps: int = flag(0, "steps over which --attention canvas opens a causal model", least=0)
     norm: Literal["pre", "post"] = flag("pre", "normalise before or after each layer")
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
     # optimisation
     batch_size: int = flag(16, "windows per step", least=1)
     grad_accum: int = flag(1, "pieces that a batch is computed in, to save memory", least=1)
-    optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the blocks' matrices, AdamW elsewhere")
+    optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the layers' matrices, AdamW elsewhere")
     lr: float = flag(0.01, "highest learning rate", above=0)
     beta2: float = flag(0.95, "AdamW: decay of the squared gradients' mean", above=0, below=1)
     warmup: float = flag(0.03, "share of the run in which lr rises; then it falls to 0", least=0, below=1)
@@ -118,8 +116,10 @@ def draw_levels(level, B, generator):
 
 
 def block_levels(level, B, n, generator):
-    """Noise levels of the n blocks of each of B texts: t (B * n, 1). Stratified over each text, too, in
-    random order there, so that no level belongs to a place.
+    """Noise levels of the n blocks of each of B texts: t (B * n, 1), a text's blocks one after the other.
+
+    Stratified over the batch, and over each text as well; a text's own are shuffled, so that no level belongs
+    to a place.
     """
     t = draw_levels(level, B * n, generator).view(n, B).T  # (B, n)
     return t.gather(1, torch.rand(B, n, generator=generator).argsort(1)).reshape(-1, 1)
@@ -205,18 +205,19 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
     """A batch of windows of a split, corrupted: x0, xt, holes and weights, (B, T) each."""
     B, T = config.batch_size, config.block_size
     K = min(model_config.K, T)
+    n = B * T // K  # blocks
     starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
     x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
-    one = draw_levels(config.level, 1, generator).expand(B * T // K, 1)
-    t = one if config.one_level else block_levels(config.level, B, T // K, generator)  # (B * T/K, 1)
+    level = draw_levels(config.level, 1, generator)  # (1, 1)
+    t = level.expand(n, 1) if config.one_level else block_levels(config.level, B, n // B, generator)  # (n, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
     maskable = which_maskable(x0, prompt_len, model_config.special_ids)
     u = torch.rand(x0.shape, generator=generator)
-    x0_blocks = x0.view(-1, K)
-    information = relative_information(x0_blocks, token_nats) if config.spindle else 0.0
-    rates = {"slant": config.slant, "spindle": config.spindle, "information": information}
-    noise = maskable.view(-1, K), t, u.view(-1, K), model_config.mask_id
-    corrupted = corrupt(x0_blocks, *noise, config.weight, **rates)
+    blocks = x0.view(n, K), maskable.view(n, K), t, u.view(n, K)
+    information = relative_information(blocks[0], token_nats) if config.spindle else 0.0
+    corrupted = corrupt(
+        *blocks, model_config.mask_id, config.weight, config.slant, config.spindle, information
+    )
     xt, holes, weights = (tensor.view(B, T) for tensor in corrupted)
     if config.visible:
         xt, holes = with_visible(x0, xt, holes, maskable, config.visible, model_config, generator)
@@ -226,10 +227,10 @@ def draw_batch(split, config, generator, model_config, token_nats=None):
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The same loss under uniform levels (or those of a grid) with the weight elbo; only that holes are drawn
-# with less variance, and levels stratified over STRATA sequences at a time: enough to take most of the
-# variance out, and few enough for many groups, whose draws then show what variance is left. The bound of
-# a text that is written in blocks is the sum of those of its blocks; blocks of one token have no variance.
+# The loss with the weight elbo, under uniform levels or those of a grid, is the bound. Here its holes are
+# drawn with less variance, and its levels stratified over STRATA sequences at a time: enough to take out most
+# of the variance, few enough to leave many groups, whose draws show how much is left. The bound of a text
+# that is written in blocks is the sum of theirs; a block of one token is always a hole: its bound is exact.
 
 STRATA = 16
 
@@ -246,16 +247,37 @@ def uniform_holes(x0, maskable, t, mask_id, generator):
 
 
 def grid_holes(x0, maskable, t, mask_id, generator):
-    """The same for t of grid:N: the mean over t is D3PM's sum over its N steps (2107.03006)."""
+    """What uniform_holes returns, for t of grid:N; the mean over t is D3PM's sum of N steps (2107.03006)."""
     return corrupt(x0, maskable, t, torch.rand(x0.shape, generator=generator), mask_id)
+
+
+def slanted_holes(x0, maskable, t, mask_id, generator, slant):
+    """What uniform_holes returns, where rates are slanted by w: r_i(t) = clip(t(1+w) - w(1 - i/(T-1)), 0, 1).
+
+    Token i is masked at level s_i = (u_i + w(1 - i/(T-1))) / (1 + w), at which its rate rises above u_i.
+    The first k = ceil(tM) to be masked are holes, the last of them at level s:
+        P(i is the last | the k) is proportional to r_i'(s) / r_i(s),   weight_i = M P(i is the last | the k).
+    The mean is that of rate'/rate over levels and holes (a test integrates it), but no weight is above M.
+    """
+    M = maskable.sum(1, keepdim=True)  # (B, 1)
+    delay = slant * (1 - torch.linspace(0, 1, x0.shape[1]))
+    masked_at = (torch.rand(x0.shape, generator=generator) + delay) / (1 + slant)  # (B, T)
+    place = masked_at.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)  # (B, T), 0 is masked first
+    holes = place < (t * M).ceil()
+    last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
+    rates = mask_rates(last, x0.shape[1], slant)
+    # A rate that is 1 before that level does not rise there; the last itself is not lost to rounding.
+    odds = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
+    weights = M * odds / odds.sum(1, keepdim=True).clamp(min=1e-12)
+    return x0.masked_fill(holes, mask_id), holes, weights / maskable.sum()
 
 
 @torch.no_grad()
 def sequence_bounds(
     model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level=UNIFORM, slant=0.0, strata=STRATA
 ):
-    """Of tokens (N, T) int64: nats (draws, N), unbiased estimates of each sequence's NELBO, and n_maskable
-    (N,), how many of its tokens are counted.
+    """Estimate the NELBO of each sequence of tokens (N, T) int64, without bias: nats (draws, N); and
+    n_maskable (N,), how many of its tokens may be holes.
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
     (2406.07524); for level grid:N D3PM's, t one of 1/N .. 1. The same seed gives the same numbers. The
@@ -270,7 +292,7 @@ def sequence_bounds(
     (N, T), config, device = tokens.shape, model.config, next(model.parameters()).device
     K = min(config.K, T)
     if T % K:
-        raise ValueError(f"{T} tokens: blocks of {K} do not divide them")
+        raise ValueError(f"{T} tokens: not a number of blocks of {K}; cut the text to a multiple")
     maskable = which_maskable(tokens, prompt_len, config.special_ids)  # (N, T)
     sizes = [len(part) * T // K for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike: they should not have neighbouring levels.
@@ -281,11 +303,11 @@ def sequence_bounds(
     nats = []
     for rows in torch.arange(draws * N).split(batch_size):
         x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
-        levels = t[rows].view(-1, 1)  # (B * T/K, 1)
-        corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), levels, config.mask_id, generator)
+        t_blocks = t[rows].view(-1, 1)  # (B * T/K, 1)
+        corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
         batch = (x0, *(tensor.view(x0.shape) for tensor in corrupted))
         losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
-        nats.append(losses.cpu() * counted.sum())  # sums again: the weights were shares of all maskable
+        nats.append(losses.cpu() * counted.sum())  # sums again: corrupt divides by the maskable tokens
     model.train(was_training)
     return torch.cat(nats).double().view(draws, N), maskable.sum(1)
 
@@ -312,27 +334,6 @@ def nelbo(model, tokens, **flags):
     return bound
 
 
-def slanted_holes(x0, maskable, t, mask_id, generator, slant):
-    """The same where rates are slanted by w: r_i(t) = clip(t(1 + w) - w(1 - i/(T-1)), 0, 1).
-
-    Token i is masked at level s_i = (u_i + w(1 - i/(T-1))) / (1 + w), at which its rate rises above u_i.
-    The first k = ceil(tM) to be masked are holes, the last of them at level s:
-        P(i is the last | the k) is proportional to r_i'(s) / r_i(s),   weight_i = M P(i is the last | the k).
-    The mean is that of rate'/rate over levels and holes (a test integrates it), but no weight is above M.
-    """
-    M = maskable.sum(1, keepdim=True)  # (B, 1)
-    delay = slant * (1 - torch.linspace(0, 1, x0.shape[1]))
-    masked_at = (torch.rand(x0.shape, generator=generator) + delay) / (1 + slant)  # (B, T)
-    place = masked_at.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)  # (B, T), 0 is masked first
-    holes = place < (t * M).ceil()
-    last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B, 1)
-    rates = mask_rates(last, x0.shape[1], slant)
-    # A rate that is 1 before that level does not rise there; the last itself is not lost to rounding.
-    odds = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
-    weights = M * odds / odds.sum(1, keepdim=True).clamp(min=1e-12)
-    return x0.masked_fill(holes, mask_id), holes, weights / maskable.sum()
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -342,7 +343,8 @@ def train(run, batches):
     """
     config, model, scaler = run.config, run.model, run.scaler
     for batch in batches:
-        loss, lr, model.opened = 0.0, run.learning_rate(), run.opened()
+        model.opened = run.opened()  # on the way from causal to canvas, how far; None: not on that way
+        loss, lr = 0.0, run.learning_rate()
         for i in range(config.grad_accum):  # each piece has levels from all of (0, 1]
             piece = [tensor[i :: config.grad_accum].to(run.device) for tensor in batch]
             with run.precision:
@@ -374,8 +376,8 @@ def windows(split, T, n_tokens):
 
 
 def evaluate(run, tokens, counts, **flags):
-    """The Bound of tokens (N, T) in nats per maskable token, and in bits per byte of all text as if all of it
-    were as likely; counts are those of their split.
+    """The Bound of tokens (N, T), in nats per maskable token; and in bits per byte of their split, were all
+    its text as likely. counts: how many tokens and bytes the split has.
     """
     with run.precision:
         bound = nelbo(run.model, tokens, seed=run.config.seed, **flags)
@@ -384,19 +386,17 @@ def evaluate(run, tokens, counts, **flags):
 
 
 def bound_name(K, prompt_len=0, slant=0.0, level=UNIFORM):
-    if K == 1:
-        return "negative log-likelihood"
+    name = "NELBO" if K > 1 else "negative log-likelihood"
     settings = [f"level {level}" if level.kind != "uniform" else "", f"slant {slant:g}" if slant else ""]
     settings += [f"after a prompt of {prompt_len}" if prompt_len else ""]
-    return f"NELBO ({', '.join(filter(None, settings))})" if any(settings) else "NELBO"
+    return f"{name} ({', '.join(filter(None, settings))})" if any(settings) else name
 
 
 def sample(run, tokenizer):
     """A short text written from an empty canvas, safe to show."""
     T = run.config.block_size
-    canvas = torch.tensor(
-        make_canvases("", suffix="", length=T, tokenizer=tokenizer, block_size=T), device=run.device
-    )  # (1, T)
+    (ids,) = make_canvases("", suffix="", length=T, tokenizer=tokenizer, block_size=T)
+    canvas = torch.tensor([ids], device=run.device)  # (1, T)
     run.model.eval()
     with run.precision:
         *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
@@ -419,9 +419,8 @@ def print_bound(run, val_split, counts):
     config = run.config
     tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
     K = run.model.config.K
-    draws = (
-        1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))
-    )  # two for 256 windows, to show the error
+    # Two for 256 windows, to show the error; what is exact has none.
+    draws = 1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))
     flags = {"level": config.level, "slant": config.slant, "prompt_len": config.prompt_len.low}
     bound, bits = evaluate(run, tokens, counts, draws=draws, **flags)
     error = "exact" if K == 1 else f"standard error {bound.error:.4f}"

@@ -34,7 +34,7 @@ from data.run.errors import command
 from data.run.fast import attend
 from data.run.flags import Attention, flag, parse
 from data.run.machine import autocast, pick_device
-from data.run.settings import attention_fields, one_by_one
+from data.run.settings import attention_fields, without_noise
 from data.run.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
@@ -335,7 +335,7 @@ def step_seconds(attentions, device):
     train_split, _, _, _ = load_corpus("python", 256)
     steps = []
     for name in attentions:
-        config = one_by_one(TrainConfig(max_iters=1000, attention=Attention.from_text(name)), {})
+        config = without_noise(TrainConfig(max_iters=1000, attention=Attention.from_text(name)), {})
         torch.manual_seed(0)
         model = Transformer(ModelConfig(**attention_fields(config.attention, 256))).to(device).train()
         run = Run(config, model, device)

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from toys import all_texts, chi_square_p, tiny_model
 
 import sample
+from data.run.fast import Cache
 from data.run.flags import Attention, Level, Span
 from data.run.training import Run
-from model import Cache, ModelConfig, Transformer
-from sample import denoise, negative_log_likelihood
+from model import ModelConfig, Transformer
+from sample import Recorded, denoise, draw, negative_log_likelihood
 from train import (
     TrainConfig,
     block_levels,
@@ -109,21 +110,26 @@ def test_a_pass_reads_only_what_the_cache_does_not_know():
         (CAUSAL, [1] * 8),
         ({"block_len": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
         ({"block_len": 1}, [1] + [2] * 7),
+        # Longer than the window, which moves by a quarter of it, or a block, and is read again.
+        (CAUSAL, [1] * 8 + [7, 1] * 6),
+        ({"block_len": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
     ):
         model, read = tiny_model(V=5, T=8, **shape), []
         model.token_embedding.register_forward_hook(
             lambda _, idx, out, read=read: read.append(idx[0].shape[1])
         )
-        *_, _ = denoise(model, torch.full((2, 8), MASK), 8)
+        *_, _ = denoise(model, torch.full((2, len(expected)), MASK), len(expected))
         assert read == expected
 
 
 def test_a_block_of_all_positions_is_the_canvas():
+    """Of a network that sees 16, where blocks of 8 are read as blocks are."""
     x0, xt, holes = texts()
     weights = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
     losses, gradients = [], []
     for K in (0, 8):
-        model = dial(K)
+        model = dial(K, T=16)
+        assert model.config.K == (K or 2**31)
         losses.append(loss_of(model, x0, xt, holes, weights))
         losses[-1].sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -218,8 +224,8 @@ def test_levels_of_blocks_cover_each_text_and_belong_to_no_place():
     draws = torch.stack([block_levels(Level("uniform"), 4, 8, generator).view(4, 8) for _ in range(2000)])
     within = (draws * 8).ceil().sort(-1).values  # one in each eighth of (0, 1], or next to it, in every text
     assert (within - torch.arange(1, 9)).abs().max() <= 1
-    for draw in draws[:50]:  # and one in each of 32 parts in every batch
-        gaps = draw.flatten().sort().values.diff()
+    for levels in draws[:50]:  # and one in each of 32 parts in every batch
+        gaps = levels.flatten().sort().values.diff()
         torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / 32), atol=1e-5, rtol=0)
     assert (draws.mean(0) - 0.5).abs().max() < 4.5 * (1 / 12 / 2000) ** 0.5
     blocks = draws.permute(2, 0, 1).flatten(1)
@@ -320,13 +326,28 @@ def test_with_and_without_the_cache_the_same_is_written(order, K, T, monkeypatch
         x0, canvas, _ = texts(T=T, seed=K)
         canvas[0, : T // 2] = x0[0, : T // 2]  # prompts of several lengths
         canvas[1] = MASK
-        runs = []
+        runs, log_p = [], []
         for kind in (Cache, lambda W: None):
             monkeypatch.setattr(sample, "Cache", kind)
-            runs.append(list(denoise(model, canvas.to(device), order=order, **WAYS[order])))
+            take = Recorded(draw, canvas.to(device))
+            runs.append(list(denoise(model, canvas.to(device), order=order, take=take, **WAYS[order])))
+            log_p.append(take.log_p)
         assert len(runs[0]) == len(runs[1])
         assert all(a.equal(b) for a, b in zip(*runs))
         assert not (runs[0][-1] == MASK).any()
+        torch.testing.assert_close(*log_p, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift_id", [None, MASK])
+def test_guidance_by_a_prompt_that_no_earlier_block_sees(shift_id, monkeypatch):
+    """The cache keeps rows with and without the prompt from the first block on."""
+    model = dial(2, shift_id=shift_id)
+    canvas = torch.tensor([[MASK] * 5 + [2, MASK, MASK]])
+    runs = []
+    for kind in (Cache, lambda W: None):
+        monkeypatch.setattr(sample, "Cache", kind)
+        runs.append(list(denoise(model, canvas, guidance=1.5)))
+    assert all(a.equal(b) for a, b in zip(*runs))
 
 
 def test_what_stands_after_a_block_is_not_seen():
@@ -395,7 +416,7 @@ def test_an_opened_canvas_sees_all_but_by_a_shift():
 def test_a_pair_is_visible_with_the_probability_of_the_step():
     opened = opening(1)[1].train()
     torch.manual_seed(0)
-    shares = torch.stack([opened.sight(0, 9, None, "cpu")[0].visible for _ in range(500)]).float().mean(0)
+    shares = torch.stack([opened.sight(0, 9, None, "cpu")[0].sees for _ in range(500)]).float().mean(0)
     assert (shares.tril() == torch.ones(9, 9).tril()).all()
     above = shares[torch.ones(9, 9, dtype=torch.bool).triu(1)]
     assert (above - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / 500) ** 0.5

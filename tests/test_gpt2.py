@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import test_roberta
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from test_roberta import (
@@ -21,6 +22,8 @@ from test_roberta import (
     without,
     write_bpe,
 )
+from tokenizers import pre_tokenizers
+from toys import tiny_model
 
 import data.gpt2.prepare as prepare
 import data.hub
@@ -219,6 +222,52 @@ def test_special_tokens_are_not_text(original, checkpoint):
     assert tokenizer.encode_line("one\n") == tokenizer.encode("one\n")  # nothing opens or closes a line
     one, two = tokenizer.encode("one"), tokenizer.encode(" two")
     assert tokenizer.decode([start, *one, start, *two, tokenizer.mask_id]) == "one two<mask>"
+
+
+@torch.no_grad()
+def test_a_judge_with_other_tokens_says_nats_per_byte(checkpoint, original, run, tmp_path, capsys):
+    """Those of the reference without <|endoftext|>, which is never written; the bound counts it as well."""
+    byte = tmp_path / "byte.pt"
+    save_checkpoint(byte, tiny_model(V=256, T=32), ByteTokenizer())
+    flags = "--prompt", "    return self.name(<mask*2>)\n", "--dtype", "float32"
+    run("--ckpt", byte, *flags, main=sample.main)
+    text = capsys.readouterr().out.removesuffix("\n")
+    run("--ckpt", byte, checkpoint, "--judge", checkpoint, *flags, main=sample.main)
+    written = capsys.readouterr()
+    assert written.out.startswith(text)
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    start, ids = original[1].config.bos_token_id, tokenizer.encode(text)
+    assert len(ids) <= 24 < len(text.encode())  # so that it is one window
+    logits = original[1](torch.tensor([[start, *ids[:-1]]])).logits[0]
+    bound = F.cross_entropy(logits, torch.tensor(ids)).item()
+    assert float(train.nelbo(model, torch.tensor([ids]))) == pytest.approx(bound, abs=1e-4)
+    logits[:, start] = -torch.inf
+    nats = F.cross_entropy(logits, torch.tensor(ids), reduction="sum").item() / len(text.encode())
+    assert nats * len(text.encode()) < bound * len(ids)
+    judged = re.search(r"byte.pt: .* under .*gpt2.pt ([\d.]+) nats per byte", written.err)[1]
+    assert float(judged) == pytest.approx(nats, abs=1e-3)
+
+
+def test_tokens_that_were_added_and_rows_that_only_pad_come_back(merges, run, tmp_path):
+    """A token of added_tokens.json keeps its name; ids up to a multiple of 8 have none in the files."""
+    folder = tmp_path / "model"
+    n = len({*pre_tokenizers.ByteLevel.alphabet(), *(m.replace(" ", "") for m in merges[:200])}) + 1
+    reference = write_gpt2(folder, merges[:200])
+    config = json.loads((folder / "config.json").read_text())
+    padded = -(-(n + 1) // 8) * 8
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": padded}))
+    (folder / "added_tokens.json").write_text(json.dumps({"[USER]": n}))
+    reference.resize_token_embeddings(padded, mean_resizing=False)
+    save_weights(folder, reference.state_dict())
+    run(folder, "--out", tmp_path / "a.pt")
+    run(tmp_path / "a.pt", "--export", tmp_path / "exported")
+    tokenizer = load_checkpoint(tmp_path / "a.pt")[1]
+    assert tokenizer.special["[USER]"] == n
+    assert tokenizer.special["<mask>"] == padded
+    ids = json.loads((tmp_path / "exported" / "vocab.json").read_text(encoding="utf-8"))
+    assert ids == {**json.loads((folder / "vocab.json").read_text(encoding="utf-8")), "[USER]": n}
+    run(tmp_path / "exported", "--out", tmp_path / "b.pt")
+    assert load_checkpoint(tmp_path / "b.pt")[1].state == tokenizer.state
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -156,3 +156,4 @@ def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatc
             together, alone = layer(rows), layer(rows[:, 1:2])
             assert together.dtype == alone.dtype == getattr(torch, dtype)
             torch.testing.assert_close(alone, together[:, 1:2])
+            assert layer(rows[:, :0]).shape == (1, 0, 5)

@@ -1,4 +1,4 @@
-"""Made fast and small: attention and dropout on a CPU, logits a few rows at a time, cross-entropy, Muon."""
+"""Made fast and small: attention, its cache, products and dropout on a CPU, cross-entropy, Muon."""
 
 from collections import defaultdict
 
@@ -7,22 +7,43 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def attend(q, k, v, dropout, visible=None, causal=False):
-    """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D),
-    of q (B, H, Q, D) and k, v (B, H, S, D). visible: (Q, S) bool, or all; causal: those up to its own.
+class Cache:
+    """What each layer needs of the first `length` positions of a window of W: keys, values, and the inputs
+    of its convolution. A pass reads the positions after them, and leaves here those that are final: the
+    blocks before `final`, or in a GPT, where no position reads a hole, all.
+    """
 
-    On a CPU torch has no fused kernel with dropout, and one that is slow in bfloat16 for many queries, until
-    the scores no longer fit into its caches: these lines take half the time at 256 positions.
+    def __init__(self, W):
+        self.W, self.length, self.final, self.kept = W, 0, 0, {}
+
+    def join(self, name, x, zeros=0):
+        """What is kept under this name, and x (..., S, D) after it: (..., zeros + length + S, D).
+
+        zeros: how many rows of zeros stand in front. There is room for W from the start: nothing is copied.
+        """
+        if name not in self.kept:
+            self.kept[name] = x.new_zeros(*x.shape[:-2], zeros + self.W, x.shape[-1])
+        kept = self.kept[name][..., : zeros + self.length + x.shape[-2], :]
+        kept[..., zeros + self.length :, :] = x
+        return kept
+
+
+def attend(q, k, v, dropout, sees=None, causal=False):
+    """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D),
+    of q (B, H, Q, D) and k, v (B, H, S, D). sees: (Q, S) bool, or all; causal: those up to its own.
+
+    On a CPU torch has no fused kernel with dropout, and its bfloat16 kernel is slow from 64 queries on, as
+    long as all scores fit into the caches: these lines take half the time at 256 positions.
     """
     p = dropout.p if dropout.training else 0.0
     written_out = p or (q.dtype == torch.bfloat16 and q.shape[2] >= 64 and q.shape[2] * k.shape[2] <= 2**18)
     if q.device.type != "cpu" or not written_out:
-        return F.scaled_dot_product_attention(q, k, v, visible, dropout_p=p, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=p, is_causal=causal)
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, Q, S)
     if causal:
-        visible = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
-    if visible is not None:
-        scores += torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, -torch.inf)
+        sees = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if sees is not None:
+        scores += torch.zeros_like(sees, dtype=scores.dtype).masked_fill(~sees, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
 
 
@@ -32,7 +53,7 @@ VECTORS = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
 
 def linear(x, weight, bias=None):
     """F.linear; the one token that is read when one is appended is a vector to it."""
-    if not VECTORS or x.device.type != "cpu" or x.numel() > x.shape[-1]:
+    if not VECTORS or x.device.type != "cpu" or x.numel() != x.shape[-1]:
         return F.linear(x, weight, bias)
     y = weight @ x.flatten()
     return (y if bias is None else y + bias.type_as(y)).view(*x.shape[:-1], -1)

@@ -48,7 +48,7 @@ def settle(given, config_class):
     """
     config = config_class(**given)
     if config.init_from == "scratch":
-        return one_by_one(config, given), None, None, None
+        return without_noise(config, given), None, None, None
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
@@ -57,6 +57,9 @@ def settle(given, config_class):
     model, tokenizer, checkpoint = load_checkpoint(path, **changes)
     before = attention_of(model.config)
     attention = given.get("attention", before)
+    if attention.K == model.config.block_size:  # one block for all
+        given = {**given, "attention": Attention("canvas")}
+        attention = given["attention"]
     if attention != before and not resume:
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
         model, tokenizer, checkpoint = load_checkpoint(path, **changes)
@@ -80,29 +83,32 @@ def settle(given, config_class):
     for name, value in {**shape, **({"attention": before} if resume else {})}.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
-    if config.open_steps and not resume and (before.kind, attention.kind) != ("causal", "canvas"):
+    opens = (before.kind, attention.kind) == ("causal", "canvas") or (resume and trained.get("open_steps"))
+    if config.open_steps and not opens:
         raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
     if config.open_steps and model.config.conv and model.config.conv_right:
         raise Mistake(f"--open_steps {config.open_steps}: the model in {path} has a convolution to the right")
-    return one_by_one(config, given), model, tokenizer, checkpoint
+    return without_noise(config, given), model, tokenizer, checkpoint
 
 
-def one_by_one(config, given):
-    """The config; with blocks of one token every token is a hole, and there is no noise to choose."""
-    if config.attention.K != 1 or config.eval_only:
+def without_noise(config, given):
+    """The config; but with blocks of one token every token is a hole, and there is no noise to choose."""
+    if config.attention.K != 1:
         return config
     for name in ("level", "one_level", "slant", "spindle", "visible"):
         if given.get(name):
-            how = f"under --attention {config.attention} every token is a hole"
-            raise Mistake(f"--{name} {given[name]}: {how}")
-    prompt_len = given.get("prompt_len", Span(0, 0))
-    # The weight elbo would be the same.
-    return dataclasses.replace(config, level=Level("fixed", 1.0), prompt_len=prompt_len, weight="mean")
+            raise Mistake(f"--{name} {given[name]}: with --attention {config.attention} each token is a hole")
+    if config.eval_only:
+        return config
+    if "prompt_len" not in given and config.init_from != "resume":
+        config = dataclasses.replace(config, prompt_len=Span(0, 0))
+    # Every token is a hole at t = 1, where the weights elbo and mean are one number.
+    return dataclasses.replace(config, level=Level("fixed", 1.0), weight="mean")
 
 
 def check_training(config):
     """Raise Mistake for flags that cannot work together, before anything is written."""
-    if config.open_steps and config.init_from == "scratch":
+    if config.open_steps and (config.init_from == "scratch" or config.eval_only):
         raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
@@ -158,20 +164,21 @@ def check_writing(config, given, prompts):
         raise Mistake(f"{config.ckpt[0]}: there is no checkpoint yet; `python train.py` makes one")
 
 
-def flags_for(config, given, path, model, token_nats, longest, alone):
+def flags_for(config, given, path, model, token_nats, longest, all_causal):
     """The flags of denoise as the model in path can follow them on canvases of `longest` tokens at most.
-    Mistake if it cannot; but a causal model that is not alone writes as it must, and they are for the others.
+    Mistake if it cannot. Beside other models a causal one writes as it must: the flags are for the others.
     """
     K, W = model.config.K, model.config.block_size
     if config.suffix and K < W:
-        how = f"the model in {path} writes from the left, and does not see what stands after"
-        raise Mistake(f"--suffix: {how}")
+        raise Mistake(
+            f"--suffix: the model in {path} writes from the left, and does not see what stands after"
+        )
     if K == 1:
         names = "order", "steps", "tau", "block_len", "revise", "guidance"
         wrong = [name for name in names if given.get(name, "left") not in ("left", 0)]
-        if wrong and alone:
-            how = f"the model in {path} is causal and writes from the left, one token a step"
-            raise Mistake(f"--{wrong[0]} {given[wrong[0]]}: {how}")
+        if wrong and all_causal:
+            reason = "is causal and writes from the left, one token a step"
+            raise Mistake(f"--{wrong[0]} {given[wrong[0]]}: the model in {path} {reason}")
         return {"order": "left"}
     if K < W and K % (config.block_len or 1):
         raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
