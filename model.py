@@ -192,7 +192,8 @@ class Convolution(nn.Module):
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), sight.n_clean // K
         before = before.unfold(1, left, K).transpose(2, 3)  # (B, S / K or more, left, C)
         before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
-        rows = F.pad(torch.cat((before, blocks), 2), (0, 0, 0, right))  # (B, blocks, left + K + right, C)
+        after = x.new_zeros(B, blocks.shape[1], right, C)
+        rows = torch.cat((before, blocks, after), 2)  # (B, blocks, left + K + right, C)
         # Seen as an image with a block in each row, in channels-last layout, so that nothing is copied.
         mixed = F.conv2d(rows.permute(0, 3, 1, 2), self.weight[..., : left + 1 + right], groups=C)
         return x + mixed.permute(0, 2, 3, 1).flatten(1, 2)[:, :S]  # (B, S, C)
