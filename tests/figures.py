@@ -417,8 +417,9 @@ def speed(config, device):
     for i, n in enumerate(sizes):
         ratios = {f"{p.attention} {p.curve} {p.way}": p.speeds[i] / max(fastest[i]) for p in as_good}
         others = {name: ratio for name, ratio in ratios.items() if not name.startswith("causal")}
-        best = max(others, key=others.get, default="nothing")
-        print(f"batch {n}: as good as append, and {others.get(best, 0):.2f} times as fast: {best}")
+        best = max(others, key=others.get, default=None)
+        factor = f"{others[best]:.2f} times as fast by {best}" if best else "by no way to set"
+        print(f"batch {n}, text as good as that of append: {factor}")
     for number, panel in enumerate(panels):
         for colour, attention in enumerate(ATTENTIONS):
             curves = dict.fromkeys(p.curve for p in points if p.attention == attention)
