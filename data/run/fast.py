@@ -43,7 +43,7 @@ def attend(q, k, v, dropout, sees=None, causal=False):
     if causal:
         sees = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
     if sees is not None:
-        scores += torch.zeros_like(sees, dtype=scores.dtype).masked_fill(~sees, -torch.inf)
+        scores.masked_fill_(~sees, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
 
 
