@@ -384,7 +384,6 @@ def speed(config, device):
     seed, and the entropy of byte pairs. Append at several temperatures draws a line from one pair to the
     other: what lies on it or below, at the same entropy, is as good.
     """
-    *panels, save = plot(config.save, 4, 2)
     judge, _, _ = load_checkpoint(on_the_dial("python", "causal", 9, 15), device)
     T, sizes, points = 256, (1, config.texts), []
     _, val, _, _ = load_corpus("python", T)
@@ -420,6 +419,12 @@ def speed(config, device):
         best = max(others, key=others.get, default=None)
         factor = f"{others[best]:.2f} times as fast by {best}" if best else "by no way to set"
         print(f"batch {n}, text as good as that of append: {factor}")
+    draw_speed(points, real, sizes, config.save)
+
+
+def draw_speed(points, real, sizes, path):
+    """Panels of quality against speed, for each measure and each number of texts at once."""
+    *panels, save = plot(path, 4, 2)
     for number, panel in enumerate(panels):
         for colour, attention in enumerate(ATTENTIONS):
             curves = dict.fromkeys(p.curve for p in points if p.attention == attention)
@@ -432,7 +437,12 @@ def speed(config, device):
         measure = ("nats per byte under the judge", "bits per pair of bytes")[number // 2]
         panel.set(xscale="log", xlabel="tokens per second", ylabel=measure)
         panel.set_title(f"batch {sizes[number % 2]}")
-    panels[0].legend(fontsize="x-small")
+        panel.minorticks_off()
+        low, high = panel.get_xlim()
+        ticks = [m * 10**e for e in range(2, 6) for m in (1, 2, 5) if low < m * 10**e < high]
+        panel.set_xticks(ticks, labels=map(str, ticks))
+    names = panels[0].get_legend_handles_labels()
+    panels[0].figure.legend(*names, loc="outside right upper", fontsize="small")
     save()
 
 
