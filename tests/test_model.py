@@ -157,3 +157,20 @@ def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatc
             assert together.dtype == alone.dtype == getattr(torch, dtype)
             torch.testing.assert_close(alone, together[:, 1:2])
             assert layer(rows[:, :0]).shape == (1, 0, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sight", ["all", "causal", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_written_out_is_that_of_torch(dtype, sight, device):
+    """As bfloat16 takes it in training, and dropout in any precision, here so little that none is dropped."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 64, 8, dtype=dtype, device=device)
+    mask = (torch.rand(64, 64, device=device) < 0.5) | torch.eye(64, dtype=torch.bool, device=device)
+    flags = {"sees": mask if sight == "mask" else None, "causal": sight == "causal"}
+    expected = F.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), flags["sees"], is_causal=flags["causal"]
+    )
+    y = fast.attend(q, k, v, Dropout(1e-9).train(), **flags)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
