@@ -369,11 +369,9 @@ def ways_to_write(attention, T=256):
     if attention == "causal":
         return [("", f"temperature {x}", {"temperature": x}) for x in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)]
     n_blocks, ways = T // int(attention.partition(":")[2] or T), []
-    for curve, order, temperature in (
-        ("random", "random", 1.0),
-        ("random, temperature 0.8", "random", 0.8),
-        ("confidence", "confidence", 1.0),
-    ):
+    in_steps = [("random, temperature 0.8", "random", 0.8)]
+    in_steps += [(order, order, 1.0) for order in ORDERS if order != "threshold"]
+    for curve, order, temperature in in_steps:
         flags = {"order": order, "temperature": temperature}
         ways += [(curve, f"{n} steps", {**flags, "steps": n}) for n in (8, 16, 32, 64, 128) if n >= n_blocks]
     return ways + [("threshold", f"tau {x}", {"order": "threshold", "tau": x}) for x in (0.4, 0.6, 0.8, 0.9)]
@@ -397,14 +395,14 @@ def speed(config, device):
         print("|", " | ".join(header), "| at", config.texts, "|")
         print("| text of the corpus | | | {:.3f} | {:.2f} | | |".format(*real))
         for attention in ATTENTIONS:
-            model, _, _ = load_checkpoint(on_the_dial("python", attention), device)
+            model, _, checkpoint = load_checkpoint(on_the_dial("python", attention), device)
             for curve, way, flags in ways_to_write(attention, T):
-                speeds = []
+                speeds, flags = [], {"steps": None, "token_nats": checkpoint["token_nats"], **flags}
                 for n in sizes:
                     seconds = []
                     for _ in range(3 if n == 1 else 1):
                         start = time.perf_counter()
-                        texts, passes = write(model, n, T, **{"steps": None, **flags})
+                        texts, passes = write(model, n, T, **flags)
                         seconds.append(time.perf_counter() - start)
                     speeds.append(n * T / min(seconds))
                 points.append(Point(attention, curve, way, speeds, *quality(texts)))
@@ -423,26 +421,31 @@ def speed(config, device):
 
 
 def draw_speed(points, real, sizes, path):
-    """Panels of quality against speed, for each measure and each number of texts at once."""
-    *panels, save = plot(path, 4, 2)
-    for number, panel in enumerate(panels):
-        for colour, attention in enumerate(ATTENTIONS):
-            curves = dict.fromkeys(p.curve for p in points if p.attention == attention)
-            for marker, curve in zip("osD^", curves):
-                chosen = [p for p in points if (p.attention, p.curve) == (attention, curve)]
-                line = [p.speeds[number % 2] for p in chosen], [(p.nats, p.bits)[number // 2] for p in chosen]
-                label = f"{attention} {curve}".strip()
-                panel.plot(*line, marker=marker, markersize=4, color=f"C{colour}", linewidth=1, label=label)
-        panel.axhline(real[number // 2], color="gray", linestyle=":", label="text of the corpus")
-        measure = ("nats per byte under the judge", "bits per pair of bytes")[number // 2]
-        panel.set(xscale="log", xlabel="tokens per second", ylabel=measure)
-        panel.set_title(f"batch {sizes[number % 2]}")
+    """Quality against speed: a column for each way to set, a row for each number of texts and measure."""
+    _, *columns = ATTENTIONS
+    *panels, save = plot(path, 4 * len(columns), 4)
+    panels[0].figure.set_size_inches(14, 12)
+    curves = dict.fromkeys(p.curve for p in points if p.curve)
+    for i, panel in enumerate(panels):
+        row, attention = i // len(columns), columns[i % len(columns)]
+        for curve, marker in zip(["", *curves], "ksD^v<>PX*"):
+            chosen = [p for p in points if p.curve == curve and p.attention in ("causal", attention)]
+            speeds, values = [p.speeds[row // 2] for p in chosen], [(p.nats, p.bits)[row % 2] for p in chosen]
+            style = {"marker": marker, "markersize": 4, "linewidth": 1, "color": None if curve else "black"}
+            panel.plot(speeds, values, label=curve or "append", **style)
+        panel.axhline(real[row % 2], color="gray", linestyle=":", label="text of the corpus")
+        panel.set(xscale="log")
+        panel.set_title(f"{attention}, batch {sizes[row // 2]}")
+        if not i % len(columns):
+            panel.set_ylabel(("nats per byte under the judge", "bits per pair of bytes")[row % 2])
+        if row == 3:
+            panel.set_xlabel("tokens per second")
         panel.minorticks_off()
         low, high = panel.get_xlim()
-        ticks = [m * 10**e for e in range(2, 6) for m in (1, 2, 5) if low < m * 10**e < high]
-        panel.set_xticks(ticks, labels=map(str, ticks))
+        ticks = [10**e for e in range(1, 7) if low < 10**e < high]
+        panel.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     names = panels[0].get_legend_handles_labels()
-    panels[0].figure.legend(*names, loc="outside right upper", fontsize="small")
+    panels[0].figure.legend(*names, loc="outside lower center", ncols=6)
     save()
 
 
