@@ -347,4 +347,4 @@ def load_checkpoint(path, device="cpu", **changes):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Mistake(f"{path}: not a checkpoint of setitem ({reason})") from None
-    return model.to(device).eval(), tokenizer, checkpoint
+    return model.to(device, torch.float32).eval(), tokenizer, checkpoint

@@ -33,7 +33,7 @@ from data.run.errors import Mistake, command
 from data.run.fast import Cache, in_parts
 from data.run.flags import flag, parse
 from data.run.machine import autocast, pick_device
-from data.run.settings import check_writing, flags_for
+from data.run.settings import check_writing, default_checkpoint, flags_for
 from model import load_checkpoint
 
 NEAR = 4  # tokens on either side of a hole that say which of several lengths fits it
@@ -42,13 +42,13 @@ ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "in
 
 @dataclass
 class SampleConfig:
-    ckpt: list[str] = flag(("out/ckpt.pt",), "checkpoint to sample from, or several to compare")
+    ckpt: list[str] = flag((), "checkpoint, or several to compare (out/ckpt.pt, or else data/python/ckpt.pt)")
     prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
     suffix: str = flag("", "text that stands after the hole")
     length: int | None = flag(None, "tokens of the canvas (block_size, or the prompt's)", least=1, most=MOST)
     steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=MOST)
-    order: Literal[ORDERS] = flag("random", "what is set first")
+    order: list[Literal[ORDERS]] = flag(("random",), "what is set first; or several orders to compare")
     tau: float = flag(0.9, "threshold: set every hole as sure as this", least=0, most=1)
     block_len: int | None = flag(None, "fill the canvas from left to right in blocks of this", least=1)
     revise: float = flag(0.0, "probability that a step masks a written token again", least=0, below=1)
@@ -463,7 +463,7 @@ def nats_per_byte(judge, tokenizer, text):
     return nats / max(1, len(text.encode()))
 
 
-def write(model, tokenizer, canvas, seeds, config, flags, watch):
+def write(model, tokenizer, canvas, seeds, flags, config, watch):
     """Fill a canvas (B, T) as the flags say: (ids, History) of each row, and the seconds that it took,
     without those of showing it. The History is None where none is needed.
     """
@@ -484,18 +484,44 @@ def write(model, tokenizer, canvas, seeds, config, flags, watch):
     return zip(canvas.tolist(), histories), seconds
 
 
+class Plan(NamedTuple):
+    """What one model writes in one order. choices: the canvases of each prompt, lists of ids, one for every
+    length that its holes may have. flags: as denoise has them.
+    """
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    choices: list
+    flags: dict
+
+
+def make_plans(config, given, prompts, loaded):
+    """The Plan of each checkpoint and order."""
+    W = min(model.config.block_size for model, _, _ in loaded)
+    all_causal = all(model.config.K == 1 for model, _, _ in loaded)
+    by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
+    for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
+        choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
+        longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
+        for flags in flags_for(config, given, path, model, token_nats, longest, all_causal):
+            name = ", ".join([path] * by_path + [flags["order"]] * by_order)
+            yield Plan(name, model, tokenizer, choices, flags)
+
+
 class Written(NamedTuple):
-    """The texts that a model wrote, and what it took."""
+    """The texts that a plan made, and what it took."""
 
     texts: list[str]
     histories: list
     summary: str
 
 
-def write_all(model, tokenizer, choices, config, flags, watch):
-    """Write num_samples texts for each prompt with one model: Written. choices: the canvases of each prompt,
-    lists of ids, one for every length that its holes may have; the one that fits best is filled.
+def write_all(plan, config, watch):
+    """Write num_samples texts for each prompt: Written. Of a prompt's canvases the one that fits best is
+    filled.
     """
+    _, model, tokenizer, choices, flags = plan
     passes, began = [], time.perf_counter()
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     device, rows, done = next(model.parameters()).device, [], {}  # rows: (number, ids, seed) of each text
@@ -508,7 +534,7 @@ def write_all(model, tokenizer, choices, config, flags, watch):
     for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
         numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
         canvas = torch.tensor(canvas, device=device)  # (B, T)
-        written, took = write(model, tokenizer, canvas, seeds, config, flags, watch)
+        written, took = write(model, tokenizer, canvas, seeds, flags, config, watch)
         done |= zip(numbers, written)
         seconds += took
     hook.remove()
@@ -539,39 +565,34 @@ def main():
     config = SampleConfig(**given)
     prompts = [*config.prompt, *map(read_text, config.prompt_file)] or [""]
     check_writing(config, given, prompts)
+    config.ckpt = config.ckpt or [default_checkpoint()]
     device = pick_device(config.device)
     loaded = [load_checkpoint(path, device) for path in config.ckpt]
     judge = None if config.judge is None else load_checkpoint(config.judge, device)
     if judge and judge[1].bos_id is not None:
         raise Mistake(f"--judge {config.judge}: not a model whose lines begin with a token of their own")
-    W = min(model.config.block_size for model, _, _ in loaded)
-    all_causal = all(model.config.K == 1 for model, _, _ in loaded)
-    plans = []  # the canvases of each model, and the flags that it follows
-    for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
-        choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
-        longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
-        plans.append((choices, flags_for(config, given, path, model, token_nats, longest, all_causal)))
+    plans = list(make_plans(config, given, prompts, loaded))
+    names = [plan.name for plan in plans]
     with torch.no_grad(), autocast(device, config.dtype):
         if config.score is not None:
-            return score(config.score, *loaded[0][:2], plans[0][1])
+            return score(config.score, *loaded[0][:2], plans[0].flags)
         results = []
-        with Watch(config.ckpt) if config.watch else nullcontext() as watch:
-            for (model, tokenizer, _), (choices, flags) in zip(loaded, plans):
-                results.append(write_all(model, tokenizer, choices, config, flags, watch))
+        with Watch(names) if config.watch else nullcontext() as watch:
+            for plan in plans:
+                results.append(write_all(plan, config, watch))
                 if watch:
                     watch.next()
-        for path, (texts, _, summary) in zip(config.ckpt, results):
+        for name, (texts, _, summary) in zip(names, results):
             for number, text in enumerate(texts, 1):
                 if len(texts) > 1:
                     print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
                 print(inert(text) if sys.stdout.isatty() else text, flush=True)
-            summary = f"{path}: {summary}" if len(results) > 1 else summary
             if judge:
                 judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
                 summary += f"; under {config.judge} {judged} nats per byte"
-            print(summary, file=sys.stderr)
+            print(f"{name}: {summary}", file=sys.stderr)
     if config.save is not None:
-        save_histories(config.save, list(zip(*(result.histories for result in results))), config.ckpt)
+        save_histories(config.save, list(zip(*(result.histories for result in results))), names)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@
     python tests/figures.py dial        # from append to set: the bound for each attention
     python tests/figures.py speed       # the same models: quality of the text against tokens per second
     python tests/figures.py post        # the post's comparison: RoBERTa's loop and GPT-2's
+    python tests/figures.py recipe      # the default training run with each of its parts taken away
+    python tests/figures.py repeat      # little text, read many times: append overfits, set goes on
 
 What is drawn is also printed. Models that a figure needs and does not find, it trains.
 """
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 
 from data.canvas.prompt import MOST
-from data.corpus import load_corpus
+from data.corpus import DATA, SPLITS, load_corpus, write_corpus
 from data.hmm.prepare import text_nats
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
@@ -38,13 +40,13 @@ from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = "levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post"
+FIGURES = "levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post", "recipe", "repeat"
 
 
 @dataclass
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
-    seeds: int = flag(1, "levels, dial on Shakespeare: models of each kind to train", least=1)
+    seeds: int = flag(1, "levels, recipe, dial on Shakespeare: models of each kind to train", least=1)
     texts: int = flag(32, "orders, lengths, dial, speed: texts to write or score for each point", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
@@ -75,6 +77,14 @@ def write(model, n, T, steps, order="random", **flags):
         pass
     hook.remove()
     return canvas.cpu(), len(passes)
+
+
+def log_of(path):
+    """What a run's log says of its validation: millions of tokens seen, and nats per token, an array each."""
+    with open(path.with_name("log.csv"), newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
+    tokens = np.array([int(row["step"]) for row in rows]) * 16 * 256 / 1e6
+    return tokens, np.array([float(row["val_nats_per_token"]) for row in rows])
 
 
 def plot(path, n_panels=1, n_rows=1):
@@ -302,14 +312,6 @@ def on_the_dial(corpus, attention, seed=0, minutes=None):
     return train(f"out-dial/{corpus}-{attention.replace(':', '-')}-{seed}", flags)
 
 
-def log_of(path):
-    """What a run's log says of its validation: millions of tokens seen, and nats per token, an array each."""
-    with open(path.with_name("log.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
-    tokens = np.array([int(row["step"]) for row in rows]) * 16 * 256 / 1e6
-    return tokens, np.array([float(row["val_nats_per_token"]) for row in rows])
-
-
 def dial(config, device):
     """The bound at every point of the dial: over the validation split, after the same minutes and, as the
     logs have it, after as many tokens as the slowest has seen; and of some windows, beside the exact
@@ -470,6 +472,86 @@ def post(config, device):
     panel.barh(list(seconds), list(seconds.values()))
     panel.invert_yaxis()
     panel.set(xlabel="seconds for 240 tokens, batch 1")
+    save()
+
+
+# --- the recipe ----------------------------------------------------------------------------------
+
+RECIPE = {
+    "the default": "",
+    "no convolution": "--conv 0",
+    "no Muon": "--optimizer adamw --lr 0.003",
+    "uniform levels": "--level uniform",
+    "append, for scale": "--attention causal",
+}
+
+
+def recipe(config, device):
+    """The bound after five minutes of tiny Shakespeare: of the default, and with each part taken away."""
+    panel, save = plot(config.save)
+    _, val, _, _ = load_corpus("shakespeare", 256)
+    tokens, bounds = windows(val, 256, len(val)), {}
+    print("| run | seed | steps | nats per byte |")
+    for seed in range(config.seeds):  # in turn, so that a machine's slow minutes fall on all
+        for number, (name, flags) in enumerate(RECIPE.items()):
+            shape = f"--data shakespeare --max_minutes 5 --evals 1 --prompt_len 0 --seed {seed}"
+            model, _, checkpoint = load_checkpoint(train(f"out-recipe/{number}-{seed}", shape, flags), device)
+            with autocast(device):
+                bounds.setdefault(name, []).append(nelbo(model, tokens, draws=2))
+            print(f"| {name} | {seed} | {checkpoint['step']:,} | {bounds[name][-1]:.3f} |", flush=True)
+    values = np.array(list(bounds.values()))  # (runs, seeds)
+    low, mean, high = values.min(1), values.mean(1), values.max(1)
+    panel.barh(list(bounds), mean, xerr=(mean - low, high - mean), capsize=4)
+    panel.invert_yaxis()
+    panel.set(xlim=(low.min() - 0.1, None), xlabel="nats per byte, five minutes of tiny Shakespeare")
+    save()
+
+
+# --- data that repeats ---------------------------------------------------------------------------
+
+LITTLE = 100_000  # bytes of text to train on
+REPEATED = {  # append at its best over weight decay and dropout; set goes on for longer
+    "append": [
+        f"--attention causal --epochs 60 --weight_decay {decay} --dropout {dropout}"
+        for decay in (0.1, 1.0)
+        for dropout in (0.0, 0.2, 0.4)
+    ],
+    "set": [f"--epochs 300 --dropout {dropout}" for dropout in (0.0, 0.1)],
+}
+
+
+def little_corpus():
+    """The name of a corpus: the first bytes of tiny Shakespeare to train on, and its validation split."""
+    name = f"shakespeare-{LITTLE}"
+    if not (DATA / name / "meta.json").exists():
+        splits, tokenizer = load_corpus("shakespeare")[:2], load_corpus("shakespeare")[2]
+        texts = (tokenizer.decode(split[:n].tolist()) for split, n in zip(splits, (LITTLE, None)))
+        write_corpus(name, zip(SPLITS, texts), tokenizer, "the first bytes of data/shakespeare")
+    return name
+
+
+def repeat(config, device):
+    """The validation bound of set and likelihood of append against epochs over little text."""
+    panel, save = plot(config.save)
+    shape = f"--data {little_corpus()} --n_embd 128 --prompt_len 0 --evals 60"
+    print("| run | best, nats per byte | at epoch | at the end |")
+    best = {}
+    for colour, (kind, runs) in enumerate(REPEATED.items()):
+        for number, flags in enumerate(runs):
+            seen, nats = log_of(train(f"out-repeat/{kind}-{number}", shape, flags))
+            epochs, lowest = seen * 1e6 / LITTLE, nats.argmin()
+            best[kind] = min(best.get(kind, np.inf), nats[lowest])
+            print(f"| `{flags}` | {nats[lowest]:.3f} | {epochs[lowest]:.0f} | {nats[-1]:.3f} |", flush=True)
+            panel.plot(epochs, nats, color=f"C{colour}", linewidth=1, label="" if number else kind)
+            panel.plot(epochs[lowest], nats[lowest], color=f"C{colour}", marker="o")
+            if kind == "set" and (nats < best["append"]).any():
+                crossing = epochs[(nats < best["append"]).argmax()]
+                panel.axvline(crossing, color="gray", linestyle=":")
+                print(f"| it passes append's best at epoch {crossing:.0f} | | | |")
+    panel.axhline(best["append"], color="C0", linestyle=":", label="append at its best")
+    panel.set(xscale="log", xlabel=f"epochs over {LITTLE:,} bytes", ylabel="validation, nats per byte")
+    panel.set(ylim=(None, 3.5))
+    panel.legend()
     save()
 
 

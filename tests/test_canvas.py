@@ -304,6 +304,24 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
         assert len(set(boxes.split(","))) == 1  # beside each other
 
 
+def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
+    """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
+    runs = [
+        [run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")]
+        for prompt in (b"a", b"b")
+    ]
+    save_html(tmp_path / "run.html", runs, ["left", "random"])
+    with browser_page(tmp_path / "run.html") as call:
+        evaluate = evaluator(call)
+
+        def shown():
+            return evaluate("[...document.querySelectorAll('.canvas')].map(e => e.textContent[0]).join('')")
+
+        assert shown() == "aabb"
+        evaluate("select.selectedIndex = 1; select.dispatchEvent(new Event('change'))")
+        assert shown() == "bb"
+
+
 def test_a_picture_of_two_models_has_two_panels(tmp_path):
     (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ import data.run.report
 import sample
 import train
 from data.corpus import write_corpus
+from data.run import slim
 from data.run.errors import Mistake, command
 from data.run.machine import autocast
 from data.run.settings import attention_of
@@ -572,6 +574,29 @@ def test_a_flag_that_one_of_two_models_can_follow_is_for_that_one(monkeypatch, c
     assert " 3 forward passes" in both.err
 
 
+def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, capsys):
+    """One after the other, each by its name, and side by side in what is saved."""
+    flags, orders = (
+        ["--prompt", "line 1", "the", "--length", 20, "--dtype", "float32"],
+        ["left", "threshold", "remask"],
+    )
+    alone = ""
+    for order in orders:
+        steps = [] if order == "threshold" else ["--steps", 5]
+        alone += sample_text([*flags, "--order", order, *steps], monkeypatch, capsys).out
+    page = tmp_path / "gallery.html"
+    flags += ["--order", *orders, "--steps", 5, "--save", page]
+    together = sample_text(flags, monkeypatch, capsys)
+    assert together.out == alone
+    for order in orders:
+        assert f"{order}: 31 tokens in" in together.err
+    runs = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', page.read_text())[1])
+    assert [[side["name"] for side in run] for run in runs] == [orders] * 2
+    both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", *flags], monkeypatch, capsys).err
+    for name in ("gpt/ckpt.pt, left", *(f"out/ckpt.pt, {order}" for order in orders)):
+        assert f"{name}: 31 tokens in" in both
+
+
 # --- mistakes ------------------------------------------------------------------------------------
 
 
@@ -724,6 +749,10 @@ SAMPLE_MISTAKES = {
     ("--ckpt", "blocks/ckpt.pt", "--block_len", "3"): "--block_len 3: it must divide",
     ("--ckpt", "blocks/ckpt.pt", "--score", "book.txt"): "no one probability",
     ("--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", "--score", "book.txt"): "of one model at a time",
+    ("--order", "left", "margin", "--score", "book.txt"): "under one order at a time",
+    ("--order", "left", "upward"): "confidence",
+    ("--order", "left", "remask", "--revise", "0.1"): "--revise",
+    ("--ckpt", "gpt/ckpt.pt", "--order", "left", "margin"): "--order left margin: the model in gpt/ckpt.pt",
     ("--ckpt", "gpt/ckpt.pt", "gpt/ckpt.pt", "--order", "left", "--steps", "3"): "--steps 3",
     ("--judge", "nope.pt"): "nope.pt: there is no such checkpoint",
     ("--ckpt", "nope.pt"): "no such checkpoint",
@@ -745,7 +774,53 @@ def test_a_device_that_is_not_there(main, monkeypatch, capsys):
 
 def test_without_a_checkpoint_sample_says_what_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.run.settings, "SHIPPED", tmp_path / "none.pt")
     assert "python train.py" in mistake(sample.main, [], monkeypatch, capsys)
+
+
+def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, tmp_path, monkeypatch, capsys):
+    shipped = tmp_path / "data" / "shipped.pt"
+    shipped.parent.mkdir()
+    shipped.write_bytes((world / "blocks" / "ckpt.pt").read_bytes())
+    monkeypatch.setattr(data.run.settings, "SHIPPED", shipped)
+    monkeypatch.chdir(tmp_path)
+    assert "data/shipped.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
+    monkeypatch.chdir(world)
+    assert "out/ckpt.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
+
+
+# --- a small checkpoint --------------------------------------------------------------------------
+
+
+def test_a_slim_checkpoint_is_the_model_in_bfloat16(world, tmp_path, monkeypatch, capsys):
+    """It writes, it scores, and training goes on from it; but does not resume."""
+    monkeypatch.setattr(sys, "argv", ["slim.py", "out/ckpt.pt", str(tmp_path / "slim.pt")])
+    slim.main()
+    model, tokenizer, checkpoint = load_checkpoint("out/ckpt.pt")
+    small, same_tokenizer, rest = load_checkpoint(tmp_path / "slim.pt")
+    assert same_tokenizer.state == tokenizer.state
+    assert small.config == model.config
+    assert rest["train"] == checkpoint["train"]
+    assert_same(rest["token_nats"], checkpoint["token_nats"])
+    stored = torch.load(tmp_path / "slim.pt", weights_only=True)["model"]
+    for (name, p), q in zip(model.state_dict().items(), small.state_dict().values()):
+        assert stored[name].dtype == torch.bfloat16
+        assert q.dtype == torch.float32
+        assert_same(q, p.bfloat16().float())
+    assert "optimizers" not in rest
+    go_on = (
+        f"--init_from {tmp_path}/slim.pt --data book --out_dir {tmp_path}/on --max_iters 2 --block_size 32"
+    )
+    run_train(monkeypatch, go_on)
+    assert (
+        "slim.pt: 9 tokens in"
+        in sample_text(
+            ["--ckpt", tmp_path / "slim.pt", "--length", 9, "--order", "information"], monkeypatch, capsys
+        ).err
+    )
+    (tmp_path / "on" / "last.pt").write_bytes((tmp_path / "slim.pt").read_bytes())
+    again = f"--init_from resume --out_dir {tmp_path}/on --max_iters 9".split()
+    assert "not with these flags" in mistake(train.main, again, monkeypatch, capsys)
 
 
 class Malicious:
@@ -899,7 +974,7 @@ def test_help_shows_every_flag_with_its_default(monkeypatch, capsys):
         assert ended.value.code == 0
         for name, value in vars(config()).items():
             assert f"--{name}" in text
-            shown = " ".join(value) if name == "ckpt" else value
+            shown = " ".join(value) if name == "order" else value
             assert value in (None, ()) or f"default: {shown}" in text
 
 

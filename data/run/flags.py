@@ -109,14 +109,16 @@ def parse(config_class, description):
         kind, text = hints[field.name], field.metadata["help"].replace("%", "%%")
         if isinstance(kind, types.UnionType):  # `int | None`
             kind = get_args(kind)[0]
+        several, default = get_origin(kind) is list, field.default
+        if several:
+            kind, default = get_args(kind)[0], " ".join(default)
         options = {"type": str if hasattr(kind, "from_text") else kind}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(kind) is Literal:
             options = {"choices": get_args(kind)}
-        elif get_origin(kind) is list:
-            options = {"type": get_args(kind)[0], "nargs": "+", "action": "extend"}
-        default = " ".join(field.default) if get_origin(kind) is list else field.default
+        if several:
+            options |= {"nargs": "+", "action": "extend"}
         text += "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {default})"
         if "positional" not in field.metadata:
             parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **options)

@@ -10,6 +10,9 @@ from data.run.errors import Mistake
 from data.run.flags import Attention, Level, Span, from_plain
 from model import load_checkpoint
 
+OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise
+SHIPPED = Path(__file__).parents[1] / "python" / "ckpt.pt"  # data/python/README.md says how it was trained
+
 # --- who sees whom -------------------------------------------------------------------------------
 
 
@@ -151,22 +154,31 @@ def check_writing(config, given, prompts):
         raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
     if config.score is not None and len(config.ckpt) > 1:
         raise Mistake(f"--score: of one model at a time, and --ckpt names {len(config.ckpt)}")
-    if config.order == "threshold" and config.steps is not None:
+    if config.score is not None and len(config.order) > 1:
+        raise Mistake(f"--score: under one order at a time, and --order names {len(config.order)}")
+    if set(config.order) == {"threshold"} and config.steps is not None:
         raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
     check_prompts(prompts, config.suffix, config.length or MOST)
-    if config.revise and config.order == "remask":
+    if config.revise and "remask" in config.order:
         raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
     if config.guidance and not all(MASK_TAG.sub("", text) or config.suffix for text in prompts):
         raise Mistake("--guidance: it needs a --prompt to heed")
     if config.save is not None:
         check_path(config.save)
-    if config.ckpt == type(config).ckpt and not os.path.exists(config.ckpt[0]):
-        raise Mistake(f"{config.ckpt[0]}: there is no checkpoint yet; `python train.py` makes one")
+
+
+def default_checkpoint():
+    """The path of the reader's own checkpoint, or else of the one that comes with the project."""
+    for path in OWN, SHIPPED:
+        if path.exists():
+            return os.path.relpath(path)
+    raise Mistake(f"{OWN}: there is no checkpoint yet; `python train.py` makes one")
 
 
 def flags_for(config, given, path, model, token_nats, longest, all_causal):
-    """The flags of denoise as the model in path can follow them on canvases of `longest` tokens at most.
-    Mistake if it cannot. Beside other models a causal one writes as it must: the flags are for the others.
+    """The flags of denoise, for each order, as the model in path can follow them on canvases of `longest`
+    tokens at most. Mistake if it cannot. Beside other models a causal one writes as it must: the flags are
+    for the others.
     """
     K, W = model.config.K, model.config.block_size
     if config.suffix and K < W:
@@ -175,16 +187,17 @@ def flags_for(config, given, path, model, token_nats, longest, all_causal):
         )
     if K == 1:
         names = "order", "steps", "tau", "block_len", "revise", "guidance"
-        wrong = [name for name in names if given.get(name, "left") not in ("left", 0)]
+        wrong = [name for name in names if given.get(name, 0) not in (["left"], 0)]
         if wrong and all_causal:
             reason = "is causal and writes from the left, one token a step"
-            raise Mistake(f"--{wrong[0]} {given[wrong[0]]}: the model in {path} {reason}")
-        return {"order": "left"}
+            value = " ".join(given["order"]) if wrong[0] == "order" else given[wrong[0]]
+            raise Mistake(f"--{wrong[0]} {value}: the model in {path} {reason}")
+        return [{"order": "left"}]
     if K < W and K % (config.block_len or 1):
         raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
     if (config.block_len or 0) > W or (config.block_len == W < longest):
         raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
-    if config.order == "information" and token_nats is None:
+    if "information" in config.order and token_nats is None:
         raise Mistake(f"--order information: {path} does not say how common its tokens are")
-    names = "steps", "order", "tau", "block_len", "revise", "guidance"
-    return {**{name: getattr(config, name) for name in names}, "token_nats": token_nats}
+    flags = {name: getattr(config, name) for name in ("steps", "tau", "block_len", "revise", "guidance")}
+    return [{"order": order, "token_nats": token_nats, **flags} for order in config.order]

@@ -1,0 +1,33 @@
+"""Make a checkpoint small: its weights in bfloat16, and nothing that only resuming needs."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.run.checkpoint import save_checkpoint
+from data.run.errors import command
+from data.run.flags import argument, parse
+from model import load_checkpoint
+
+KEPT = "train", "bound", "token_nats", "step", "minutes"  # beside what it takes to sample
+
+
+@dataclass
+class SlimConfig:
+    ckpt: str = argument("a checkpoint")
+    out: str = argument("the small one to write")
+
+
+def main():
+    config = SlimConfig(**parse(SlimConfig, __doc__.splitlines()[0]))
+    model, tokenizer, checkpoint = load_checkpoint(config.ckpt)
+    kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
+    save_checkpoint(config.out, model.to(torch.bfloat16), tokenizer, **kept)
+    print(f"{config.out}: {Path(config.out).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    command(main)
