@@ -430,7 +430,7 @@ def draw_speed(points, real, sizes, path):
     curves = dict.fromkeys(p.curve for p in points if p.curve)
     for i, panel in enumerate(panels):
         row, attention = i // len(columns), columns[i % len(columns)]
-        for curve, marker in zip(["", *curves], "ksD^v<>PX*"):
+        for curve, marker in zip(["", *curves], "osD^v<>PX*"):
             chosen = [p for p in points if p.curve == curve and p.attention in ("causal", attention)]
             speeds, values = [p.speeds[row // 2] for p in chosen], [(p.nats, p.bits)[row % 2] for p in chosen]
             style = {"marker": marker, "markersize": 4, "linewidth": 1, "color": None if curve else "black"}
@@ -444,7 +444,7 @@ def draw_speed(points, real, sizes, path):
             panel.set_xlabel("tokens per second")
         panel.minorticks_off()
         low, high = panel.get_xlim()
-        ticks = [10**e for e in range(1, 7) if low < 10**e < high]
+        ticks = [m * 10**e for e in range(1, 6) for m in (1, 3) if low < m * 10**e < high]
         panel.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     names = panels[0].get_legend_handles_labels()
     panels[0].figure.legend(*names, loc="outside lower center", ncols=6)
