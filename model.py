@@ -36,7 +36,7 @@ class ModelConfig:
     block_size: int = 256  # tokens of a training sequence; the most that learned positions allow
     n_layer: int = 4
     n_head: int = 2
-    n_embd: int = 192
+    n_embd: int = 160
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # not text: train.py never masks them, sample.py never writes them
     block_len: int = 0  # K, tokens of a block; 0: the canvas is one. sample.py's --block_len may be shorter

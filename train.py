@@ -65,7 +65,7 @@ class TrainConfig:
     # model
     n_layer: int = flag(4, "layers", least=1)
     n_head: int = flag(2, "attention heads", least=1)
-    n_embd: int = flag(192, "width", least=1)
+    n_embd: int = flag(160, "width", least=1)
     block_size: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "neighbours that each layer's convolution mixes; 0 for none", least=0)
@@ -74,7 +74,7 @@ class TrainConfig:
     norm: Literal["pre", "post"] = flag("pre", "normalise before or after each layer")
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
     # optimisation
-    batch_size: int = flag(16, "windows per step", least=1)
+    batch_size: int = flag(8, "windows per step", least=1)
     grad_accum: int = flag(1, "pieces that a batch is computed in, to save memory", least=1)
     optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the layers' matrices, AdamW elsewhere")
     lr: float = flag(0.01, "highest learning rate", above=0)

@@ -10,15 +10,22 @@
     python tests/figures.py post        # the post's comparison: RoBERTa's loop and GPT-2's
     python tests/figures.py recipe      # the default training run with each of its parts taken away
     python tests/figures.py repeat      # little text, read many times: append overfits, set goes on
+    python tests/figures.py changes     # the README's five changes, each made and tried (printed alone)
+    python tests/figures.py counts      # words and lines of the shipped model's text (printed alone)
 
 What is drawn is also printed. Models that a figure needs and does not find, it trains.
 """
 
+import ast
+import contextlib
 import csv
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +42,15 @@ from data.hmm.prepare import text_nats
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 from data.run.machine import autocast, pick_device
+from data.run.settings import SHIPPED
 from model import load_checkpoint
 from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = "levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post", "recipe", "repeat"
+FIGURES = *FIGURES, "changes", "counts"
+EARLIER = "--n_embd 192 --batch_size 16"  # the default when most of the figures were drawn
 
 
 @dataclass
@@ -80,7 +90,9 @@ def write(model, n, T, steps, order="random", **flags):
 
 
 def log_of(path):
-    """What a run's log says of its validation: millions of tokens seen, and nats per token, an array each."""
+    """What the log of a run of 16 windows a step says of its validation: millions of tokens seen, and nats
+    per token, an array each.
+    """
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
     tokens = np.array([int(row["step"]) for row in rows]) * 16 * 256 / 1e6
@@ -140,7 +152,7 @@ def levels(config, device):
     for number, (name, flags) in enumerate(METHODS.items()):
         losses = []
         for seed in range(config.seeds):
-            shape = f"--data shakespeare --max_iters 250 --n_embd 128 --evals 1 --seed {seed}"
+            shape = f"--data shakespeare --max_iters 250 --n_embd 128 --batch_size 16 --evals 1 --seed {seed}"
             model, tokenizer, _ = load_checkpoint(train(f"out-levels/{number}-{seed}", shape, flags), device)
             with autocast(device):
                 losses.append([loss_at(model, tokens[::4], t) for t in ts])  # a quarter: twenty times over
@@ -162,7 +174,7 @@ def levels(config, device):
 # --- a source of known entropy -------------------------------------------------------------------
 
 FLOOR = 1e-3  # share of the probability that scoring gives to all letters alike, so that errors are finite
-HMM = "--data hmm --block_size 64 --batch_size 64 --prompt_len 0 --max_minutes 6.5"
+HMM = "--data hmm --n_embd 192 --block_size 64 --batch_size 64 --prompt_len 0 --max_minutes 6.5"
 HMM += " --evals 12 --eval_tokens 262144"  # all that there are, so that the log is about the same text
 
 
@@ -232,8 +244,8 @@ def orders(config, device):
     """Quality is a pair, since a text that repeats itself looks likely: its NELBO under a judge, a model
     trained longer from another seed, and the entropy of its byte pairs (2604.02718).
     """
-    model, _, checkpoint = load_checkpoint(train("out"), device)
-    judge, _, _ = load_checkpoint(train("out-judge", "--max_minutes 15 --seed 1"), device)
+    model, _, checkpoint = load_checkpoint(train("out-earlier", EARLIER), device)
+    judge, _, _ = load_checkpoint(train("out-judge", EARLIER, "--max_minutes 15 --seed 1"), device)
     T = model.config.block_size
     _, val, _, _ = load_corpus("python", T)
 
@@ -281,7 +293,7 @@ def drawn_nats(model, canvas):
 
 def lengths(config, device):
     """Spans of 4 to 12 bytes of validation text, cut out between 32 and 32: which length is taken?"""
-    model, tokenizer, _ = load_checkpoint(train("out"), device)
+    model, tokenizer, _ = load_checkpoint(train("out-earlier", EARLIER), device)
     _, val, _, _ = load_corpus("python", 80)
     generator = np.random.default_rng(config.seeds)
     sizes = generator.integers(4, 13, config.texts)
@@ -307,7 +319,7 @@ MINUTES = {"shakespeare": 5, "python": 10}
 
 def on_the_dial(corpus, attention, seed=0, minutes=None):
     """The path of a model, trained for as many minutes as the others on its corpus."""
-    flags = f"--data {corpus} --attention {attention} --seed {seed} --prompt_len 0"
+    flags = f"{EARLIER} --data {corpus} --attention {attention} --seed {seed} --prompt_len 0"
     flags += f" --max_minutes {minutes or MINUTES[corpus]} --evals 4 --eval_tokens 16384"
     return train(f"out-dial/{corpus}-{attention.replace(':', '-')}-{seed}", flags)
 
@@ -482,6 +494,7 @@ RECIPE = {
     "no convolution": "--conv 0",
     "no Muon": "--optimizer adamw --lr 0.003",
     "uniform levels": "--level uniform",
+    "width 192, batch 16": EARLIER,
     "append, for scale": "--attention causal",
 }
 
@@ -533,7 +546,7 @@ def little_corpus():
 def repeat(config, device):
     """The validation bound of set and likelihood of append against epochs over little text."""
     panel, save = plot(config.save)
-    shape = f"--data {little_corpus()} --n_embd 128 --prompt_len 0 --evals 60"
+    shape = f"--data {little_corpus()} --n_embd 128 --batch_size 16 --prompt_len 0 --evals 60"
     print("| run | best, nats per byte | at epoch | at the end |")
     best = {}
     for colour, (kind, runs) in enumerate(REPEATED.items()):
@@ -553,6 +566,97 @@ def repeat(config, device):
     panel.set(ylim=(None, 3.5))
     panel.legend()
     save()
+
+
+# --- the README's changes ------------------------------------------------------------------------
+
+
+def readme_changes():
+    """The diffs that stand in README.md, as text."""
+    return re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def apply(change, folder):
+    """Make a diff's change to its file in folder, where what it replaces stands just once."""
+    name, hunks = change.split("\n", 1)
+    path = folder / name.split()[1]
+    code = path.read_text(encoding="utf-8")
+    for hunk in hunks.split("@@\n"):
+        old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] != sign) for sign in "+-")
+        assert code.count(old) == 1, f"{path.name} has this {code.count(old)} times:\n{old}"
+        code = code.replace(old, new)
+    path.write_text(code, encoding="utf-8")
+
+
+def changes(config, device):
+    """Five minutes of tiny Shakespeare as the project is, and with each of the README's changes."""
+    text = windows(load_corpus("shakespeare")[1], 256, 8192).flatten().tolist()
+
+    def run(folder, command):
+        arguments = [sys.executable, *command.split()]
+        printed = subprocess.run(arguments, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+        print(f"| {folder.name} | `{command}` | {printed.stdout.splitlines()[-1]} |", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "as it is")
+        shutil.copytree(ROOT, plain, ignore=shutil.ignore_patterns("out*", ".*", "*.pt"))
+        (plain / "text.txt").write_bytes(bytes(text))
+        changed = []
+        for number, change in enumerate(readme_changes(), 1):
+            changed.append(Path(shutil.copytree(plain, Path(folder, f"change {number}"))))
+            apply(change, changed[-1])
+        right, vowels, spread, near, levels = changed
+        for project in plain, vowels, near, levels:
+            run(project, "train.py --data shakespeare --max_minutes 5 --evals 1")
+            run(project, "train.py --eval_only --init_from out/ckpt.pt")
+        for project in right, spread:
+            shutil.copytree(plain / "out", project / "out")
+        for project in plain, right:
+            run(project, "sample.py --score text.txt --order left --steps 256")
+        for steps in 16, 64, 256:  # random's likelihood, as a bound
+            run(
+                plain, f"train.py --eval_only --init_from out/ckpt.pt --eval_tokens 8192 --level grid:{steps}"
+            )
+            run(spread, f"sample.py --score text.txt --order spread --steps {steps}")
+
+
+# --- what the shipped model writes ---------------------------------------------------------------
+
+WORD = re.compile(r"[^\W\d_]+")
+
+
+def parses(line):
+    """Whether a line is a statement of Python, or the first line of one that has a block."""
+    for frame in "{}", "{} pass", "{}\ndef f(): pass", "if x: pass\n{} pass", "try: pass\n{} pass":
+        with contextlib.suppress(SyntaxError, ValueError):
+            ast.parse(frame.format(line.strip()))
+            return True
+    return False
+
+
+def counts(config, device):
+    """The share of words that the corpus has, and of lines that are Python, in what the shipped model writes
+    and in real text. First and last lines and words do not count: they may be cut.
+    """
+    warnings.simplefilter("ignore", SyntaxWarning)  # ast's, of escapes in strings
+    model, tokenizer, _ = load_checkpoint(SHIPPED, device)
+    train_split, val, _, _ = load_corpus("python")
+    known = set(WORD.findall(tokenizer.decode(train_split.tolist())))
+    real = windows(val, 256, 256 * config.texts)
+    with autocast(device):
+        ways = {
+            "text of the corpus": real,
+            "random, 128 steps, temperature 0.7": write(model, config.texts, 256, 128, temperature=0.7)[0],
+            "random, 256 steps, temperature 0.7": write(model, config.texts, 256, 256, temperature=0.7)[0],
+            "threshold, tau 0.9": write(model, config.texts, 256, None, "threshold")[0],
+            "random, 16 steps, temperature 0.7": write(model, config.texts, 256, 16, temperature=0.7)[0],
+        }
+    print("| text | words that the corpus has | lines that are Python |")
+    for name, tokens in ways.items():
+        texts = [tokenizer.decode(row) for row in tokens.tolist()]
+        words = [word in known for text in texts for word in WORD.findall(text)[1:-1]]
+        lines = [parses(line) for text in texts for line in text.splitlines()[1:-1] if line.strip()]
+        print(f"| {name} | {np.mean(words):.1%} of {len(words):,} | {np.mean(lines):.1%} of {len(lines):,} |")
 
 
 def main():

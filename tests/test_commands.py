@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from figures import apply, readme_changes
 
 import data.corpus
 import data.run.report
@@ -177,10 +179,38 @@ def test_from_a_text_to_samples_as_a_user_would(tmp_path):
     assert "--- 2 of 2" in sampled.stderr
 
 
-def test_the_loop_of_the_readme_runs_as_printed(capsys):
+def test_the_loop_of_the_readme_runs_as_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     loop = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    exec(loop.replace("64", "32"), {})  # the model of these tests sees 32 tokens
-    assert len(capsys.readouterr().out) > 8
+    exec(loop, {})
+    assert len(capsys.readouterr().out) > 16
+
+
+CHANGED = """
+import torch
+from sample import rule_of
+
+lot, candidates = torch.rand(1, 8), torch.ones(1, 8, dtype=torch.bool)
+for order in "left", "spread":
+    chosen = rule_of(order).choose(lambda where: None, candidates, torch.tensor([[3]]), lot)[0]
+    print(*chosen[0].nonzero().flatten().tolist())
+"""
+
+
+def test_the_changes_of_the_readme_can_be_made_and_do_what_it_says(world, tmp_path):
+    """All five in one copy: `left` begins at the right, `spread` leaves gaps; a model learns and writes."""
+    copy_project(tmp_path)
+    shutil.copytree(world / "data" / "book", tmp_path / "data" / "book")
+    for change in readme_changes():
+        apply(change, tmp_path)
+    chosen = run_process("-c", CHANGED, cwd=tmp_path)
+    assert chosen.stdout.splitlines() == ["5 6 7", "2 5 7"], chosen.stderr
+    trained = run_process(
+        "train.py", *f"--data book --out_dir out --max_iters 2 --evals 1 {SMALL}".split(), cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    written = run_process("sample.py", "--order", "left", "spread", "--steps", 8, cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
 
 
 def test_what_follows_the_shortest_prompt_chooses_the_checkpoint(tmp_path, monkeypatch, capsys):
