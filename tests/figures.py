@@ -48,8 +48,10 @@ from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = "levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post", "recipe", "repeat"
-FIGURES = *FIGURES, "changes", "counts"
+FIGURES = (
+    *("levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post"),
+    *("recipe", "repeat", "changes", "counts"),
+)
 EARLIER = "--n_embd 192 --batch_size 16"  # the default when most of the figures were drawn
 
 
@@ -614,9 +616,8 @@ def changes(config, device):
         for project in plain, right:
             run(project, "sample.py --score text.txt --order left --steps 256")
         for steps in 16, 64, 256:  # random's likelihood, as a bound
-            run(
-                plain, f"train.py --eval_only --init_from out/ckpt.pt --eval_tokens 8192 --level grid:{steps}"
-            )
+            bound = f"--eval_only --init_from out/ckpt.pt --eval_tokens 8192 --level grid:{steps}"
+            run(plain, f"train.py {bound}")
             run(spread, f"sample.py --score text.txt --order spread --steps {steps}")
 
 
