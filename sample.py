@@ -548,7 +548,7 @@ def score(path, model, tokenizer, flags):
     """Print how likely the text of a file is, by the steps that would write it."""
     if flags["order"] in ("random", "remask"):
         order = flags["order"]
-        raise Mistake(f"--score: under --order {order} a text has no one probability; see train.py's bound")
+        raise Mistake(f"--score: under --order {order} a text has no one probability; try confidence")
     if tokenizer.bos_id is not None:
         raise Mistake("--score: not of a model whose lines begin with a token of their own")
     text = read_text(path)

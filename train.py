@@ -39,7 +39,7 @@ from data.run.files import replacing
 from data.run.flags import Attention, Level, Span, flag, parse
 from data.run.machine import pick_device
 from data.run.report import Report
-from data.run.settings import SHAPE, attention_fields, check_training, settle
+from data.run.settings import SHAPE, attention_fields, check_training, check_unused, settle
 from data.run.training import Run
 from model import ModelConfig, Transformer
 from sample import denoise
@@ -477,6 +477,8 @@ def main():
             raise Mistake(
                 "--init_from resume: that run is complete; more --max_iters, --epochs or --max_minutes go on"
             )
+    else:
+        check_unused(config.out_dir)
     val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)
     report = Report(
         run,
@@ -502,7 +504,8 @@ def main():
                 break
     if run.progress() < 1:
         save(run, tokenizer)
-        print(f"stopped at step {run.step}; --init_from resume goes on from there", file=sys.stderr)
+        again = f"python train.py --out_dir {config.out_dir} --init_from resume"
+        print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
         sys.exit(130)
 
 

@@ -104,9 +104,9 @@ def load_corpus(name, block_size=1):
     if not (folder / "meta.json").exists():
         ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
         sentence = f"--data {name}: there is no such corpus; ready are: {', '.join(ready) or 'none'}"
-        if (folder / "prepare.py").exists():
-            sentence += f"; `python data/{name}/prepare.py` makes this one"
-        raise Mistake(sentence)
+        own = (folder / "prepare.py").exists()
+        command = f"data/{name}/prepare.py" if own else "data/text/prepare.py FILE --name NAME"
+        raise Mistake(f"{sentence}; `python {command}` makes {'this' if own else 'a new'} one")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = tokenizer_from_state(meta["tokenizer"])
@@ -120,7 +120,7 @@ def load_corpus(name, block_size=1):
     for split, tokens in zip(SPLITS, (train, val)):
         if len(tokens) < block_size:
             shortage = f"{len(tokens)} tokens, fewer than one --block_size of {block_size}"
-            raise Mistake(f"--data {name}: its {split} split has {shortage}")
+            raise Mistake(f"--data {name}: its {split} split has {shortage}; a smaller one, or more text")
     return train, val, tokenizer, meta
 
 

@@ -691,7 +691,9 @@ TRAIN_MISTAKES = {
     "--eval_only": "--init_from",
     "--init_from nope.pt --data book": "no such checkpoint",
     "--init_from resume --out_dir nowhere": "no such checkpoint",
-    "--init_from out/ckpt.pt --data book": "overwrite",
+    "--data book --block_size 32": "--out_dir out: there is a run in it",
+    "--init_from out/ckpt.pt --data book": "--out_dir out: there is a run in it",
+    "--init_from resume --data other": "--data other: the model in out/last.pt has book",
     "--init_from out/ckpt.pt --out_dir new --n_layer 3 --data book": "has 1",
     "--init_from resume": "complete",
     "--init_from resume --max_iters 9 --optimizer adamw": "not with these flags",
@@ -910,6 +912,7 @@ PREPARE_MISTAKES = [
     ("python", ["--name", "../new"], "--name ../new"),
     ("hmm", ["--name", "../new", "--tokens", "10000"], "--name ../new"),
     ("text", ["good", "--name", "prepare.py/.."], "one folder of data/"),
+    ("text", ["good", "--name", "python"], "data/python has a corpus of its own"),
     ("text", [], "path"),
     ("text", ["none"], "no such file"),
     ("text", ["latin", "--name", "never-written"], "not UTF-8"),
@@ -959,7 +962,9 @@ def test_no_space_left_keeps_the_checkpoint_that_was_there(share, world, tmp_pat
     before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "ckpt.pt")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before["last.pt"]) * share), limits[1]))
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split(), "--seed", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *flags.split(), "--init_from", "resume", "--max_iters", "4"]
+    )
     try:
         with pytest.raises(SystemExit) as ended:
             command(train.main)

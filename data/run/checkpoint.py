@@ -38,8 +38,9 @@ def read_checkpoint(path):
 
     Nothing in the file is executed (`weights_only`). Raises Mistake when it cannot be read.
     """
-    if not os.path.exists(path):
-        raise Mistake(f"{path}: there is no such checkpoint")
+    if not os.path.isfile(path):
+        instead = ", it is a folder" if os.path.isdir(path) else ""
+        raise Mistake(f"{path}: there is no such checkpoint{instead}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence

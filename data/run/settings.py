@@ -50,12 +50,10 @@ def settle(given, config_class):
     tokenizer, checkpoint), the latter three None for a run from scratch.
     """
     config = config_class(**given)
+    resume = config.init_from == "resume"
     if config.init_from == "scratch":
         return without_noise(config, given), None, None, None
-    resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
-    if not (resume or config.eval_only) and path.resolve().parent == Path(config.out_dir).resolve():
-        raise Mistake(f"--init_from {path}: --out_dir {config.out_dir} would overwrite it; name another")
     changes = {"dropout": given["dropout"]} if "dropout" in given else {}
     model, tokenizer, checkpoint = load_checkpoint(path, **changes)
     before = attention_of(model.config)
@@ -83,7 +81,8 @@ def settle(given, config_class):
         raise Mistake(f"{path}: cannot be resumed ({error})") from None
     if config.block_size > longest:
         raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
-    for name, value in {**shape, **({"attention": before} if resume else {})}.items():
+    fixed = {"attention": before, "data": trained.get("data", config.data)} if resume else {}
+    for name, value in {**shape, **fixed}.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
     opens = (before.kind, attention.kind) == ("causal", "canvas") or (resume and trained.get("open_steps"))
@@ -141,6 +140,12 @@ def check_training(config):
         raise Mistake(f"--attention {config.attention}: K must divide --block_size {config.block_size}")
     if config.prompt_len.high >= config.block_size:
         raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
+
+
+def check_unused(out_dir):
+    """Raise Mistake if there is a run in out_dir, which a new one would overwrite."""
+    if any(Path(out_dir).glob("*.pt")):
+        raise Mistake(f"--out_dir {out_dir}: there is a run in it; name another, or --init_from resume")
 
 
 # --- writing -------------------------------------------------------------------------------------

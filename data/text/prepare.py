@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import read_pieces, split_at, tokenizer_by_name, write_corpus
+from data.corpus import DATA, read_pieces, split_at, tokenizer_by_name, write_corpus
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 
@@ -17,9 +17,20 @@ VAL_SHARE = 0.1
 
 @dataclass
 class PrepareConfig:
-    path: str = argument("a text file, or a folder whose files are all taken, in order of their paths")
+    path: str = argument("a text file, or a folder whose texts are all taken, in order of their paths")
     name: str | None = flag(None, "folder of data/ to write (default: the name of the path)")
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path")
+
+
+def is_text(file):
+    """Whether a file is UTF-8; if not, it is said."""
+    try:
+        for _ in read_pieces(file):
+            pass
+    except Mistake as mistake:
+        print(f"left out: {mistake}", file=sys.stderr)
+        return False
+    return True
 
 
 def prepare(path, name, tokenizer):
@@ -29,6 +40,8 @@ def prepare(path, name, tokenizer):
         raise Mistake(f"{path}: there is no such file or folder")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if path.is_dir():
+        files = [file for file in files if is_text(file)]
     size = sum(file.stat().st_size for file in files)
     if size == 0:
         raise Mistake(f"{path}: there is no text in it")
@@ -39,7 +52,10 @@ def prepare(path, name, tokenizer):
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name = Path(config.path).resolve().stem if config.name is None else config.name
+    if (DATA / name / "prepare.py").exists():
+        raise Mistake(f"--name {name}: data/{name} has a corpus of its own; choose another name")
     prepare(config.path, name, tokenizer_by_name(config.tokenizer))
+    print(f"`python train.py --data {name} --out_dir out-{name}` trains on it")
 
 
 if __name__ == "__main__":
