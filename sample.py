@@ -42,7 +42,7 @@ ORDERS = "random", "remask", "confidence", "margin", "entropy", "threshold", "in
 
 @dataclass
 class SampleConfig:
-    ckpt: list[str] = flag((), "checkpoint, or several to compare (out/ckpt.pt, or else data/python/ckpt.pt)")
+    ckpt: list[str] = flag((), "checkpoint, or several (out/ckpt.pt, or else data/shakespeare/ckpt.pt)")
     prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
     suffix: str = flag("", "text that stands after the hole")

@@ -11,13 +11,11 @@
     python tests/figures.py recipe      # the default training run with each of its parts taken away
     python tests/figures.py repeat      # little text, read many times: append overfits, set goes on
     python tests/figures.py changes     # the README's five changes, each made and tried (printed alone)
-    python tests/figures.py counts      # words and lines of the shipped model's text (printed alone)
+    python tests/figures.py counts      # what the shipped model writes: its words, what is copied (printed)
 
 What is drawn is also printed. Models that a figure needs and does not find, it trains.
 """
 
-import ast
-import contextlib
 import csv
 import re
 import shutil
@@ -25,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -624,40 +621,44 @@ def changes(config, device):
 # --- what the shipped model writes ---------------------------------------------------------------
 
 WORD = re.compile(r"[^\W\d_]+")
-
-
-def parses(line):
-    """Whether a line is a statement of Python, or the first line of one that has a block."""
-    for frame in "{}", "{} pass", "{}\ndef f(): pass", "if x: pass\n{} pass", "try: pass\n{} pass":
-        with contextlib.suppress(SyntaxError, ValueError):
-            ast.parse(frame.format(line.strip()))
-            return True
-    return False
+RUN = 30  # characters that count as copied if they stand in the training text one after the other
 
 
 def counts(config, device):
-    """The share of words that the corpus has, and of lines that are Python, in what the shipped model writes
-    and in real text. First and last lines and words do not count: they may be cut.
+    """In what the shipped model writes, and in real text: the share of words that the training text has, and
+    of characters that are copied from it. First and last words do not count: they may be cut.
     """
-    warnings.simplefilter("ignore", SyntaxWarning)  # ast's, of escapes in strings
     model, tokenizer, _ = load_checkpoint(SHIPPED, device)
-    train_split, val, _, _ = load_corpus("python")
-    known = set(WORD.findall(tokenizer.decode(train_split.tolist())))
-    real = windows(val, 256, 256 * config.texts)
+    train_split, val, _, _ = load_corpus("shakespeare")
+    learned, T = tokenizer.decode(train_split.tolist()), model.config.block_size
+    known = set(WORD.findall(learned))
+    runs = {learned[i : i + RUN] for i in range(len(learned) - RUN + 1)}
+
+    def copied(text):
+        """The share of a text's characters that are in a run of the training text."""
+        is_copied = np.zeros(len(text), dtype=bool)
+        for i in range(len(text) - RUN + 1):
+            is_copied[i : i + RUN] |= text[i : i + RUN] in runs
+        return is_copied.mean()
+
     with autocast(device):
         ways = {
-            "text of the corpus": real,
-            "random, 128 steps, temperature 0.7": write(model, config.texts, 256, 128, temperature=0.7)[0],
-            "random, 256 steps, temperature 0.7": write(model, config.texts, 256, 256, temperature=0.7)[0],
-            "threshold, tau 0.9": write(model, config.texts, 256, None, "threshold")[0],
-            "random, 16 steps, temperature 0.7": write(model, config.texts, 256, 16, temperature=0.7)[0],
+            "text of the validation split": windows(val, T, T * config.texts),
+            "the default: random, 256 steps, temperature 0.7": write(
+                model, config.texts, T, 256, temperature=0.7
+            )[0],
+            "random, 512 steps, temperature 0.5": write(model, config.texts, T, 512, temperature=0.5)[0],
+            "random, 32 steps, temperature 0.7": write(model, config.texts, T, 32, temperature=0.7)[0],
+            "confidence, 512 steps, temperature 0.9": write(
+                model, config.texts, T, 512, "confidence", temperature=0.9
+            )[0],
+            "threshold, tau 0.9, temperature 1": write(model, config.texts, T, None, "threshold")[0],
         }
-    print("| text | words that the corpus has | lines that are Python |")
+    print("| text | words that the training text has | characters copied |")
     for name, tokens in ways.items():
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
         words = [word in known for text in texts for word in WORD.findall(text)[1:-1]]
-        lines = [parses(line) for text in texts for line in text.splitlines()[1:-1] if line.strip()]
-        print(f"| {name} | {np.mean(words):.1%} of {len(words):,} | {np.mean(lines):.1%} of {len(lines):,} |")
+        print(f"| {name} | {np.mean(words):.1%} of {len(words):,} | {np.mean([*map(copied, texts)]):.1%} |")
 
 
 def main():

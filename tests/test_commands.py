@@ -29,7 +29,7 @@ from data.corpus import write_corpus
 from data.run import slim
 from data.run.errors import Mistake, command
 from data.run.machine import autocast
-from data.run.settings import attention_of
+from data.run.settings import SHIPPED, attention_of
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer
 from model import ModelConfig, Transformer, load_checkpoint
@@ -179,9 +179,10 @@ def test_from_a_text_to_samples_as_a_user_would(tmp_path):
     assert "--- 2 of 2" in sampled.stderr
 
 
-def test_the_loop_of_the_readme_runs_as_printed(capsys):
-    loop = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    exec(loop.replace("64", "32"), {})  # the model of these tests sees 32 tokens
+def test_the_loop_of_the_readme_runs_as_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
     assert len(capsys.readouterr().out) > 8
 
 
@@ -740,6 +741,7 @@ SAMPLE_MISTAKES = {
     ("--prompt", "<mask*999999999>"): "999999999 holes; the canvas has 1000000",
     ("--prompt", "<mask*9>", "--length", "8"): "9 holes; the canvas has 8",
     ("--prompt", "<mask*9:3>"): "<mask*9:3>: a hole is",
+    ("--prompt", "a <mask:8>"): "<mask:8>: a hole is",
     ("--prompt", "<mask*9999999999>"): "9999999999 holes",
     ("--prompt", "<mask*1:99>"): "99 choices of lengths",
     ("--prompt", "\udcff"): "UTF-8",
@@ -821,6 +823,31 @@ def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, t
 
 
 # --- a small checkpoint --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("KING <mask*7> III:\n", "KING RICHARD III:\n"),
+        ("My <mask*4>, the king is dead.", "My lord, the king is dead."),
+        ("Good morrow, my <mask*3:9>.", "Good morrow, my lord."),
+    ],
+)
+def test_the_model_that_comes_along_knows_its_shakespeare(prompt, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no model of one's own is in out/
+    written = sample_text(["--prompt", prompt, "--temperature", 0], monkeypatch, capsys)
+    assert "data/shakespeare/ckpt.pt: " in written.err
+    assert written.out == text + "\n"
+
+
+def test_the_model_that_comes_along_is_small_and_can_be_trained_on(tmp_path, monkeypatch):
+    """12 MB at most, in bfloat16, without what only resuming needs."""
+    assert SHIPPED.stat().st_size <= 12e6
+    stored = torch.load(SHIPPED, weights_only=True)
+    assert {tensor.dtype for tensor in stored["model"].values()} == {torch.bfloat16}
+    assert "optimizers" not in stored
+    run_train(monkeypatch, f"--init_from {SHIPPED} --data book --out_dir {tmp_path} --max_iters 1 --evals 1")
+    assert load_checkpoint(tmp_path / "ckpt.pt")[0].config == load_checkpoint(SHIPPED)[0].config
 
 
 def test_a_slim_checkpoint_is_the_model_in_bfloat16(world, tmp_path, monkeypatch, capsys):

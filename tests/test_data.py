@@ -87,13 +87,16 @@ def test_a_corpus_is_the_text_cut_at_nine_tenths(tmp_path):
         assert meta[split]["sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
-def test_a_folder_is_its_files_in_order(tmp_path):
+def test_a_folder_is_its_texts_in_order(tmp_path, capsys):
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
     (folder / ".git").mkdir()
     for name, text in (("b/2.txt", "two\r\n"), ("a.txt", "one "), ("c.txt", "three" * 10), (".git/x", "no")):
         (folder / name).write_bytes(text.encode())
+    (folder / "b" / "picture.png").write_bytes(b"\x89PNG")
     prepare(folder, "folder", bpe())
+    assert "left out: " in (said := capsys.readouterr().err)
+    assert "picture.png: not UTF-8 text" in said
     train, val, tokenizer, meta = load_corpus("folder")
     assert tokenizer.decode([*train.tolist(), *val.tolist()]) == "one two\r\n" + "three" * 10
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == 59

@@ -11,7 +11,9 @@ from data.run.flags import Attention, Level, Span, from_plain
 from model import load_checkpoint
 
 OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise
-SHIPPED = Path(__file__).parents[1] / "python" / "ckpt.pt"  # data/python/README.md says how it was trained
+SHIPPED = (
+    Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"
+)  # the README.md beside it says how it was trained
 
 # --- who sees whom -------------------------------------------------------------------------------
 
