@@ -5,10 +5,10 @@
 
 An autoregressive model calls `.append(token)`; this one calls `.setitem(i, token)`.
 
-    python sample.py --prompt "def " --watch
-    python sample.py --prompt "def <mask*4:12>(self):" --order confidence
+    python sample.py --prompt "ROMEO:" --watch
+    python sample.py --prompt "Good morrow, my <mask*3:9>." --order confidence
     python sample.py --length 2000 --order entropy --save run.html
-    python sample.py --ckpt gpt.pt out/ckpt.pt --prompt "def " --watch    # append and set, side by side
+    python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # append and set
 """
 
 import functools

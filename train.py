@@ -12,7 +12,7 @@ t = 0.15; text diffusion draws t from all of (0, 1]. A model that writes in bloc
 before each, and so a block is a sequence of its own; GPT is blocks of one token, all of them holes.
 
     python train.py                                      # ten minutes on the Python library
-    python train.py --data shakespeare --max_minutes 5
+    python train.py --data shakespeare --max_minutes 5 --out_dir out-shakespeare
     python train.py --init_from resume                   # go on after Ctrl-C
     python train.py --eval_only --init_from out/ckpt.pt
 """
@@ -51,7 +51,7 @@ UNIFORM = Level("uniform")
 class TrainConfig:
     # files
     data: str = flag("python", "corpus: a folder of data/")
-    out_dir: str = flag("out", "where ckpt.pt (best), last.pt and log.csv go")
+    out_dir: str = flag("out", "where ckpt.pt (best), last.pt and log.csv go; a run each")
     init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
     eval_only: bool = flag(False, "print the NELBO of --init_from and stop")
     # noise and objective

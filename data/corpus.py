@@ -120,7 +120,7 @@ def load_corpus(name, block_size=1):
     for split, tokens in zip(SPLITS, (train, val)):
         if len(tokens) < block_size:
             shortage = f"{len(tokens)} tokens, fewer than one --block_size of {block_size}"
-            raise Mistake(f"--data {name}: its {split} split has {shortage}; a smaller one, or more text")
+            raise Mistake(f"--data {name}: its {split} split has {shortage}; a smaller one will do")
     return train, val, tokenizer, meta
 
 

@@ -56,7 +56,7 @@ EARLIER = "--n_embd 192 --batch_size 16"  # the default when most of the figures
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
     seeds: int = flag(1, "levels, recipe, dial on Shakespeare: models of each kind to train", least=1)
-    texts: int = flag(32, "orders, lengths, dial, speed: texts to write or score for each point", least=1)
+    texts: int = flag(32, "orders, lengths, dial, speed, counts: texts for each point", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
@@ -70,6 +70,7 @@ def train(out_dir, *flags):
         flags = " ".join(flags)
         print(f"python train.py {flags} --out_dir {out_dir}", file=sys.stderr)
         unfinished = folder.with_name(f"{folder.name}-unfinished")  # no model yet, should Ctrl-C end it
+        shutil.rmtree(unfinished, ignore_errors=True)
         arguments = [sys.executable, ROOT / "train.py", *flags.split(), "--out_dir", unfinished]
         if subprocess.run(arguments, stdout=sys.stderr).returncode:
             sys.exit(2)  # it has said why
@@ -624,6 +625,14 @@ WORD = re.compile(r"[^\W\d_]+")
 RUN = 30  # characters that count as copied if they stand in the training text one after the other
 
 
+def copied(text, runs):
+    """The share of a text's characters that are in one of runs, strings of RUN characters."""
+    is_copied = np.zeros(len(text), dtype=bool)
+    for i in range(len(text) - RUN + 1):
+        is_copied[i : i + RUN] |= text[i : i + RUN] in runs
+    return is_copied.mean()
+
+
 def counts(config, device):
     """In what the shipped model writes, and in real text: the share of words that the training text has, and
     of characters that are copied from it. First and last words do not count: they may be cut.
@@ -631,34 +640,20 @@ def counts(config, device):
     model, tokenizer, _ = load_checkpoint(SHIPPED, device)
     train_split, val, _, _ = load_corpus("shakespeare")
     learned, T = tokenizer.decode(train_split.tolist()), model.config.block_size
-    known = set(WORD.findall(learned))
-    runs = {learned[i : i + RUN] for i in range(len(learned) - RUN + 1)}
-
-    def copied(text):
-        """The share of a text's characters that are in a run of the training text."""
-        is_copied = np.zeros(len(text), dtype=bool)
-        for i in range(len(text) - RUN + 1):
-            is_copied[i : i + RUN] |= text[i : i + RUN] in runs
-        return is_copied.mean()
-
-    with autocast(device):
-        ways = {
-            "text of the validation split": windows(val, T, T * config.texts),
-            "the default: random, 256 steps, temperature 0.7": write(
-                model, config.texts, T, 256, temperature=0.7
-            )[0],
-            "random, 512 steps, temperature 0.5": write(model, config.texts, T, 512, temperature=0.5)[0],
-            "random, 32 steps, temperature 0.7": write(model, config.texts, T, 32, temperature=0.7)[0],
-            "confidence, 512 steps, temperature 0.9": write(
-                model, config.texts, T, 512, "confidence", temperature=0.9
-            )[0],
-            "threshold, tau 0.9, temperature 1": write(model, config.texts, T, None, "threshold")[0],
-        }
+    known, runs = set(WORD.findall(learned)), {learned[i : i + RUN] for i in range(len(learned) - RUN + 1)}
     print("| text | words that the training text has | characters copied |")
-    for name, tokens in ways.items():
+    ways = (T // 2, "random", 0.7), (T, "random", 0.5), (32, "random", 0.7), (T, "confidence", 0.9)
+    for way in (None, *ways, (None, "threshold", 1.0)):
+        name, tokens = "of the validation split", windows(val, T, T * config.texts)
+        if way:
+            steps, order, temperature = way
+            name = f"`--order {order}{f' --steps {steps}' if steps else ''} --temperature {temperature}`"
+            with autocast(device):
+                tokens, _ = write(model, config.texts, T, steps, order, temperature=temperature)
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
         words = [word in known for text in texts for word in WORD.findall(text)[1:-1]]
-        print(f"| {name} | {np.mean(words):.1%} of {len(words):,} | {np.mean([*map(copied, texts)]):.1%} |")
+        shares = np.mean(words), np.mean([copied(text, runs) for text in texts])
+        print(f"| {name} | {shares[0]:.1%} of {len(words):,} | {shares[1]:.1%} |", flush=True)
 
 
 def main():

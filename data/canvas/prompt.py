@@ -9,7 +9,7 @@ from pathlib import Path
 from data.run.errors import Mistake
 
 MOST = 10**6  # tokens of a canvas
-MASK_TAG = re.compile(r"<mask([*:\d][^>]*)?>")  # all that looks like one, so that a slip is no text
+MASK_TAG = re.compile(r"<mask(\*[^>]*|[:\d][\d:*-]*)?>")  # or a slip, <mask:8>, which is refused
 
 
 def split_prompt(prompt):

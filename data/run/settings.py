@@ -11,9 +11,7 @@ from data.run.flags import Attention, Level, Span, from_plain
 from model import load_checkpoint
 
 OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise
-SHIPPED = (
-    Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"
-)  # the README.md beside it says how it was trained
+SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # README.md there says how it was made
 
 # --- who sees whom -------------------------------------------------------------------------------
 
@@ -83,10 +81,12 @@ def settle(given, config_class):
         raise Mistake(f"{path}: cannot be resumed ({error})") from None
     if config.block_size > longest:
         raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
-    fixed = {"attention": before, "data": trained.get("data", config.data)} if resume else {}
-    for name, value in {**shape, **fixed}.items():
+    for name, value in {**shape, **({"attention": before} if resume else {})}.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
+    if resume and not config.eval_only and config.data != trained.get("data", config.data):
+        reason = f"the run in {path} reads {trained['data']}; --init_from {path} takes its model elsewhere"
+        raise Mistake(f"--data {config.data}: {reason}")
     opens = (before.kind, attention.kind) == ("causal", "canvas") or (resume and trained.get("open_steps"))
     if config.open_steps and not opens:
         raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
@@ -146,7 +146,7 @@ def check_training(config):
 
 def check_unused(out_dir):
     """Raise Mistake if there is a run in out_dir, which a new one would overwrite."""
-    if any(Path(out_dir).glob("*.pt")):
+    if any((Path(out_dir) / name).exists() for name in ("last.pt", "ckpt.pt")):
         raise Mistake(f"--out_dir {out_dir}: there is a run in it; name another, or --init_from resume")
 
 
@@ -175,7 +175,7 @@ def check_writing(config, given, prompts):
 
 
 def default_checkpoint():
-    """The path of the reader's own checkpoint, or else of the one that comes with the project."""
+    """The path of the reader's own checkpoint, or else of the shipped one."""
     for path in OWN, SHIPPED:
         if path.exists():
             return os.path.relpath(path)

@@ -25,6 +25,7 @@ def main():
     config = SlimConfig(**parse(SlimConfig, __doc__.splitlines()[0]))
     model, tokenizer, checkpoint = load_checkpoint(config.ckpt)
     kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
+    kept.get("train", {}).pop("out_dir", None)  # where it was made matters no more
     save_checkpoint(config.out, model.to(torch.bfloat16), tokenizer, **kept)
     print(f"{config.out}: {Path(config.out).stat().st_size / 1e6:.1f} MB")
 

@@ -3,6 +3,7 @@
 The text is read a megabyte at a time, so a file may be larger than memory.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,17 @@ class PrepareConfig:
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path")
 
 
-def is_text(file):
-    """Whether a file is UTF-8; if not, it is said."""
-    try:
-        for _ in read_pieces(file):
-            pass
-    except Mistake as mistake:
-        print(f"left out: {mistake}", file=sys.stderr)
-        return False
-    return True
+def texts_of(files):
+    """Those of the files that are UTF-8; the others are said. They are read for that, and then once more,
+    because all sizes must be known before the first byte is written.
+    """
+    for file in files:
+        try:
+            for _ in read_pieces(file):
+                pass
+            yield file
+        except Mistake as mistake:
+            print(f"left out: {mistake}", file=sys.stderr)
 
 
 def prepare(path, name, tokenizer):
@@ -40,8 +43,7 @@ def prepare(path, name, tokenizer):
         raise Mistake(f"{path}: there is no such file or folder")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if path.is_dir():
-        files = [file for file in files if is_text(file)]
+    files = list(texts_of(files)) if path.is_dir() else files
     size = sum(file.stat().st_size for file in files)
     if size == 0:
         raise Mistake(f"{path}: there is no text in it")
@@ -52,10 +54,11 @@ def prepare(path, name, tokenizer):
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name = Path(config.path).resolve().stem if config.name is None else config.name
-    if (DATA / name / "prepare.py").exists():
-        raise Mistake(f"--name {name}: data/{name} has a corpus of its own; choose another name")
+    if name and any((DATA / name).glob("*.py")):
+        raise Mistake(f"--name {name}: data/{name} is this project's own folder; choose another name")
     prepare(config.path, name, tokenizer_by_name(config.tokenizer))
-    print(f"`python train.py --data {name} --out_dir out-{name}` trains on it")
+    command = shlex.join(["python", "train.py", "--data", name, "--out_dir", f"out-{name}"])
+    print(f"`{command}` trains on it")
 
 
 if __name__ == "__main__":
