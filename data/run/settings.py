@@ -50,9 +50,9 @@ def settle(given, config_class):
     tokenizer, checkpoint), the latter three None for a run from scratch.
     """
     config = config_class(**given)
-    resume = config.init_from == "resume"
     if config.init_from == "scratch":
         return without_noise(config, given), None, None, None
+    resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     changes = {"dropout": given["dropout"]} if "dropout" in given else {}
     model, tokenizer, checkpoint = load_checkpoint(path, **changes)
