@@ -17,12 +17,14 @@ What is drawn is also printed. Models that a figure needs and does not find, it 
 """
 
 import csv
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,13 +91,11 @@ def write(model, n, T, steps, order="random", **flags):
     return canvas.cpu(), len(passes)
 
 
-def log_of(path):
-    """What the log of a run of 16 windows a step says of its validation: millions of tokens seen, and nats
-    per token, an array each.
-    """
+def log_of(path, batch_size=16):
+    """What a run's log says of its validation: millions of tokens seen, and nats per token, an array each."""
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
-    tokens = np.array([int(row["step"]) for row in rows]) * 16 * 256 / 1e6
+    tokens = np.array([int(row["step"]) for row in rows]) * batch_size * 256 / 1e6
     return tokens, np.array([float(row["val_nats_per_token"]) for row in rows])
 
 
@@ -523,13 +523,14 @@ def recipe(config, device):
 # --- data that repeats ---------------------------------------------------------------------------
 
 LITTLE = 100_000  # bytes of text to train on
-REPEATED = {  # append at its best over weight decay and dropout; set goes on for longer
+REPEATED = {  # append at its best over epochs, weight decay and dropout; set goes on for longer
     "append": [
-        f"--attention causal --epochs 60 --weight_decay {decay} --dropout {dropout}"
+        f"--attention causal --epochs {epochs} --weight_decay {decay} --dropout {dropout}"
+        for epochs in (20, 60)
         for decay in (0.1, 1.0)
         for dropout in (0.0, 0.2, 0.4)
     ],
-    "set": [f"--epochs 300 --dropout {dropout}" for dropout in (0.0, 0.1)],
+    "set": [f"--epochs {epochs} --dropout {dropout}" for epochs in (100, 300) for dropout in (0.0, 0.1)],
 }
 
 
@@ -546,12 +547,12 @@ def little_corpus():
 def repeat(config, device):
     """The validation bound of set and likelihood of append against epochs over little text."""
     panel, save = plot(config.save)
-    shape = f"--data {little_corpus()} --n_embd 128 --batch_size 16 --prompt_len 0 --evals 60"
+    shape = f"--data {little_corpus()} --batch_size 32 --prompt_len 0 --evals 40"
     print("| run | best, nats per byte | at epoch | at the end |")
     best = {}
     for colour, (kind, runs) in enumerate(REPEATED.items()):
         for number, flags in enumerate(runs):
-            seen, nats = log_of(train(f"out-repeat/{kind}-{number}", shape, flags))
+            seen, nats = log_of(train(f"out-repeat/{kind}-{number}", shape, flags), batch_size=32)
             epochs, lowest = seen * 1e6 / LITTLE, nats.argmin()
             best[kind] = min(best.get(kind, np.inf), nats[lowest])
             print(f"| `{flags}` | {nats[lowest]:.3f} | {epochs[lowest]:.0f} | {nats[-1]:.3f} |", flush=True)
@@ -589,15 +590,15 @@ def apply(change, folder):
 
 
 def changes(config, device):
-    """Five minutes of tiny Shakespeare as the project is, and with each of the README's changes."""
+    """2,000 steps of tiny Shakespeare by the project as it is, and with each of the README's changes."""
     text = windows(load_corpus("shakespeare")[1], 256, 8192).flatten().tolist()
 
     def run(folder, command):
-        arguments = [sys.executable, *command.split()]
+        arguments = [sys.executable, *command.split(), "--device", str(device)]
         printed = subprocess.run(arguments, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-        print(f"| {folder.name} | `{command}` | {printed.stdout.splitlines()[-1]} |", flush=True)
+        return f"| {folder.name} | `{command}` | {printed.stdout.splitlines()[-1]} |"
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
         plain = Path(folder, "as it is")
         shutil.copytree(ROOT, plain, ignore=shutil.ignore_patterns("out*", ".*", "*.pt"))
         (plain / "text.txt").write_bytes(bytes(text))
@@ -606,17 +607,20 @@ def changes(config, device):
             changed.append(Path(shutil.copytree(plain, Path(folder, f"change {number}"))))
             apply(change, changed[-1])
         right, vowels, spread, near, levels = changed
-        for project in plain, vowels, near, levels:
-            run(project, "train.py --data shakespeare --max_minutes 5 --evals 1")
-            run(project, "train.py --eval_only --init_from out/ckpt.pt")
+        trained = plain, vowels, near, levels
+        training = "train.py --data shakespeare --max_iters 2000 --evals 1"
+        list(pool.map(run, trained, [training] * len(trained)))
         for project in right, spread:
             shutil.copytree(plain / "out", project / "out")
-        for project in plain, right:
-            run(project, "sample.py --score text.txt --order left --steps 256")
+        lines = [(project, "train.py --eval_only --init_from out/ckpt.pt") for project in trained]
+        left = "sample.py --score text.txt --order left --steps 256"
+        lines += [(plain, left), (right, left)]
         for steps in 16, 64, 256:  # random's likelihood, as a bound
             bound = f"--eval_only --init_from out/ckpt.pt --eval_tokens 8192 --level grid:{steps}"
-            run(plain, f"train.py {bound}")
-            run(spread, f"sample.py --score text.txt --order spread --steps {steps}")
+            lines += [(plain, f"train.py {bound}")]
+            lines += [(spread, f"sample.py --score text.txt --order spread --steps {steps}")]
+        for line in pool.map(run, *zip(*lines)):
+            print(line, flush=True)
 
 
 # --- what the shipped model writes ---------------------------------------------------------------

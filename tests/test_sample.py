@@ -44,9 +44,11 @@ def complete(*args, **flags):
     ("temperature", "top_k", "top_p"), [(0.5, 0, 1), (1, 0, 1), (2, 0, 1), (1, 9 + 25_000, 1), (2, 0, 0.7)]
 )
 def test_draw_is_the_softmax_at_a_vocabulary_of_50000(temperature, top_k, top_p, device):
-    """Nine tokens share 90%, the other 50,000 the rest: a truncated tail would be missed in it."""
+    """Nine tokens share 90%, the other 50,000 the rest: a truncated tail would be missed in it. No two of the
+    nine are as likely: which of equals top_p keeps is the device's choice.
+    """
     torch.manual_seed(0)
-    logits = temperature * torch.cat((torch.full((9,), 9.0), torch.randn(50_000) - 2)).to(device)
+    logits = temperature * torch.cat((torch.linspace(9.2, 8.8, 9), torch.randn(50_000) - 2)).to(device)
     counts = torch.zeros(50_009)
     for seed in range(10):
         tokens = draw(logits.expand(500, -1), uniform(500, seed), temperature, top_k, top_p)
