@@ -57,6 +57,7 @@ class TrainConfig:
     # noise and objective
     level: Level = flag(Level("bell", 1.2), "how t is drawn: uniform, bell:S, grid:N, or a fixed number")
     one_level: bool = flag(False, "draw one t for the whole batch, not one a sequence")
+    widen: float = flag(1.0, "share of the run over which a bell widens to S; 0: at once", least=0, most=1)
     slant: float = flag(0.0, "mask the right end first by this much, to write from the left", least=0)
     spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
     visible: float = flag(0.0, "share of the tokens seen that have a loss, half replaced", least=0, below=1)
@@ -201,15 +202,18 @@ def with_visible(x0, xt, holes, maskable, share, model_config, generator):
     return torch.where(asked & (u < share / 2), words, xt), holes | asked
 
 
-def draw_batch(split, config, generator, model_config, token_nats=None):
-    """A batch of windows of a split, corrupted: x0, xt, holes and weights, (B, T) each."""
+def draw_batch(split, config, generator, model_config, token_nats=None, level=None):
+    """A batch of windows of a split, corrupted: x0, xt, holes and weights, (B, T) each. level: instead of the
+    config's.
+    """
+    level = level or config.level
     B, T = config.batch_size, config.block_size
     K = min(model_config.K, T)
     n = B * T // K  # blocks
     starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
     x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
-    level = draw_levels(config.level, 1, generator)  # (1, 1)
-    t = level.expand(n, 1) if config.one_level else block_levels(config.level, B, n // B, generator)  # (n, 1)
+    one = draw_levels(level, 1, generator)  # (1, 1)
+    t = one.expand(n, 1) if config.one_level else block_levels(level, B, n // B, generator)  # (n, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
     maskable = which_maskable(x0, prompt_len, model_config.special_ids)
     u = torch.rand(x0.shape, generator=generator)
@@ -493,7 +497,7 @@ def main():
     model.train()
 
     def draw():
-        return draw_batch(train_split, config, run.generator, model.config, token_nats)
+        return draw_batch(train_split, config, run.generator, model.config, token_nats, run.level())
 
     with ctrl_c() as stopped, report.bar:
         if config.compile:

@@ -51,7 +51,7 @@ FIGURES = (
     *("levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post"),
     *("recipe", "repeat", "changes", "counts"),
 )
-EARLIER = "--n_embd 192 --batch_size 16"  # the default when most of the figures were drawn
+EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figures were drawn
 
 
 @dataclass
@@ -174,7 +174,7 @@ def levels(config, device):
 # --- a source of known entropy -------------------------------------------------------------------
 
 FLOOR = 1e-3  # share of the probability that scoring gives to all letters alike, so that errors are finite
-HMM = "--data hmm --n_embd 192 --block_size 64 --batch_size 64 --prompt_len 0 --max_minutes 6.5"
+HMM = "--data hmm --n_embd 192 --block_size 64 --batch_size 64 --widen 0 --prompt_len 0 --max_minutes 6.5"
 HMM += " --evals 12 --eval_tokens 262144"  # all that there are, so that the log is about the same text
 
 
@@ -493,8 +493,9 @@ RECIPE = {
     "the default": "",
     "no convolution": "--conv 0",
     "no Muon": "--optimizer adamw --lr 0.003",
+    "a bell that does not widen": "--widen 0",
     "uniform levels": "--level uniform",
-    "width 192, batch 16": EARLIER,
+    "width 192, batch 16": "--n_embd 192 --batch_size 16",
     "append, for scale": "--attention causal",
 }
 
@@ -607,7 +608,7 @@ def changes(config, device):
             apply(change, changed[-1])
         right, vowels, spread, near, levels = changed
         trained = plain, vowels, near, levels
-        training = "train.py --data shakespeare --max_iters 2000 --evals 1"
+        training = "train.py --data shakespeare --max_iters 2000 --evals 1 --widen 0"
         list(pool.map(run, trained, [training] * len(trained)))
         for project in right, spread:
             shutil.copytree(plain / "out", project / "out")

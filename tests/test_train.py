@@ -234,6 +234,19 @@ def test_bell_levels_are_the_sigmoid_of_a_normal():
         assert (t < at).float().mean().item() == pytest.approx(below, abs=1e-4)
 
 
+def test_a_bell_widens_over_the_run_and_no_other_level_does():
+    def level_at(step, name="bell:1.2", **flags):
+        run = Run(TrainConfig(max_iters=8, level=level(name), **flags), tiny_model(), torch.device("cpu"))
+        run.step = step
+        return run.level()
+
+    assert [level_at(step).value for step in (0, 2, 8)] == pytest.approx([0, 0.3, 1.2])
+    assert [level_at(step, widen=0.5).value for step in (2, 4, 8)] == pytest.approx([0.6, 1.2, 1.2])
+    assert level_at(0, widen=0).value == 1.2
+    assert level_at(2, "grid:10") == level("grid:10")
+    assert draw_levels(level_at(0), 64, rng()).tolist() == [[0.5]] * 64
+
+
 @pytest.mark.parametrize(
     ("name", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})]
 )

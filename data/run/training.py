@@ -66,6 +66,12 @@ class Run:
         share = self.step / max(1, self.config.open_steps)
         return torch.tensor(share) if share < 1 and self.config.open_steps else None
 
+    def level(self):
+        """The config's level; a bell widens from the middle level, over the share `widen` of the run."""
+        level, widen = self.config.level, self.config.widen
+        share = min(1.0, self.progress() / widen) if widen else 1.0
+        return level._replace(value=level.value * share) if level.kind == "bell" else level
+
     def learning_rate(self):
         """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
         warmup, progress = self.config.warmup, self.progress()
