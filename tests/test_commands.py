@@ -333,6 +333,18 @@ def test_resume_is_bitwise_identical(attention, tmp_path, monkeypatch):
     assert steps_and_losses[0] == steps_and_losses[1]
 
 
+def test_the_bell_of_a_run_widens_from_step_to_step(tmp_path, monkeypatch):
+    draw_batch, levels = train.draw_batch, []
+
+    def record(*args):
+        levels.append(args[-1])
+        return draw_batch(*args)
+
+    monkeypatch.setattr(train, "draw_batch", record)
+    run_train(monkeypatch, f"--data book --max_iters 4 {SMALL} --out_dir {tmp_path}/out --level bell:1.2")
+    assert [level.value for level in levels] == pytest.approx([0, 0.3, 0.6, 0.9])
+
+
 def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_twice(tmp_path, monkeypatch):
     flags = f"--data book --max_iters 12 --evals 3 --log_every 1 {SMALL} --out_dir {tmp_path}/out"
     draw_batch, steps = train.draw_batch, []
