@@ -113,7 +113,7 @@ def draw_levels(level, B, generator):
         return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
     if level.kind == "grid":
         return (t * level.value).ceil() / level.value
-    return t if level.kind == "uniform" else torch.full_like(t, level.value)
+    return {"uniform": t, "fixed": torch.full_like(t, level.value)}[level.kind]
 
 
 def block_levels(level, B, n, generator):
@@ -129,8 +129,9 @@ def block_levels(level, B, n, generator):
 def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
     """Masking probability of each token at noise level t (B, 1): (B, T), from 0 at t = 0 to 1 at t = 1.
 
-    slant w: the right end goes first, and so is written last (the idea of AR-Diffusion, 2305.09515,
-    in mask form). spindle: tokens of much information, (B, T), go first (DiffusionBERT, 2211.15029).
+    With neither of these the rate is t, for all. slant w: the right end goes first, and so is written last
+    (the idea of AR-Diffusion, 2305.09515, in mask form). spindle: tokens of much information, (B, T), go
+    first (DiffusionBERT, 2211.15029).
     """
     position = torch.linspace(0, 1, T)  # (T,)
     rate = t * (1 + slant) - slant * (1 - position)
@@ -167,6 +168,7 @@ def corrupt(x0, maskable, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, 
 
 def loss_of(model, x0, xt, holes, weights):
     """The loss of each sequence, (B,): the sum over its holes of weight times cross-entropy, in nats."""
+    # clean: of this a model of blocks sees those before a hole's own. On a canvas xt is all that is seen.
     logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes
     nats = cross_entropy(logits, x0[holes])  # (N,)
     return torch.zeros_like(weights).masked_scatter(holes, weights[holes] * nats).sum(1)
@@ -231,10 +233,11 @@ def draw_batch(split, config, generator, model_config, token_nats=None, level=No
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The loss with the weight elbo, under uniform levels or those of a grid, is the bound. Here its holes are
-# drawn with less variance, and its levels stratified over STRATA sequences at a time: enough to take out most
-# of the variance, few enough to leave many groups, whose draws show how much is left. The bound of a text
-# that is written in blocks is the sum of theirs; a block of one token is always a hole: its bound is exact.
+# The loss with the weight elbo, under uniform levels or those of a grid, is the bound. Here it has holes and
+# weights of its own, so that it is the bound whatever is trained for, and has less variance; its levels are
+# stratified over STRATA sequences at a time: enough to take out most of the variance, few enough to leave
+# many groups, whose draws show how much is left. The bound of a text that is written in blocks is the sum
+# of theirs; a block of one token is always a hole: its bound is exact.
 
 STRATA = 16
 
@@ -245,14 +248,15 @@ def uniform_holes(x0, maskable, t, mask_id, generator):
     """
     M = maskable.sum(1, keepdim=True)  # (B, 1)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
-    place = keys.argsort(1).argsort(1)  # (B, T): in a random order, 0 .. M - 1
-    # At level k/M with the u of rank place/M just k tokens are holes, and 1/t is M/k.
-    return corrupt(x0, maskable, (t * M).ceil() / M, place / M, mask_id)
+    place, k = keys.argsort(1).argsort(1), (t * M).ceil()  # (B, T): in a random order, 0 .. M - 1; (B, 1)
+    holes = maskable & (place < k)
+    return x0.masked_fill(holes, mask_id), holes, (M / k / maskable.sum()).expand(x0.shape)
 
 
 def grid_holes(x0, maskable, t, mask_id, generator):
     """What uniform_holes returns, for t of grid:N; the mean over t is D3PM's sum of N steps (2107.03006)."""
-    return corrupt(x0, maskable, t, torch.rand(x0.shape, generator=generator), mask_id)
+    holes = maskable & (torch.rand(x0.shape, generator=generator) < t)
+    return x0.masked_fill(holes, mask_id), holes, (1 / t / maskable.sum()).expand(x0.shape)
 
 
 def slanted_holes(x0, maskable, t, mask_id, generator, slant):
@@ -309,7 +313,7 @@ def sequence_bounds(
         x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
         t_blocks = t[rows].view(-1, 1)  # (B * T/K, 1)
         corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
-        batch = (x0, *(tensor.view(x0.shape) for tensor in corrupted))
+        batch = (x0, *(tensor.reshape(x0.shape) for tensor in corrupted))
         losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
         nats.append(losses.cpu() * counted.sum())  # sums again: corrupt divides by the maskable tokens
     model.train(was_training)
@@ -409,12 +413,12 @@ def sample(run, tokenizer):
 
 
 def save(run, tokenizer, nats=math.inf):
-    """Write last.pt, and ckpt.pt as well if its bound, in nats per token, is the lowest so far."""
-    best, run.best = nats < run.best, float(min(nats, run.best))
-    last = Path(run.config.out_dir) / "last.pt"
+    """Write last.pt, and ckpt.pt as well if there is none, or if nats, the bound per token, is the lowest."""
+    last, ckpt = (Path(run.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
+    best, run.best = nats < run.best or not ckpt.exists(), float(min(nats, run.best))
     save_checkpoint(last, run.model, tokenizer, **run.state())
     if best:
-        with open(last, "rb") as source, replacing(last.with_name("ckpt.pt")) as file:
+        with open(last, "rb") as source, replacing(ckpt) as file:
             shutil.copyfileobj(source, file)
 
 
@@ -467,20 +471,11 @@ def main():
     if config.compile:
         model.compile()
     token_nats = torch.from_numpy(unigram_nats(meta, train_split, tokenizer.vocab_size))
-    run = Run(config, model, device, len(train_split), token_nats)
+    run = Run(config, model, device, meta, token_nats)
     if config.eval_only:
         return print_bound(run, val_split, meta["val"])
     if config.init_from == "resume":
-        try:
-            run.restore(checkpoint)
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise Mistake(
-                f"--init_from resume: not with these flags ({str(error).splitlines()[0]})"
-            ) from None
-        if run.progress() >= 1:
-            raise Mistake(
-                "--init_from resume: that run is complete; more --max_iters, --epochs or --max_minutes go on"
-            )
+        run.restore(checkpoint)
     else:
         check_unused(config.out_dir)
     val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)

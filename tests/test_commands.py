@@ -333,6 +333,41 @@ def test_resume_is_bitwise_identical(attention, tmp_path, monkeypatch):
     assert steps_and_losses[0] == steps_and_losses[1]
 
 
+def test_a_run_stopped_before_its_first_evaluation_leaves_a_checkpoint_to_sample(tmp_path, monkeypatch):
+    """A better one than none; the first evaluation replaces it, whatever its bound."""
+    flags = f"--data book --max_iters 4 --evals 1 {SMALL} --out_dir {tmp_path}"
+    draw_batch = train.draw_batch
+
+    def interrupt(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return draw_batch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "draw_batch", interrupt)
+        with pytest.raises(SystemExit):
+            run_train(patch, flags)
+    assert weights(tmp_path / "ckpt.pt")[0] == 1
+    run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}")
+    assert weights(tmp_path / "ckpt.pt")[0] == 4
+
+
+def test_a_run_does_not_resume_on_another_text(tmp_path, monkeypatch, capsys):
+    """Nor under the same name: its bound would be that of another text, and might replace the best."""
+    monkeypatch.setattr(data.corpus, "DATA", tmp_path / "data")
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for text, word in zip(texts, ("book", "play")):
+        text.write_text("".join(f"line {i} of the {word}\n" for i in range(600)))
+    prepare(texts[0], "again", ByteTokenizer())
+    run_train(monkeypatch, f"--data again --max_iters 2 --evals 1 {SMALL} --out_dir {tmp_path}/out")
+    before = state_of(tmp_path / "out")
+    prepare(texts[1], "again", ByteTokenizer())
+    flags = f"--init_from resume --max_iters 4 --out_dir {tmp_path}/out".split()
+    assert "data/again has another text" in mistake(train.main, flags, monkeypatch, capsys)
+    assert state_of(tmp_path / "out") == before
+    prepare(texts[0], "again", ByteTokenizer())
+    run_train(monkeypatch, " ".join(flags))
+
+
 def test_the_bell_of_a_run_widens_from_step_to_step(tmp_path, monkeypatch):
     draw_batch, levels = train.draw_batch, []
 

@@ -208,6 +208,16 @@ class SurerWithMoreToSee(torch.nn.Module):
         return torch.cat((right, wrong, wrong, torch.zeros_like(right)), -1).log()[where]
 
 
+@pytest.mark.parametrize("levels", ["uniform", "grid:4"])
+def test_the_bound_is_none_of_the_choices_of_training(levels, monkeypatch):
+    """Whoever tries other rates or weights by hand goes on reading a bound."""
+    x0 = torch.randint(3, (8, 16), generator=rng())
+    before = nelbo(SurerWithMoreToSee(), x0, level=level(levels))
+    monkeypatch.setattr("train.mask_rates", lambda t, T, *_: (t**2).expand(-1, T))
+    monkeypatch.setattr("train.hole_weights", lambda weight, rates, *_: torch.ones_like(rates))
+    assert nelbo(SurerWithMoreToSee(), x0, level=level(levels)) == before
+
+
 def test_stratified_levels_lower_the_variance_of_the_loss():
     """The same mean as independent levels, and a third of the variance or less, at a batch of 16."""
     generator, n_batches = rng(), 500

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from data.corpus import SPLITS
+from data.run.errors import Mistake
 from data.run.fast import Muon
 from data.run.flags import as_plain
 from data.run.machine import autocast
@@ -12,16 +14,18 @@ from data.run.machine import autocast
 class Run:
     """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
 
-    def __init__(self, config, model, device, train_tokens=0, token_nats=None):
+    def __init__(self, config, model, device, meta=None, token_nats=None):
+        """meta: that of the corpus (data/corpus.py); without one, epochs have no length."""
         self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
-            steps = config.epochs * train_tokens / (config.batch_size * config.block_size)
+            steps = config.epochs * meta["train"]["tokens"] / (config.batch_size * config.block_size)
             self.max_iters = min(self.max_iters, math.ceil(steps))
         self.precision = autocast(device, config.dtype)
         self.optimizers = make_optimizers(model, config, self.precision.fast_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
+        self.corpus = [meta[split].get("sha256") for split in SPLITS] if meta else []
         self.step, self.minutes, self.best = 0, 0.0, math.inf
         # Of the bound that its noise trains for, whose lowest value, best, chooses ckpt.pt.
         self.bound_flags = {"prompt_len": config.prompt_len.low, "slant": config.slant}
@@ -36,10 +40,29 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": random,
             "bound": self.bound_flags,
+            "corpus": self.corpus,
             **{name: getattr(self, name) for name in ("step", "minutes", "best", "token_nats")},
         }
 
     def restore(self, state):
+        """Go on from state; Mistake where that run cannot, or has come to its end."""
+        if state.get("corpus", self.corpus) != self.corpus:
+            raise Mistake(
+                f"--init_from resume: data/{self.config.data} has another text than when this run began; "
+                "prepare that again, or give the checkpoint's path, to take its model elsewhere"
+            )
+        try:
+            self.load(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise Mistake(f"--init_from resume: not with these flags ({reason})") from None
+        if self.progress() >= 1:
+            raise Mistake(
+                "--init_from resume: that run is complete; a larger --max_minutes, --max_iters or --epochs, "
+                "counted from its first step, goes on"
+            )
+
+    def load(self, state):
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             for group, ours in zip(saved["param_groups"], optimizer.param_groups):
                 group["weight_decay"] = ours["weight_decay"]  # a flag may have changed it
