@@ -70,7 +70,8 @@ class SampleConfig:
 
 
 class Rule(NamedTuple):
-    """An order, which says what is set next.
+    """An order, which says what is set next. For `random`: the holes of the highest lot are chosen, k/n of all
+    are due by step k of n, and none is reopened.
 
     lot (B, W): uniform numbers. n_written() -> (B, 1): how many of the open positions stand written.
     choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits
@@ -87,8 +88,8 @@ class Rule(NamedTuple):
 
 
 def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
-    """Write canvas (B, W), a block of one, where is_open (B, W), in place, in n_steps (B, 1); yields after
-    each step.
+    """Write canvas (B, W), one block of the whole, where is_open (B, W), in place, in n_steps (B, 1); yields
+    after each step.
 
     look(where) -> logits (N, V) asks the model about positions of the block. take(logits, u, where) ->
     tokens (N,). noise(step) -> uniform numbers for choosing, reopening and drawing, (B, W) each.
