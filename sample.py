@@ -70,8 +70,8 @@ class SampleConfig:
 
 
 class Rule(NamedTuple):
-    """An order, which says what is set next. For `random`: the holes of the highest lot are chosen, k/n of all
-    are due by step k of n, and none is reopened.
+    """An order, which says what is set next. `random` chooses the holes of the highest lot, k/n of all are
+    due by step k of n, and none is reopened.
 
     lot (B, W): uniform numbers. n_written() -> (B, 1): how many of the open positions stand written.
     choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits
