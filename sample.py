@@ -70,8 +70,8 @@ class SampleConfig:
 
 
 class Rule(NamedTuple):
-    """An order, which says what is set next. `random` chooses the holes of the highest lot, k/n of all are
-    due by step k of n, and none is reopened.
+    """An order, which says what is set next. Of `random`: the holes with the highest random numbers, k/n of
+    all by step k of n, and what is written stays.
 
     lot (B, W): uniform numbers. n_written() -> (B, 1): how many of the open positions stand written.
     choose(look, candidates (B, W), n (B, 1), lot (B, W)) -> which n are set, (B, W), and their logits

@@ -234,10 +234,10 @@ def draw_batch(split, config, generator, model_config, token_nats=None, level=No
 # --- the bound -----------------------------------------------------------------------------------
 #
 # The loss with the weight elbo, under uniform levels or those of a grid, is the bound. Here it has holes and
-# weights of its own, so that it is the bound whatever is trained for, and has less variance; its levels are
-# stratified over STRATA sequences at a time: enough to take out most of the variance, few enough to leave
-# many groups, whose draws show how much is left. The bound of a text that is written in blocks is the sum
-# of theirs; a block of one token is always a hole: its bound is exact.
+# weights of its own, so that it is the bound whatever rates and weights one trains with, and has less
+# variance; its levels are stratified over STRATA sequences at a time: enough to take out most of the
+# variance, few enough to leave many groups, whose draws show how much is left. The bound of a text that is
+# written in blocks is the sum of theirs; a block of one token is always a hole: its bound is exact.
 
 STRATA = 16
 
@@ -249,7 +249,7 @@ def uniform_holes(x0, maskable, t, mask_id, generator):
     M = maskable.sum(1, keepdim=True)  # (B, 1)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
     place, k = keys.argsort(1).argsort(1), (t * M).ceil()  # (B, T): in a random order, 0 .. M - 1; (B, 1)
-    holes = maskable & (place < k)
+    holes = maskable & (place < k)  # none where M is 0, and so no weight of 0/0 is read
     return x0.masked_fill(holes, mask_id), holes, (M / k / maskable.sum()).expand(x0.shape)
 
 
@@ -315,7 +315,7 @@ def sequence_bounds(
         corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
         batch = (x0, *(tensor.reshape(x0.shape) for tensor in corrupted))
         losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
-        nats.append(losses.cpu() * counted.sum())  # sums again: corrupt divides by the maskable tokens
+        nats.append(losses.cpu() * counted.sum())  # sums again: the weights divide by the maskable tokens
     model.train(was_training)
     return torch.cat(nats).double().view(draws, N), maskable.sum(1)
 
@@ -415,7 +415,8 @@ def sample(run, tokenizer):
 def save(run, tokenizer, nats=math.inf):
     """Write last.pt, and ckpt.pt as well if there is none, or if nats, the bound per token, is the lowest."""
     last, ckpt = (Path(run.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
-    best, run.best = nats < run.best or not ckpt.exists(), float(min(nats, run.best))
+    best = nats < run.best or not ckpt.exists()
+    run.best = float(nats) if best else run.best
     save_checkpoint(last, run.model, tokenizer, **run.state())
     if best:
         with open(last, "rb") as source, replacing(ckpt) as file:

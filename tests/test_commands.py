@@ -334,7 +334,7 @@ def test_resume_is_bitwise_identical(attention, tmp_path, monkeypatch):
 
 
 def test_a_run_stopped_before_its_first_evaluation_leaves_a_checkpoint_to_sample(tmp_path, monkeypatch):
-    """A better one than none; the first evaluation replaces it, whatever its bound."""
+    """The model as it is; the first evaluation replaces it, whatever its bound."""
     flags = f"--data book --max_iters 4 --evals 1 {SMALL} --out_dir {tmp_path}"
     draw_batch = train.draw_batch
 

@@ -209,7 +209,7 @@ class SurerWithMoreToSee(torch.nn.Module):
 
 
 @pytest.mark.parametrize("levels", ["uniform", "grid:4"])
-def test_the_bound_is_none_of_the_choices_of_training(levels, monkeypatch):
+def test_the_bound_is_the_same_whatever_rates_and_weights_one_trains_with(levels, monkeypatch):
     """Whoever tries other rates or weights by hand goes on reading a bound."""
     x0 = torch.randint(3, (8, 16), generator=rng())
     before = nelbo(SurerWithMoreToSee(), x0, level=level(levels))

@@ -45,7 +45,7 @@ class Report:
         finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
         if not finite or not math.isfinite(nats or 0):
             last = self.out_dir / "last.pt"
-            kept = f"{last} is from before" if run.best < math.inf else "nothing was saved"
+            kept = f"{last} is from before" if last.exists() else "nothing was saved"
             validation = "" if nats is None else f", validation {self.bound_name} {nats:.3g}"
             raise Mistake(
                 f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "
