@@ -527,9 +527,10 @@ def recipe(config, device):
         print(f"| {name} | {seed} | {checkpoint['step']:,} | {bounds[name][-1]:.3f} |", flush=True)
     values = np.array(list(bounds.values()))  # (runs, seeds)
     low, mean, high = values.min(1), values.mean(1), values.max(1)
-    panel.barh(list(bounds), mean, xerr=(mean - low, high - mean), capsize=4)
+    panel.errorbar(mean, list(bounds), xerr=(mean - low, high - mean), fmt="o", markersize=4, capsize=4)
+    panel.axvline(mean[0], color="gray", linewidth=0.5)
     panel.invert_yaxis()
-    panel.set(xlim=(low.min() - 0.1, None), xlabel="nats per byte, five minutes of one core")
+    panel.set(xlabel="nats per byte, five minutes of one core")
     save()
 
 
