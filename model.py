@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
-from data.run.fast import Cache, Dropout, Linear, attend, linear
+from data.run.fast import Cache, Dropout, Linear, attend, linear, rows_at
 from data.tokenizer import tokenizer_from_state
 
 
@@ -302,8 +302,9 @@ class Transformer(nn.Module):
         """Logits (B, T, V), in autocast's precision, of the token that belongs at each position of idx (B, T)
         int64, which has `mask_id` at the holes.
 
-        where: (B, T) bool; only those positions' logits, (N, V), in row-major order: only holes have a
-            loss, and at a large vocabulary the full logits would be the largest tensor there is.
+        where: (B, T) bool, or the indices (N,) and (N,) of what is True there, as nonzero gives them; only
+            those positions' logits, (N, V), in row-major order: only holes have a loss, and at a large
+            vocabulary the full logits would be the largest tensor there is.
         clean: (B, T), the same text without holes: what a block sees of those before it. Without it they are
             seen as idx has them, which is right if only the last block has holes.
         cache: a Cache; of idx only what comes after its `length` is read, and where counts only there.
@@ -315,20 +316,18 @@ class Transformer(nn.Module):
         tokens = self.read(idx, clean)[:, held:]  # (B, n)
         sight, positions = self.sight(n_clean, tokens.shape[1], cache, idx.device)
         x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], tokens), 1), positions)  # (B, S, C)
-        for layer in self.blocks[:-1]:
+        *layers, last = self.blocks
+        for layer in layers:
             x = layer(x, sight)
         if n_clean:  # what the last layer would make of the clean half is not needed
             sight = sight._replace(first=n_clean, sees=sight.sees[n_clean:])
-        x = self.blocks[-1](x, sight)[:, : T - held]  # (B, T - held, C), without what a shift reads at T
+        x = last(x, sight)[:, : T - held]  # (B, T - held, C), without what a shift reads at T
         if cache:
             cache.length = T if self.gpt else cache.final
         if where is None:
             return self.unembed(x)
-        # Padded to a power of 2 or a multiple of 64: a CPU's kernels are made, and kept, for each shape.
-        rows = where[:, held:].flatten().nonzero().squeeze(1)  # (N,)
-        multiple = min(64, 1 << max(0, len(rows) - 1).bit_length())
-        x = x.flatten(0, 1).index_select(0, F.pad(rows, (0, -len(rows) % multiple)))
-        return self.unembed(x)[: len(rows)]
+        n, rows = rows_at(where, held, T)
+        return self.unembed(x.flatten(0, 1).index_select(0, rows))[:n]
 
 
 def load_checkpoint(path, device="cpu", **changes):

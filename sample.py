@@ -32,7 +32,7 @@ from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
 from data.run.fast import Cache, in_parts
 from data.run.flags import flag, parse
-from data.run.machine import autocast, pick_device
+from data.run.machine import autocast, device_of, pick_device, send
 from data.run.settings import check_writing, default_checkpoint, flags_for
 from model import load_checkpoint
 
@@ -92,22 +92,21 @@ def fill(canvas, is_open, n_steps, rule, look, take, noise, mask_id):
     after each step.
 
     look(where) -> logits (N, V) asks the model about positions of the block. take(logits, u, where) ->
-    tokens (N,). noise(step) -> uniform numbers for choosing, reopening and drawing, (B, W) each.
+    tokens (N,). noise gives for each step uniform numbers to choose, reopen and draw by, (B, W) each.
     """
     n_open = is_open.sum(1, keepdim=True)  # (B, 1)
 
     def n_written():
         return (is_open & (canvas != mask_id)).sum(1, keepdim=True)
 
-    for step, (due, going) in enumerate(rule.pace(n_open, n_steps, n_written), 1):
-        lot, again_lot, u = noise(step)
+    for (due, going), (lot, again_lot, u) in zip(rule.pace(n_open, n_steps, n_written), noise):
         holes = is_open & (canvas == mask_id)
         again, candidates = rule.reopen(holes, is_open & ~holes & going, again_lot, n_open - due)
         n = due - n_written() + again.sum(1, keepdim=True)  # n_written - again + n = due
         # A row with nothing to set is not asked about.
         chosen, logits = rule.choose(look, candidates & (n > 0), n, lot)
         canvas.masked_fill_(again, mask_id)  # not before the model has seen it
-        canvas[chosen] = take(logits, u[chosen.cpu()], where=chosen)  # .setitem
+        canvas[chosen] = take(logits, u[chosen], where=chosen).cpu()  # .setitem
         yield
 
 
@@ -116,7 +115,7 @@ def denoise(
     model, canvas, steps=None, order="random", temperature=1.0, top_k=0, top_p=1.0, *,
     seeds=None, tau=0.9, block_len=None, revise=0.0, guidance=0.0, token_nats=None, take=None,
 ):  # fmt: skip
-    """Fill the holes of canvas (B, T) int64 in `steps` steps; yields the canvas after each.
+    """Fill the holes of canvas (B, T) int64, on any device, in `steps` steps; yields the canvas after each.
 
     The holes are where canvas is `model.config.mask_id`; all other tokens are prompt and stay. After
     step k of n, k/n of each row's holes are written, rounded (but for `threshold`, which takes as many
@@ -137,9 +136,10 @@ def denoise(
         those of a given text, `Recorded` keeps the probability of each.
     """
     mask_id, (B, T), W, K = model.config.mask_id, canvas.shape, model.config.block_size, model.config.K
-    canvas, is_open = canvas.clone(), canvas == mask_id
-    seeds = range(B) if seeds is None else seeds
-    not_text = torch.tensor([mask_id, *model.config.special_ids], device=canvas.device)
+    # A canvas is small, and what is chosen depends on it: it stays on the CPU, logits on the model's device.
+    wanted, canvas = canvas.device, canvas.to("cpu", copy=True)
+    is_open, seeds = canvas == mask_id, range(B) if seeds is None else seeds
+    not_text = torch.tensor([mask_id, *model.config.special_ids])
     prompt = torch.isin(canvas, not_text, invert=True)  # (B, T)
     rule = rule_of(order, tau, token_nats, revise)
     take = take or functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -151,14 +151,14 @@ def denoise(
     n_holes = is_open.sum(1, keepdim=True)  # (B, 1)
     steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
     if not is_open.any():
-        yield canvas
+        yield canvas.to(wanted)
     window_start = cache = None
     for number, window, block, n_steps in blocks(is_open, steps, block_len, W, K):
         if window.start != window_start:  # other tokens to see, at other positions
             window_start = window.start
             cache = Cache(min(T, W)) if K < W else None  # on a canvas nothing is final: all see the holes
         look = look_at(model, canvas, prompt, window, block, guidance, cache)
-        noise = functools.partial(uniforms, seeds, number, canvas[:, block])
+        noise = uniforms(seeds, number, canvas[:, block].shape[1])
 
         def take_here(logits, u, where, block=block):
             place = torch.zeros_like(is_open)  # the same positions, of the whole canvas
@@ -166,7 +166,7 @@ def denoise(
             return take(logits, u, where=place)
 
         for _ in fill(canvas[:, block], is_open[:, block], n_steps, rule, look, take_here, noise, mask_id):
-            yield canvas.clone()
+            yield canvas.to(wanted, copy=True)
 
 
 def blocks(is_open, steps, block_len, W, K):
@@ -198,8 +198,8 @@ def look_at(model, canvas, prompt, window, block, guidance=0.0, cache=None):
     becomes likelier still (2410.18514). cache: what the model keeps of the window. Its blocks of K before
     this one are final; the first pass over a block reads the one before as well, now that it is written.
     """
-    mask_id, K, W = model.config.mask_id, model.config.K, model.config.block_size
-    not_text = [mask_id, *model.config.special_ids]
+    mask_id, K, W, device = model.config.mask_id, model.config.K, model.config.block_size, device_of(model)
+    (not_text,) = send(device, torch.tensor([mask_id, *model.config.special_ids]))
     seen, seen_prompt = canvas[:, window], prompt[:, window]  # (B, W)
     inside = slice(block.start - window.start, block.stop - window.start)
     final = max(0, block.start // K * K - window.start)  # where the model's own block begins
@@ -208,7 +208,7 @@ def look_at(model, canvas, prompt, window, block, guidance=0.0, cache=None):
 
     def look(where):
         if not where.any():
-            return torch.zeros(0, model.config.vocab_size, device=canvas.device)
+            return torch.zeros(0, model.config.vocab_size, device=device)
         rows = where.any(1) | (cache is not None)  # a cache is of all rows
         text, place = seen[rows], torch.zeros_like(seen_prompt[rows])
         place[:, inside] = where[rows]
@@ -217,12 +217,12 @@ def look_at(model, canvas, prompt, window, block, guidance=0.0, cache=None):
             place = torch.cat((place, place))
         if cache is not None:
             cache.length, cache.final = min(cache.length, final), final
+        text, place = send(device, text, place)
         logits = model(text, where=place, cache=cache)
         if guidance:
             logits, unguided = logits.float().chunk(2)
             logits = logits + guidance * (logits - unguided)
-        logits[:, not_text] = -torch.inf
-        return logits
+        return logits.index_fill_(1, not_text, -torch.inf)
 
     return look
 
@@ -279,9 +279,10 @@ def surest(score, tau=math.inf):
 
     def choose(look, candidates, n, lot):
         logits = look(candidates)
-        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, in_parts(score_part, logits))
+        scores = in_parts(score_part, logits).cpu()
+        scores = torch.full_like(lot, -torch.inf).masked_scatter(candidates, scores)
         chosen = highest(scores, candidates, torch.maximum(n, (scores >= tau).sum(1, keepdim=True)))
-        return chosen, logits[chosen[candidates]]
+        return chosen, logits[send(logits.device, chosen[candidates])[0]]
 
     return choose
 
@@ -357,17 +358,19 @@ def some_again(share):
 # the model is (2409.02908). So sums and random numbers are in float64, a few rows at a time.
 
 
-def uniforms(seeds, number, canvas, step):
-    """Uniform numbers for a step of block `number` of a canvas (B, W): two (B, W) float32 in [0, 1] for the
-    order, on its device, and one (B, W) float64 in (0, 1] for the draw, on the CPU.
+def uniforms(seeds, number, W):
+    """Yields for each step of block `number`, W positions wide, uniform numbers: two (B, W) float32 in [0, 1]
+    for the order, and one (B, W) float64 in (0, 1] for the draw.
 
     They depend on the row's seed, the block's number, the step and the position alone (Philox, a
     generator that counts), so that a row is written the same in every batch.
     """
-    streams = [np.random.Philox(key=seed, counter=[0, 0, step, number]) for seed in seeds]
-    noise = [np.random.Generator(stream).random((canvas.shape[1], 3)) for stream in streams]
-    lot, again_lot, u = torch.from_numpy(np.stack(noise)).unbind(-1)
-    return lot.float().to(canvas.device), again_lot.float().to(canvas.device), 1 - u
+    streams = [np.random.Philox(key=seed, counter=[0, 0, 0, number]) for seed in seeds]
+    rows = [np.random.Generator(stream) for stream in streams]
+    while True:
+        noise = torch.from_numpy(np.stack([row.random((W, 3)) for row in rows]))
+        lot, again_lot, u = noise.unbind(-1)
+        yield lot.float(), again_lot.float(), 1 - u
 
 
 def read(text, logits, u, where):
@@ -384,11 +387,11 @@ class Recorded:
     """
 
     def __init__(self, take, canvas):
-        self.take, self.log_p = take, torch.zeros(canvas.shape, device=canvas.device)
+        self.take, self.log_p = take, torch.zeros(canvas.shape)
 
     def __call__(self, logits, u, where):
-        tokens = self.take(logits, u, where=where)
-        self.log_p[where] = in_parts(log_probability, logits, tokens)
+        tokens = self.take(logits, u, where=where).to(logits.device)
+        self.log_p[where] = in_parts(log_probability, logits, tokens).cpu()
         return tokens
 
 
@@ -407,18 +410,21 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, where=None):
     if temperature < 1e-6:
         return logits.argmax(-1)
 
+    logits = logits.cpu() if logits.device.type == "mps" else logits  # mps has no float64
+    (u,) = send(logits.device, u)
+
     def draw_part(logits, u):
-        logits = (logits.cpu() if logits.device.type == "mps" else logits).float()  # mps has no float64
+        logits = logits.float()
         weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # none overflows
         ids = None
         if top_k or top_p < 1:
             weights, ids = weights.topk(min(top_k or V, V))  # largest first
         sums = weights.cumsum(-1, dtype=torch.float64)
         total = sums.gather(1, torch.searchsorted(sums, top_p * sums[:, -1:]))  # the first to reach top_p
-        tokens = torch.searchsorted(sums, u.to(sums.device)[:, None] * total)  # u > 0: never a weight of 0
+        tokens = torch.searchsorted(sums, u[:, None] * total)  # u > 0: never a weight of 0
         return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
-    return in_parts(draw_part, logits, u).to(logits.device)
+    return in_parts(draw_part, logits, u)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -428,16 +434,15 @@ def negative_log_likelihood(model, tokens, steps=None, batch_size=32, **flags):
     """Minus the log of the probability with which the sampler writes tokens (N,) at temperature 1, in nats,
     in windows of block_size that are independent of each other. flags: as denoise has them.
     """
-    W, device = model.config.block_size, next(model.parameters()).device
+    W = model.config.block_size
     whole = len(tokens) // W * W
     batches = [*tokens[:whole].view(-1, W).split(batch_size), tokens[None, whole:]]
     nats = 0.0
     for x0 in tqdm(batches, unit="batch", leave=False):
-        x0 = x0.to(device)  # (B, W), and a last one that is shorter or empty
-        take = Recorded(functools.partial(read, x0), x0)
+        take = Recorded(functools.partial(read, x0), x0)  # (B, W), and a last one that is shorter or empty
         for _ in denoise(model, torch.full_like(x0, model.config.mask_id), steps, take=take, **flags):
             pass
-        nats -= take.log_p.cpu().double().sum().item()
+        nats -= take.log_p.double().sum().item()
     return nats
 
 
@@ -449,8 +454,8 @@ def fit(model, canvas):
     take = Recorded(functools.partial(draw, temperature=0.0), canvas)
     *_, text = denoise(model, canvas, int(holes.sum()), "confidence", take=take)
     near = F.max_pool1d(holes.float(), 2 * NEAR + 1, 1, NEAR).bool() & ~holes
-    near &= torch.isin(canvas, torch.tensor(model.config.special_ids, device=canvas.device), invert=True)
-    each = torch.eye(canvas.shape[1], dtype=torch.bool, device=canvas.device)[near[0]]  # (n, T)
+    near &= torch.isin(canvas, torch.tensor(model.config.special_ids), invert=True)
+    each = torch.eye(canvas.shape[1], dtype=torch.bool)[near[0]]  # (n, T)
     known = Recorded(functools.partial(read, text.expand_as(each)), each)
     *_, _ = denoise(model, text.masked_fill(each, model.config.mask_id), take=known)
     return ((take.log_p.sum() + known.log_p.sum()) / (holes.sum() + len(each))).item()
@@ -525,16 +530,16 @@ def write_all(plan, config, watch):
     _, model, tokenizer, choices, flags = plan
     passes, began = [], time.perf_counter()
     hook = model.register_forward_hook(lambda *_: passes.append(1))
-    device, rows, done = next(model.parameters()).device, [], {}  # rows: (number, ids, seed) of each text
+    rows, done = [], {}  # rows: (number, ids, seed) of each text
     for canvases in choices:
         best = canvases[-1]
         if len(canvases) > 1:
-            best = max(canvases[::-1], key=lambda ids: fit(model, torch.tensor([ids], device=device)))
+            best = max(canvases[::-1], key=lambda ids: fit(model, torch.tensor([ids])))
         rows += [(len(rows) + i, best, config.seed + i) for i in range(config.num_samples)]
     seconds = time.perf_counter() - began
     for T in sorted({len(ids) for _, ids, _ in rows}):  # rows of one batch have one length
         numbers, canvas, seeds = zip(*(row for row in rows if len(row[1]) == T))
-        canvas = torch.tensor(canvas, device=device)  # (B, T)
+        canvas = torch.tensor(canvas)  # (B, T)
         written, took = write(model, tokenizer, canvas, seeds, flags, config, watch)
         done |= zip(numbers, written)
         seconds += took

@@ -37,7 +37,7 @@ from data.run.errors import Mistake, command, ctrl_c
 from data.run.fast import cross_entropy
 from data.run.files import replacing
 from data.run.flags import Attention, Level, Span, flag, parse
-from data.run.machine import pick_device
+from data.run.machine import device_of, pick_device, send
 from data.run.report import Report
 from data.run.settings import SHAPE, attention_fields, check_training, check_unused, settle
 from data.run.training import Run
@@ -170,8 +170,9 @@ def loss_of(model, x0, xt, holes, weights):
     """The loss of each sequence, (B,): the sum over its holes of weight times cross-entropy, in nats."""
     # clean: of this a model of blocks sees those before a hole's own. On a canvas xt is all that is seen.
     logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes
-    nats = cross_entropy(logits, x0[holes])  # (N,)
-    return torch.zeros_like(weights).masked_scatter(holes, weights[holes] * nats).sum(1)
+    loss = torch.zeros_like(weights)  # (B, T)
+    loss[holes] = weights[holes] * cross_entropy(logits, x0[holes])
+    return loss.sum(1)
 
 
 def which_maskable(x0, prompt_len, special_ids):
@@ -297,7 +298,7 @@ def sequence_bounds(
     if slant:
         holes_of = functools.partial(slanted_holes, slant=slant)
     generator = torch.Generator().manual_seed(seed)
-    (N, T), config, device = tokens.shape, model.config, next(model.parameters()).device
+    (N, T), config, device = tokens.shape, model.config, device_of(model)
     K = min(config.K, T)
     if T % K:
         raise ValueError(f"{T} tokens: not a number of blocks of {K}; cut the text to a multiple")
@@ -314,10 +315,10 @@ def sequence_bounds(
         t_blocks = t[rows].view(-1, 1)  # (B * T/K, 1)
         corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
         batch = (x0, *(tensor.reshape(x0.shape) for tensor in corrupted))
-        losses = loss_of(model, *(tensor.to(device) for tensor in batch))  # (B,)
-        nats.append(losses.cpu() * counted.sum())  # sums again: the weights divide by the maskable tokens
+        losses = loss_of(model, *send(device, *batch))  # (B,)
+        nats.append(losses * counted.sum().item())  # sums again: the weights divide by the maskable tokens
     model.train(was_training)
-    return torch.cat(nats).double().view(draws, N), maskable.sum(1)
+    return torch.cat(nats).cpu().double().view(draws, N), maskable.sum(1)
 
 
 class Bound(float):
@@ -347,27 +348,28 @@ def nelbo(model, tokens, **flags):
 
 def train(run, batches):
     """Train on batches, (x0, xt, holes, weights) each; yields the loss of each step, in nats per hole or per
-    token as --weight says, and its gradient's norm. If that is not finite, the parameters stay as they were.
+    token as --weight says, and its gradient's norm: tensors of no dimensions on the device, which has not
+    computed them yet. To read them is to wait for it.
     """
     config, model, scaler = run.config, run.model, run.scaler
     for batch in batches:
         model.opened = run.opened()  # on the way from causal to canvas, how far; None: not on that way
         loss, lr = 0.0, run.learning_rate()
-        for i in range(config.grad_accum):  # each piece has levels from all of (0, 1]
-            piece = [tensor[i :: config.grad_accum].to(run.device) for tensor in batch]
+        for piece in run.pieces(batch):
             with run.precision:
                 part = loss_of(model, *piece).sum()
             scaler.scale(part).backward()
-            loss += part.item()
+            loss = loss + part.detach()
         for optimizer in run.optimizers:
             scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-        if math.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        # In float16 gradients overflow now and then: the step is left out, and their scale lowered.
+        if not scaler.is_enabled() or math.isfinite(norm):
             for optimizer in run.optimizers:
                 scaler.step(optimizer)
-        scaler.update()  # in float16 gradients overflow now and then: it lowers their scale
+        scaler.update()
         model.zero_grad(set_to_none=True)
         run.step += 1
         yield loss, norm
@@ -404,7 +406,7 @@ def sample(run, tokenizer):
     """A short text written from an empty canvas, safe to show."""
     T = run.config.block_size
     (ids,) = make_canvases("", suffix="", length=T, tokenizer=tokenizer, block_size=T)
-    canvas = torch.tensor([ids], device=run.device)  # (1, T)
+    canvas = torch.tensor([ids])  # (1, T)
     run.model.eval()
     with run.precision:
         *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
@@ -443,11 +445,10 @@ def compile_ahead(run, draw, report):
     """Have torch compile at passes of every kind before the clock of a run starts; they leave no trace."""
     generator, run.generator = run.generator, torch.Generator()
     with torch.random.fork_rng():
-        for _ in range(3):  # with another number of holes torch compiles once more
-            piece = [tensor[:: run.config.grad_accum].to(run.device) for tensor in draw()]
-            with run.precision:
-                loss_of(run.model, *piece).sum().backward()
-            run.model.zero_grad(set_to_none=True)
+        piece = next(run.pieces(draw()))
+        with run.precision:
+            loss_of(run.model, *piece).sum().backward()
+        run.model.zero_grad(set_to_none=True)
         report.evaluate()
         report.sample()
     run.generator = generator
@@ -503,6 +504,7 @@ def main():
             if run.progress() >= 1 or stopped:
                 break
     if run.progress() < 1:
+        report.read(loss, norm)  # what is not finite is not kept
         save(run, tokenizer)
         again = f"python train.py --out_dir {config.out_dir} --init_from resume"
         print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ class Counts(torch.nn.Module):
 
     def forward(self, idx, where, clean=None, cache=None):
         self.calls += 1
-        logits = torch.full((int(where.sum()), 13), -torch.inf)
+        logits = torch.full((len(where[0]), 13), -torch.inf)
         logits[:, self.calls] = 0.0
         return logits
 
@@ -226,6 +227,21 @@ def test_only_what_the_rule_needs_has_logits(order):
     complete(model, torch.full((2, 8), 5), steps=4, order=order, block_len=4, tau=1.0)
     expected = {"remask": [4, 8, 4, 8], "threshold": [8, 6, 4, 2] * 2}
     assert rows == expected.get(order, [4] * 4 if order in BLIND else [8, 4, 8, 4])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda on this machine")
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_step_waits_for_the_device_once_for_its_tokens_and_once_for_its_scores(order):
+    model, canvas = tiny_model(V=5, T=16).cuda(), torch.full((3, 16), 5)
+    steps = denoise(model, canvas, 4, order, token_nats=torch.ones(6), tau=0.0, top_p=0.9)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True, action="always") as waits:
+            n_steps = len(list(steps))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= n_steps * (1 if order in BLIND else 2)
 
 
 def test_threshold_sets_all_that_is_sure_and_at_least_one():
@@ -322,8 +338,7 @@ def test_random_and_remask_equal_a_slow_loop():
     start[3] = 1
     for order in ("random", "remask"):
         expected, holes = start.clone(), [i for i in range(10) if i != 3]
-        for step in range(1, 5):
-            noise = uniforms([5], 0, expected[None], step)[0][0]
+        for step, ((noise,), _, _) in zip(range(1, 5), uniforms([5], 0, 10)):
             mine = holes if order == "remask" else [i for i in holes if expected[i] == 7]
             n = round(9 * step / 4) - (0 if order == "remask" else 9 - len(mine))
             chosen = sorted(mine, key=lambda i: noise[i], reverse=True)[:n]

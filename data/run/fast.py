@@ -79,6 +79,18 @@ class Dropout(nn.Dropout):
         return x * kept.type_as(x).mul_(1 / (1 - self.p))
 
 
+def rows_at(where, first, T):
+    """N, how many positions `where` names; and their rows in a tensor (B * (T - first), C) that lacks those
+    before `first`, with some of row 0 after them, (N or more,).
+
+    where: (B, T) bool, or its indices, two of (N,): known beforehand, no device has to count them. The number
+    of rows is a power of 2 or a multiple of 64: a CPU's kernels are made, and kept, for each shape.
+    """
+    b, t = where[:, first:].nonzero(as_tuple=True) if torch.is_tensor(where) else (where[0], where[1] - first)
+    multiple = next((power for power in (1, 2, 4, 8, 16, 32) if len(b) <= power), 64)
+    return len(b), F.pad(b * (T - first) + t, (0, -len(b) % multiple))
+
+
 def rows_at_a_time(logits):
     """How many rows of logits (N, V) to copy at a time, so that there is no float copy of them all."""
     return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])

@@ -20,6 +20,26 @@ def pick_device(name):
     raise Mistake(f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}")
 
 
+def device_of(model):
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def send(device, *tensors):
+    """Tensors of the CPU on a device, without waiting for it. A bool one arrives as the indices of what is
+    True in it, a tuple: they index alike, and the device does not have to count them.
+    """
+
+    def there(tensor):
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return [
+        tuple(map(there, tensor.nonzero(as_tuple=True))) if tensor.dtype == torch.bool else there(tensor)
+        for tensor in tensors
+    ]
+
+
 def autocast(device, dtype="auto"):
     """Context in which matrix products run in dtype, its `fast_dtype`.
 

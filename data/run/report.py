@@ -27,31 +27,34 @@ class Report:
 
     def start_clock(self):
         """Training takes place from now on."""
-        self.last = time.perf_counter()  # when the step under way began
+        self.show_from_now()
         self.start = self.last - 60 * self.run.minutes
+
+    def show_from_now(self):
+        """What is shown next is of the steps from now on."""
+        self.tokens, self.last = 0, time.perf_counter()
 
     def evals_due(self):
         """How many of the run's evaluations should have been made by now."""
         return int(self.run.progress() * self.run.config.evals)
 
     def __call__(self, loss, norm):
-        """After a step with this loss and gradient norm. Mistake if these, or the bound, are not finite."""
+        """After a step with this loss and gradient norm. They are read, and the device waited for, only where
+        they are shown. Mistake if these, or the bound, are not finite.
+        """
         run, config, now, nats, bits = self.run, self.run.config, time.perf_counter(), None, None
         run.minutes = (now - self.start) / 60
-        speed = config.batch_size * config.block_size / (now - self.last)
-        if self.evals_due() > self.evals_done:
+        self.tokens += config.batch_size * config.block_size
+        evaluates, logs = self.evals_due() > self.evals_done, run.step % config.log_every == 0
+        if not (evaluates or logs or now - self.last > self.bar.mininterval):
+            return
+        loss, norm = self.read(loss, norm)
+        speed = self.tokens / (time.perf_counter() - self.last)
+        if evaluates:
             self.evals_done = self.evals_due()
             nats, bits = self.evaluate()
-        finite = math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled())
-        if not finite or not math.isfinite(nats or 0):
-            last = self.out_dir / "last.pt"
-            kept = f"{last} is from before" if last.exists() else "nothing was saved"
-            validation = "" if nats is None else f", validation {self.bound_name} {nats:.3g}"
-            raise Mistake(
-                f"step {run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "
-                f"a smaller --lr may help ({kept})"
-            )
-        if nats is not None or run.step % config.log_every == 0:
+            self.read(loss, norm, nats)
+        if nats is not None or logs:
             lr = run.optimizers[0].param_groups[0]["lr"]
             self.log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
         if nats is not None:
@@ -65,7 +68,21 @@ class Report:
         status = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
         self.bar.set_description_str(status, refresh=False)
         self.bar.update(run.progress() - self.bar.n)
-        self.last = time.perf_counter()
+        self.show_from_now()
+
+    def read(self, loss, norm, nats=0.0):
+        """The loss and the norm as numbers; Mistake if these, or the bound nats, are not finite."""
+        loss, norm = float(loss), float(norm)
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.run.scaler.is_enabled())
+        if finite and math.isfinite(nats):
+            return loss, norm
+        last = self.out_dir / "last.pt"
+        kept = f"{last} is from before" if last.exists() else "nothing was saved"
+        validation = f", validation {self.bound_name} {nats:.3g}" if nats else ""
+        raise Mistake(
+            f"step {self.run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "
+            f"a smaller --lr may help ({kept})"
+        )
 
 
 class Log:

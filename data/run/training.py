@@ -8,7 +8,7 @@ from data.corpus import SPLITS
 from data.run.errors import Mistake
 from data.run.fast import Muon
 from data.run.flags import as_plain
-from data.run.machine import autocast
+from data.run.machine import autocast, send
 
 
 class Run:
@@ -76,6 +76,18 @@ class Run:
         earlier = {"prompt_len": 0, "slant": 0.0}  # what versions chose by that did not say
         if self.bound_flags == state.get("bound", earlier):
             self.best = state["best"]
+
+    def pieces(self, batch):
+        """The pieces of a batch, tensors of B rows, one after the other on the device; each has levels from
+        all of (0, 1].
+        """
+        n = self.config.grad_accum
+        for i in range(n):
+            piece = send(self.device, *(tensor[i::n] for tensor in batch))
+            if self.config.compile:  # their number changes from step to step: it is not compiled in
+                for index in piece[2]:
+                    torch._dynamo.maybe_mark_dynamic(index, 0)
+            yield piece
 
     def progress(self):
         """How far the run is, in [0, 1], by the limit that will end it: steps or minutes."""
