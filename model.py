@@ -195,7 +195,8 @@ class Convolution(nn.Module):
         after = x.new_zeros(B, blocks.shape[1], right, C)
         rows = torch.cat((before, blocks, after), 2)  # (B, blocks, left + K + right, C)
         # Seen as an image with a block in each row, in channels-last layout, so that nothing is copied.
-        mixed = F.conv2d(rows.permute(0, 3, 1, 2), self.weight[..., : left + 1 + right], groups=C)
+        weight = self.weight.flatten(1)[:, None, None, : left + 1 + right]  # its gradient has its strides
+        mixed = F.conv2d(rows.permute(0, 3, 1, 2), weight, groups=C)
         return x + mixed.permute(0, 2, 3, 1).flatten(1, 2)[:, :S]  # (B, S, C)
 
 

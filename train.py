@@ -20,8 +20,9 @@ before each, and so a block is a sequence of its own; GPT is blocks of one token
 import functools
 import itertools
 import math
-import shutil
+import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,12 +33,12 @@ import torch
 from data.canvas.history import inert
 from data.canvas.prompt import make_canvases
 from data.corpus import load_corpus, unigram_nats
-from data.run.checkpoint import save_checkpoint
-from data.run.errors import Mistake, command, ctrl_c
+from data.run.errors import Mistake, command, signals
 from data.run.fast import cross_entropy
-from data.run.files import replacing
+from data.run.files import alone_in
 from data.run.flags import Attention, Level, Span, flag, parse
 from data.run.machine import device_of, pick_device, send
+from data.run.processes import rank, size, together, total, whole
 from data.run.report import Report
 from data.run.settings import SHAPE, attention_fields, check_training, check_unused, settle
 from data.run.training import Run
@@ -87,13 +88,15 @@ class TrainConfig:
     epochs: float | None = flag(None, "times the training split's size to train for", above=0)
     max_minutes: float | None = flag(None, "minutes to train for (10, without another limit)", above=0)
     # what is shown
-    evals: int = flag(8, "evaluations over the run, evenly spaced", least=1)
+    evals: int = flag(8, "evaluations over the run, evenly spaced, a checkpoint after each", least=1)
+    keep: int = flag(0, "of these checkpoints the last so many stay, as step-NUMBER.pt", least=0)
     eval_tokens: int | None = flag(None, "validation tokens scored (65536; --eval_only: all)", least=1)
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
     compile: bool = flag(False, "torch.compile the model")
+    shard: bool = flag(False, "under torchrun: a piece of each tensor in each process")
     seed: int = flag(0, "of weights, batches, levels and masks", least=0, most=2**32)
 
 
@@ -315,10 +318,11 @@ def sequence_bounds(
         t_blocks = t[rows].view(-1, 1)  # (B * T/K, 1)
         corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
         batch = (x0, *(tensor.reshape(x0.shape) for tensor in corrupted))
-        losses = loss_of(model, *send(device, *batch))  # (B,)
+        losses, own = torch.zeros(len(x0), device=device), slice(rank(), None, size())
+        losses[own] = loss_of(model, *send(device, *(tensor[own] for tensor in batch)))  # (B,)
         nats.append(losses * counted.sum().item())  # sums again: the weights divide by the maskable tokens
     model.train(was_training)
-    return torch.cat(nats).cpu().double().view(draws, N), maskable.sum(1)
+    return total(torch.cat(nats)).cpu().double().view(draws, N), maskable.sum(1)
 
 
 class Bound(float):
@@ -357,14 +361,14 @@ def train(run, batches):
         loss, lr = 0.0, run.learning_rate()
         for piece in run.pieces(batch):
             with run.precision:
-                part = loss_of(model, *piece).sum()
+                part = loss_of(run.network, *piece).sum()
             scaler.scale(part).backward()
             loss = loss + part.detach()
         for optimizer in run.optimizers:
             scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
         # In float16 gradients overflow now and then: the step is left out, and their scale lowered.
         if not scaler.is_enabled() or math.isfinite(norm):
             for optimizer in run.optimizers:
@@ -414,17 +418,6 @@ def sample(run, tokenizer):
     return inert(tokenizer.decode(canvas[0].tolist()))
 
 
-def save(run, tokenizer, nats=math.inf):
-    """Write last.pt, and ckpt.pt as well if there is none, or if nats, the bound per token, is the lowest."""
-    last, ckpt = (Path(run.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
-    best = nats < run.best or not ckpt.exists()
-    run.best = float(nats) if best else run.best
-    save_checkpoint(last, run.model, tokenizer, **run.state())
-    if best:
-        with open(last, "rb") as source, replacing(ckpt) as file:
-            shutil.copyfileobj(source, file)
-
-
 def print_bound(run, val_split, counts):
     """Print the bound of a split, or of --eval_tokens of it, with its standard error."""
     config = run.config
@@ -444,13 +437,12 @@ def print_bound(run, val_split, counts):
 def compile_ahead(run, draw, report):
     """Have torch compile at passes of every kind before the clock of a run starts; they leave no trace."""
     generator, run.generator = run.generator, torch.Generator()
-    with torch.random.fork_rng():
-        piece = next(run.pieces(draw()))
+    for piece in run.pieces(draw()):
         with run.precision:
-            loss_of(run.model, *piece).sum().backward()
-        run.model.zero_grad(set_to_none=True)
-        report.evaluate()
-        report.sample()
+            loss_of(run.network, *piece).sum().backward()
+    run.model.zero_grad(set_to_none=True)
+    report.evaluate()
+    report.sample()
     run.generator = generator
     report.start_clock()
 
@@ -469,7 +461,6 @@ def main():
         model = Transformer(ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape))
     elif tokenizer.state != corpus_tokenizer.state:
         raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")
-    model.to(device)
     if config.compile:
         model.compile()
     token_nats = torch.from_numpy(unigram_nats(meta, train_split, tokenizer.vocab_size))
@@ -487,29 +478,31 @@ def main():
         bound_name(model.config.K, **run.bound_flags),
         lambda: evaluate(run, val_tokens, meta["val"], **run.bound_flags),
         lambda: sample(run, tokenizer),
-        lambda nats: save(run, tokenizer, nats),
+        lambda nats: run.save(tokenizer, nats),
     )
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters on {device} in {run.precision.fast_dtype}")
     model.train()
 
     def draw():
         return draw_batch(train_split, config, run.generator, model.config, token_nats, run.level())
 
-    with ctrl_c() as stopped, report.bar:
+    alone = nullcontext() if rank() else alone_in(config.out_dir)
+    with signals() as came, alone, report:
+        print(f"{parameters:,} parameters on {device} in {run.precision.fast_dtype}")
         if config.compile:
             compile_ahead(run, draw, report)
         for loss, norm in train(run, (draw() for _ in itertools.count())):
-            report(loss, norm)
-            if run.progress() >= 1 or stopped:
+            if report(loss, norm, bool(came)):
                 break
+        if run.progress() < 1:
+            run.save(tokenizer)
     if run.progress() < 1:
-        report.read(loss, norm)  # what is not finite is not kept
-        save(run, tokenizer)
         again = f"python train.py --out_dir {config.out_dir} --init_from resume"
-        print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
-        sys.exit(130)
+        if rank() == 0:
+            print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
+        sys.exit(128 + (came or [signal.SIGINT])[0])
 
 
 if __name__ == "__main__":
-    command(main)
+    with together():
+        command(main)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -302,28 +303,38 @@ def test_a_run_is_reproducible_to_the_bit(tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
 
 
-@pytest.mark.parametrize(
-    "attention", ["canvas", "block:8 --level uniform --weight elbo", "causal --prompt_len 4"]
-)
-def test_resume_is_bitwise_identical(attention, tmp_path, monkeypatch):
-    """A run stopped by Ctrl-C after some steps and resumed equals one that was never stopped."""
-    flags = (
-        f"--data book --max_iters 12 --evals 3 --log_every 1 --dropout 0.1 {SMALL} --attention {attention}"
-    )
+# The rows of the table of methods, who sees whom, the optimizers, accumulation and the precisions.
+RUNS = [
+    ("", signal.SIGINT),
+    ("--attention block:8 --level uniform --weight elbo", signal.SIGTERM),
+    ("--attention causal --prompt_len 4 --grad_accum 2", signal.SIGINT),
+    ("--level grid:10 --one_level --optimizer adamw", signal.SIGTERM),
+    ("--level 0.15 --dtype float32 --grad_accum 4 --optimizer adamw", signal.SIGINT),
+    ("--level uniform --weight elbo --slant 2 --dtype bfloat16", signal.SIGINT),
+    ("--level uniform --spindle 1 --dtype bfloat16 --visible 0.1", signal.SIGINT),
+    ("--level grid:4 --weight elbo --attention block:4 --position learned --norm post", signal.SIGINT),
+    ("--dtype float16 --conv 0 --attention block:1", signal.SIGINT),
+]
+
+
+@pytest.mark.parametrize(("more", "number"), RUNS, ids=str)
+def test_resume_is_bitwise_identical(more, number, tmp_path, monkeypatch):
+    """A run stopped by Ctrl-C or SIGTERM after some steps and resumed equals one that was never stopped."""
+    flags = f"--data book --max_iters 12 --evals 3 --log_every 1 --dropout 0.1 {SMALL} {more}"
     run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/whole")
     draw_batch, steps = train.draw_batch, []
 
     def interrupt_in_step_7(*args):
         steps.append(args)
         if len(steps) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return draw_batch(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "draw_batch", interrupt_in_step_7)
         with pytest.raises(SystemExit) as stopped:
             run_train(patch, f"{flags} --out_dir {tmp_path}/halves")
-    assert stopped.value.code == 130
+    assert stopped.value.code == 128 + number
     assert weights(tmp_path / "halves" / "last.pt")[0] == 7
     run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}/halves")
     assert_same(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "halves" / "last.pt"))
@@ -1030,26 +1041,80 @@ def test_a_corpus_is_streamed(tmp_path):
     assert peaks[1] < peaks[0] + 10
 
 
+@contextmanager
+def no_space_beyond(size):
+    """A limit on the size of files stands in for a full disk: a write fails half-way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_no_space_left_keeps_the_checkpoint_that_was_there(share, world, tmp_path, monkeypatch, capsys):
-    """A limit on the size of files stands in for a full disk: the write fails half-way."""
     flags = f"--data book --out_dir {tmp_path} --max_iters 2 {SMALL} --n_embd 128"
     run_train(monkeypatch, flags)
     before = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "ckpt.pt")}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(len(before["last.pt"]) * share), limits[1]))
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *flags.split(), "--init_from", "resume", "--max_iters", "4"]
-    )
-    try:
-        with pytest.raises(SystemExit) as ended:
-            command(train.main)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = f"{flags} --init_from resume --max_iters 4 --evals 4".split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *again])
+    with no_space_beyond(int(len(before["last.pt"]) * share)), pytest.raises(SystemExit) as ended:
+        command(train.main)
     assert ended.value.code == 2
-    assert "File too large" in capsys.readouterr().err.strip().splitlines()[-1]
+    sentences = capsys.readouterr().err.strip().splitlines()
+    assert any("step 3: no checkpoint (File too large); the earlier one stays" in line for line in sentences)
+    assert "File too large" in sentences[-1]
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_goes_on_where_no_checkpoint_could_be_written_and_tries_again(tmp_path, monkeypatch, capsys):
+    flags = f"--data book --max_iters 6 --evals 3 --log_every 1 {SMALL}"
+    run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/free")
+    evaluate, full = train.evaluate, ExitStack()
+
+    def fill_the_disk_for_a_while(run, *args, **more):
+        full.close()
+        if run.step == 2:
+            full.enter_context(no_space_beyond(1000))
+        return evaluate(run, *args, **more)
+
+    monkeypatch.setattr(train, "evaluate", fill_the_disk_for_a_while)
+    run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/full")
+    sentence = (
+        "step 2: no checkpoint (File too large); there is none yet, and the next evaluation tries again"
+    )
+    assert sentence in capsys.readouterr().err
+    for name in ("last.pt", "ckpt.pt"):
+        assert_same(*(weights(tmp_path / folder / name) for folder in ("free", "full")))
+    logs = [(tmp_path / folder / "log.csv").read_text().count("\n") for folder in ("free", "full")]
+    assert logs == [7, 7]
+
+
+def test_the_last_checkpoints_stay_under_the_number_of_their_step(tmp_path, monkeypatch):
+    flags = f"--data book --max_iters 8 --evals 4 --keep 2 {SMALL} --out_dir {tmp_path}"
+    run_train(monkeypatch, flags)
+    numbered = sorted(path.name for path in tmp_path.glob("step*"))
+    assert numbered == ["step-00000006.pt", "step-00000008.pt"]
+    assert [weights(tmp_path / name)[0] for name in numbered] == [6, 8]
+    assert_same(weights(tmp_path / numbered[1]), weights(tmp_path / "last.pt"))
+
+
+def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "last.pt.123.tmp").write_text("left half-written by a run that was killed")
+    flags = f"--data book --out_dir {tmp_path} {SMALL}".split()
+    script = "import sys, time; from data.run.files import alone_in\nwith alone_in(sys.argv[1]): "
+    script += "print('there', flush=True); time.sleep(60)"
+    other = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(other, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        try:
+            assert process.stdout.readline() == b"there\n"
+            assert "another run is writing there" in mistake(train.main, flags, monkeypatch, capsys)
+        finally:
+            process.kill()
+    run_train(monkeypatch, " ".join([*flags, "--max_iters", "1"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "last.pt", "log.csv"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(

@@ -1,8 +1,9 @@
-"""How a command ends: mistakes of the user in one sentence, Ctrl-C after the step under way."""
+"""How a command ends: mistakes of the user in one sentence, a signal after the step under way."""
 
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager
 
 
@@ -11,21 +12,25 @@ class Mistake(ValueError):
 
 
 @contextmanager
-def ctrl_c():
-    """Context whose list fills at Ctrl-C, so that the step under way is finished; a second Ctrl-C ends the
-    program at once.
+def signals():
+    """Context whose list gets the number of a signal, that of Ctrl-C or SIGTERM, so that the step under way
+    is finished; a second one ends the program at once, but for torchrun's, which follows the terminal's.
     """
-    came = []
+    came, before = [], {}
 
-    def note(*_):
-        came.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def note(number, _):
+        came.append(number)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, note)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command(main):
@@ -42,6 +47,8 @@ def command(main):
         sentence = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}"
+        if os.environ.get("RANK", "0") != "0":  # torchrun ends this process where the first one says the same
+            time.sleep(2)
         print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.run.processes import piece_of, shared_out, whole
+
 
 class Cache:
     """What each layer needs of the first `length` positions of a window of W: keys, values, and the inputs
@@ -137,7 +139,7 @@ class Muon(torch.optim.Optimizer):
     The step's size is that of AdamW's (2502.16982, eq. 4), so one learning rate serves both. This is
     torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for two things: products are in `dtype`, the
     run's own, where torch's are in bfloat16, which a CPU without instructions for it multiplies a
-    hundred times slower; and matrices of one shape are one product.
+    hundred times slower; and matrices of one shape are one product, or one in each process.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -152,16 +154,19 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike[p.shape].append(p)
             for (A, B), matrices in alike.items():
-                averages = []
                 for p in matrices:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                    average = self.state[p]["momentum_buffer"]
-                    average.lerp_(p.grad, 1 - group["momentum"])
-                    averages.append(p.grad.lerp(average, group["momentum"]))  # Nesterov's
+                gradients = [p.grad for p in matrices]
+                averages = [self.state[p]["momentum_buffer"] for p in matrices]
+                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
+                whole_ones = torch.stack([whole(x) for x in ahead])
+                updates = shared_out(lambda x: orthogonalised(x, self.dtype), whole_ones)
+                updates = [piece_of(update, p) for update, p in zip(updates, matrices)]
                 size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's
-                for p, update in zip(matrices, orthogonalised(torch.stack(averages), self.dtype)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * size)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, updates, alpha=-group["lr"] * size)
 
 
 def orthogonalised(x, dtype):

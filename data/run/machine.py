@@ -1,5 +1,6 @@
 """Where a command runs, and in which precision."""
 
+import os
 from contextlib import suppress
 
 import torch
@@ -14,6 +15,8 @@ def pick_device(name):
         name = next(kind for kind in there if there[kind])
     with suppress(RuntimeError, KeyError):
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: one for each process
         if there[device.type]:
             torch.empty(0, device=device)  # fails for a number that is not there, as in cuda:9
             return device

@@ -2,13 +2,17 @@
 
 import csv
 import math
+import os
 import sys
 import textwrap
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from tqdm import tqdm
 
 from data.run.errors import Mistake
+from data.run.processes import agree, rank, size, total
 
 
 class Report:
@@ -18,12 +22,20 @@ class Report:
         """When due: evaluate() -> (nats per token, bits per byte), sample() -> text, and save(nats)."""
         self.run, self.out_dir, self.bound_name = run, out_dir, bound_name
         self.evaluate, self.sample, self.save = evaluate, sample, save
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self.log = Log(out_dir / "log.csv", run.step)
-        layout, pace = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10  # seconds
-        self.bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace)
         self.evals_done = self.evals_due()
+
+    def __enter__(self):
+        run = self.run
+        self.log = Log(self.out_dir / "log.csv" if rank() == 0 else Path(os.devnull), run.step)
+        layout, pace = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10  # seconds
+        start = run.progress()
+        self.bar = tqdm(total=1, initial=start, bar_format=layout, mininterval=pace, disable=rank() > 0)
         self.start_clock()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        self.log.file.close()
 
     def start_clock(self):
         """Training takes place from now on."""
@@ -32,28 +44,31 @@ class Report:
 
     def show_from_now(self):
         """What is shown next is of the steps from now on."""
-        self.tokens, self.last = 0, time.perf_counter()
+        self.tokens, self.last, self.shown = 0, time.perf_counter(), self.run.minutes
 
     def evals_due(self):
         """How many of the run's evaluations should have been made by now."""
         return int(self.run.progress() * self.run.config.evals)
 
-    def __call__(self, loss, norm):
-        """After a step with this loss and gradient norm. They are read, and the device waited for, only where
-        they are shown. Mistake if these, or the bound, are not finite.
+    def __call__(self, loss, norm, stopped=False):
+        """After a step with this loss and gradient norm; whether this is the last one: its end has come, or a
+        process was stopped. What is given is read, and the device waited for, only where it is shown.
+        Mistake if these, or the bound, are not finite.
         """
-        run, config, now, nats, bits = self.run, self.run.config, time.perf_counter(), None, None
-        run.minutes = (now - self.start) / 60
+        run, config, nats, bits = self.run, self.run.config, None, None
+        # The processes go by the clock of one, and stop together.
+        run.minutes, stopped = agree((time.perf_counter() - self.start) / 60, stopped)
         self.tokens += config.batch_size * config.block_size
         evaluates, logs = self.evals_due() > self.evals_done, run.step % config.log_every == 0
-        if not (evaluates or logs or now - self.last > self.bar.mininterval):
-            return
-        loss, norm = self.read(loss, norm)
+        if not (evaluates or logs or stopped or run.minutes - self.shown > 1 / 120):
+            return False
+        # A process has the loss of its share, times the number of processes.
+        loss, norm = total(loss.clone()).item() / size(), norm.item()
         speed = self.tokens / (time.perf_counter() - self.last)
         if evaluates:
             self.evals_done = self.evals_due()
             nats, bits = self.evaluate()
-            self.read(loss, norm, nats)
+        self.check(loss, norm, nats)
         if nats is not None or logs:
             lr = run.optimizers[0].param_groups[0]["lr"]
             self.log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
@@ -69,16 +84,16 @@ class Report:
         self.bar.set_description_str(status, refresh=False)
         self.bar.update(run.progress() - self.bar.n)
         self.show_from_now()
+        return stopped or run.progress() >= 1
 
-    def read(self, loss, norm, nats=0.0):
-        """The loss and the norm as numbers; Mistake if these, or the bound nats, are not finite."""
-        loss, norm = float(loss), float(norm)
+    def check(self, loss, norm, nats):
+        """Raise Mistake if one of them is not finite; nats, the bound, may be None."""
         finite = math.isfinite(loss) and (math.isfinite(norm) or self.run.scaler.is_enabled())
-        if finite and math.isfinite(nats):
-            return loss, norm
+        if finite and math.isfinite(nats or 0):
+            return
         last = self.out_dir / "last.pt"
         kept = f"{last} is from before" if last.exists() else "nothing was saved"
-        validation = f", validation {self.bound_name} {nats:.3g}" if nats else ""
+        validation = "" if nats is None else f", validation {self.bound_name} {nats:.3g}"
         raise Mistake(
             f"step {self.run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "
             f"a smaller --lr may help ({kept})"
@@ -101,4 +116,5 @@ class Log:
         self.writer.writerows(rows)
 
     def write(self, *row):
-        self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
+        with suppress(OSError):  # a full disk: what it did not take is written with a later row
+            self.writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)

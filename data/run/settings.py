@@ -4,10 +4,13 @@ import dataclasses
 import os
 from pathlib import Path
 
+import torch.distributed as dist
+
 from data.canvas.picture import check_path
 from data.canvas.prompt import MASK_TAG, MOST, check_prompts
 from data.run.errors import Mistake
 from data.run.flags import Attention, Level, Span, from_plain
+from data.run.processes import size
 from model import load_checkpoint
 
 OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise
@@ -72,6 +75,7 @@ def settle(given, config_class):
     model_fields = {
         "block_size": min(trained.get("block_size", longest), longest),
         "out_dir": config.out_dir,
+        "shard": False,  # another number of processes may go on
         "attention": str(attention_of(model.config)),
         **shape,
     }
@@ -136,6 +140,11 @@ def check_training(config):
         raise Mistake(f"--prompt_len {config.prompt_len}: --eval_only needs one number")
     if config.batch_size % config.grad_accum:
         raise Mistake(f"--grad_accum {config.grad_accum}: must divide --batch_size {config.batch_size}")
+    if config.batch_size % (config.grad_accum * size()):
+        pieces = f"--grad_accum {config.grad_accum} times the number of processes, {size()}"
+        raise Mistake(f"--batch_size {config.batch_size}: not a multiple of {pieces}")
+    if config.shard and not dist.is_initialized():
+        raise Mistake("--shard: for several processes; `torchrun --nproc_per_node=N train.py` starts N")
     if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
     if config.attention.K and config.block_size % config.attention.K:

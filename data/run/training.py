@@ -1,14 +1,21 @@
 """The state of a training run: its optimizers and random numbers, how far it is, and how it resumes."""
 
 import math
+import sys
+from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.corpus import SPLITS
+from data.run.checkpoint import save_checkpoint
 from data.run.errors import Mistake
 from data.run.fast import Muon
+from data.run.files import link
 from data.run.flags import as_plain
 from data.run.machine import autocast, send
+from data.run.processes import average, gathered, piece_of, rank, size, spread
 
 
 class Run:
@@ -17,6 +24,7 @@ class Run:
     def __init__(self, config, model, device, meta=None, token_nats=None):
         """meta: that of the corpus (data/corpus.py); without one, epochs have no length."""
         self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
+        self.network = spread(model, device, config.shard)  # what a step calls
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
             steps = config.epochs * meta["train"]["tokens"] / (config.batch_size * config.block_size)
@@ -31,14 +39,11 @@ class Run:
         self.bound_flags = {"prompt_len": config.prompt_len.low, "slant": config.slant}
 
     def state(self):
-        random = {"batches": self.generator.get_state(), "cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "train": as_plain(self.config),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [with_state(optimizer.state_dict(), gathered) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "random": random,
+            "random": {"batches": self.generator.get_state()},
             "bound": self.bound_flags,
             "corpus": self.corpus,
             **{name: getattr(self, name) for name in ("step", "minutes", "best", "token_nats")},
@@ -53,7 +58,7 @@ class Run:
             )
         try:
             self.load(state)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (LookupError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise Mistake(f"--init_from resume: not with these flags ({reason})") from None
         if self.progress() >= 1:
@@ -66,25 +71,56 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             for group, ours in zip(saved["param_groups"], optimizer.param_groups):
                 group["weight_decay"] = ours["weight_decay"]  # a flag may have changed it
-            optimizer.load_state_dict(saved)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(with_state(saved, piece_of, parameters))
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["random"]["batches"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.step, self.minutes = state["step"], state["minutes"]
         earlier = {"prompt_len": 0, "slant": 0.0}  # what versions chose by that did not say
         if self.bound_flags == state.get("bound", earlier):
             self.best = state["best"]
 
-    def pieces(self, batch):
-        """The pieces of a batch, tensors of B rows, one after the other on the device; each has levels from
-        all of (0, 1].
+    def save(self, tokenizer, nats=math.inf):
+        """Write last.pt, and ckpt.pt if there is none, or if nats, the bound per token, is the lowest. Before
+        the end a disk that takes no more is no error: it is said, and the run goes on.
         """
+        folder = Path(self.config.out_dir)
+        last, best = folder / "last.pt", nats < self.best or not (folder / "ckpt.pt").exists()
+        before, self.best = self.best, float(nats) if best else self.best
+        state = self.state()
+        try:
+            save_checkpoint(last, self.model, tokenizer, **state)
+        except OSError as error:
+            self.best = before
+            if nats == math.inf or self.progress() >= 1:  # the run is over
+                raise
+            kept = "the earlier one stays" if last.exists() else "there is none yet"
+            sentence = f"step {self.step}: no checkpoint ({error.strerror or error}); {kept}"
+            tqdm.write(f"{sentence}, and the next evaluation tries again", file=sys.stderr)
+            return
+        if rank() == 0:
+            if best:
+                link(last, folder / "ckpt.pt")
+            if self.config.keep:
+                link(last, folder / f"step-{self.step:08}.pt")
+                for old in sorted(folder.glob("step-*.pt"))[: -self.config.keep]:
+                    old.unlink()
+
+    def pieces(self, batch):
+        """This process's pieces of a batch, tensors of B rows, one after the other on the device; each has
+        levels from all of (0, 1]. Weights are `size` times those of the batch, since gradients become means
+        over the processes.
+        """
+        # Dropout depends on the seed, the step and the process alone, and so it resumes.
+        seed = np.random.SeedSequence([self.config.seed, self.step, rank()])
+        torch.manual_seed(seed.generate_state(1).item())
         n = self.config.grad_accum
         for i in range(n):
-            piece = send(self.device, *(tensor[i::n] for tensor in batch))
-            if self.config.compile:  # their number changes from step to step: it is not compiled in
+            average(self.network, i == n - 1)
+            rows = slice(i * size() + rank(), None, n * size())
+            x0, xt, holes, weights = (tensor[rows] for tensor in batch)
+            piece = send(self.device, x0, xt, holes, weights * size())
+            if self.config.compile:  # the number of holes changes from step to step: it is not compiled in
                 for index in piece[2]:
                     torch._dynamo.maybe_mark_dynamic(index, 0)
             yield piece
@@ -112,6 +148,15 @@ class Run:
         warmup, progress = self.config.warmup, self.progress()
         rise = max(progress, 0.001) / warmup if progress < warmup else 1.0  # the first step moves, too
         return self.config.lr * min(1.0, rise, (1 - progress) / (1 - warmup))
+
+
+def with_state(saved, function, parameters=None):
+    """An optimizer's state_dict with function(tensor), or function(tensor, parameter), for each tensor."""
+    state = {
+        i: {name: function(tensor, *([parameters[i]] if parameters else [])) for name, tensor in kept.items()}
+        for i, kept in saved["state"].items()
+    }
+    return {**saved, "state": state}
 
 
 def make_optimizers(model, config, dtype):
