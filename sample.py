@@ -141,6 +141,8 @@ def denoise(
     is_open, seeds = canvas == mask_id, range(B) if seeds is None else seeds
     not_text = torch.tensor([mask_id, *model.config.special_ids])
     prompt = torch.isin(canvas, not_text, invert=True)  # (B, T)
+    if token_nats is not None:
+        (token_nats,) = send(device_of(model), token_nats)
     rule = rule_of(order, tau, token_nats, revise)
     take = take or functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
     if block_len is None:  # the model's own; on a canvas longer than it sees, a quarter of what it sees
@@ -305,14 +307,15 @@ def negative_entropy(x):
 
 def says_least(token_nats, x):
     """Minus what the token is expected to say."""
-    return -(x.exp() * token_nats.to(x)).sum(1) / x.exp().sum(1)
+    return -(x.exp() * token_nats).sum(1) / x.exp().sum(1)
 
 
 def highest(scores, candidates, n):
     """The n (B, 1) candidates of each row with the highest scores, (B, W) bool."""
     scores = scores.masked_fill(~candidates, -torch.inf)
-    ranks = scores.argsort(descending=True, stable=True).argsort()
-    return candidates & (ranks < n)
+    order = scores.argsort(descending=True, stable=True)
+    first = torch.arange(scores.shape[1]) < n  # (B, W): of the order
+    return candidates & torch.zeros_like(candidates).scatter(1, order, first)
 
 
 def at_every_step(n_open, n_steps, n_written):

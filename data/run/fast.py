@@ -157,12 +157,11 @@ class Muon(torch.optim.Optimizer):
                 for p in matrices:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                gradients = [p.grad for p in matrices]
                 averages = [self.state[p]["momentum_buffer"] for p in matrices]
-                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-                ahead = torch._foreach_lerp(gradients, averages, group["momentum"])  # Nesterov's
-                whole_ones = torch.stack([whole(x) for x in ahead])
-                updates = shared_out(lambda x: orthogonalised(x, self.dtype), whole_ones)
+                torch._foreach_lerp_(averages, [p.grad for p in matrices], 1 - group["momentum"])
+                ahead = [p.grad.lerp(x, group["momentum"]) for p, x in zip(matrices, averages)]  # Nesterov's
+                ahead = torch.stack([whole(x) for x in ahead])
+                updates = shared_out(lambda x: orthogonalised(x, self.dtype), ahead)
                 updates = [piece_of(update, p) for update, p in zip(updates, matrices)]
                 size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])

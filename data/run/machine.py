@@ -35,7 +35,7 @@ def send(device, *tensors):
     def there(tensor):
         if device.type != "cuda":
             return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
     return [
         tuple(map(there, tensor.nonzero(as_tuple=True))) if tensor.dtype == torch.bool else there(tensor)
