@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.run.checkpoint import read_checkpoint
+from data.run.checkpoint import check_config, read_checkpoint
 from data.run.errors import Mistake
 from data.run.fast import Cache, Dropout, Linear, attend, linear, rows_at
 from data.tokenizer import tokenizer_from_state
@@ -339,8 +339,10 @@ def load_checkpoint(path, device="cpu", **changes):
     """
     checkpoint = read_checkpoint(path)
     try:
+        config = ModelConfig(**{**checkpoint["config"], **changes})
+        check_config(config, checkpoint["model"])
         with torch.device("meta"):  # no memory, and no random weights that would be overwritten
-            model = Transformer(ModelConfig(**{**checkpoint["config"], **changes}))
+            model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         model.tie()
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])

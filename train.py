@@ -77,6 +77,7 @@ class TrainConfig:
     position: Literal["rope", "learned"] = flag("rope", "rotary or learned positions")
     # optimisation
     batch_size: int = flag(8, "windows per step", least=1)
+    grad_checkpoint: bool = flag(False, "compute layers twice instead of keeping them, to save memory")
     grad_accum: int = flag(1, "pieces that a batch is computed in, to save memory", least=1)
     optimizer: Literal["muon", "adamw"] = flag("muon", "muon: on the layers' matrices, AdamW elsewhere")
     lr: float = flag(0.01, "highest learning rate", above=0)

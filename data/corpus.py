@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -117,11 +117,38 @@ def load_corpus(name, block_size=1):
         intact = False
     if not intact:
         raise Mistake(f"{folder}: not a whole corpus; prepare it again")
+    check_tokens(folder, meta, tokenizer)
     for split, tokens in zip(SPLITS, (train, val)):
         if len(tokens) < block_size:
             shortage = f"{len(tokens)} tokens, fewer than one --block_size of {block_size}"
             raise Mistake(f"--data {name}: its {split} split has {shortage}; a smaller one will do")
     return train, val, tokenizer, meta
+
+
+def check_tokens(folder, meta, tokenizer):
+    """Raise Mistake unless all tokens are the tokenizer's, and have the sums that meta.json says: one pass,
+    which a note beside them then spares as long as the files are the same.
+    """
+    files, note = [folder / f"{split}.bin" for split in SPLITS], folder / "checked.json"
+    stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, files)]
+    kept = [meta[split].get("sha256") for split in SPLITS]
+    # Whoever copies a folder gets files of another time, at which he cannot have forged the note.
+    found = [tokenizer.vocab_size, *kept, *map(list, stats)]
+    with suppress(OSError, ValueError):
+        if json.loads(note.read_text()) == found:
+            return
+    for path, sha256 in zip(files, kept):
+        digest, buffer = hashlib.sha256(), bytearray(2**22)
+        with open(path, "rb") as file:
+            while size := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:size])
+                ids = np.frombuffer(buffer, np.uint16, size // 2)
+                if ids.max(initial=0) >= tokenizer.vocab_size or (ids == tokenizer.mask_id).any():
+                    raise Mistake(f"{path}: it has tokens that are not its tokenizer's; prepare it again")
+        if sha256 not in (None, digest.hexdigest()):
+            raise Mistake(f"{path}: its sha256 is not that of meta.json; prepare it again")
+    with suppress(OSError):  # a folder that cannot be written to is read again
+        note.write_text(json.dumps(found))
 
 
 def unigram_nats(meta, train, vocab_size):

@@ -138,7 +138,7 @@ def test_a_failed_preparation_leaves_the_corpus_that_was_there(tmp_path):
     with pytest.raises(Mistake):
         prepare(tmp_path / "bad", "x", ByteTokenizer())
     assert load_corpus("x")[3]["source"] == "good"
-    assert len(list((data.corpus.DATA / "x").iterdir())) == 3
+    assert len(list((data.corpus.DATA / "x").iterdir())) == 4
 
 
 def test_a_corpus_that_is_missing_or_broken_is_named(tmp_path, data_folder):

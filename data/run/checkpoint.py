@@ -38,47 +38,88 @@ def save(content, file):
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def tensors(content):
-    """The tensors in a dict of dicts, lists and tensors, in its order."""
+def tensors(content, seen=None):
+    """The tensors in a dict of dicts, lists and tensors, in its order; each dict and list once."""
+    seen = set() if seen is None else seen
     for value in content.values() if isinstance(content, dict) else content:
         if torch.is_tensor(value):
             yield value
-        elif isinstance(value, (dict, list, tuple)):
-            yield from tensors(value)
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            yield from tensors(value, seen)
 
 
 def byte_sum(tensor):
     """The sum of a tensor's bytes as 64-bit numbers, modulo 2**64: it takes as long as to read them."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    data = data.clone() if data.storage_offset() % 8 else data
     words = len(data) // 8 * 8
-    if data.storage_offset() % 8:
-        data = data.clone()
     return data[:words].view(torch.int64).sum().item() + data[words:].sum().item()
 
 
 def read_checkpoint(path):
     """The dict that save_checkpoint wrote, its tensors mapped from the file.
 
-    Nothing in the file is executed (`weights_only`). Raises Mistake when it cannot be read, or is damaged.
+    Nothing in the file is executed (`weights_only`), and no more memory taken than it has. Raises Mistake
+    when it cannot be read, or is damaged.
     """
     if not os.path.isfile(path):
         instead = ", it is a folder" if os.path.isdir(path) else ""
         raise Mistake(f"{path}: there is no such checkpoint{instead}")
     try:
+        check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"config", "model", "tokenizer"} <= set(checkpoint):
-            raise KeyError
-        with zipfile.ZipFile(path) as archive:  # which compares the sum of all that is no tensor
-            archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-        sums = checkpoint.pop("sums", None)  # an earlier version wrote none
-        if sums is not None and sums != [byte_sum(tensor) for tensor in tensors(checkpoint)]:
+        sums, there = checkpoint.pop("sums", None), list(tensors(checkpoint))  # earlier versions wrote none
+        check_tensors(there, os.path.getsize(path))
+        if sums is not None and sums != [byte_sum(tensor) for tensor in there]:
             raise ValueError
         upgrade(checkpoint)
+        weights, _ = checkpoint["model"], checkpoint["tokenizer"]
+        wrong = [name for name, tensor in weights.items() if not tensor.sum(dtype=torch.float32).isfinite()]
     except Exception as error:  # torch raises a different one for every way to be no checkpoint
         raise Mistake(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
+    if wrong:
+        raise Mistake(f"{path}: {wrong[0]} has values that are not finite")
     return checkpoint
+
+
+def check_archive(path):
+    """Raise an error if the file of torch.save is compressed, and may be larger than it looks, or if what in
+    it is no tensor does not have the sum that the archive says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError
+        archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
+def check_tensors(there, n_bytes):
+    """Raise an error if one is not as we write them, or if all are more than n_bytes could hold."""
+    for tensor in there:
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise TypeError
+    # What repeats in memory is read as often. Tied weights are there twice.
+    if sum(tensor.numel() * tensor.element_size() for tensor in there) > 2 * n_bytes:
+        raise ValueError
+
+
+def check_config(config, weights):
+    """Raise ValueError unless a ModelConfig is of the types of its defaults, and of the size of weights, by
+    their names.
+    """
+    for field in dataclasses.fields(config):
+        value, kinds = getattr(config, field.name), {type(field.default)}
+        kinds |= {type(None): {int, str}, float: {int}, tuple: {list}}.get(type(field.default), set())
+        if type(value) not in kinds or (type(value) is int and not 0 <= value <= 10**7):
+            raise ValueError(f"its {field.name} is no {type(field.default).__name__} that we know")
+    ids = config.mask_id, *config.special_ids
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError("mask_id and special_ids are not of its vocabulary")
+    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if config.n_layer != len(layers) or not (config.n_head and config.block_size):
+        raise ValueError("it is not of the size that it says")
 
 
 def upgrade(checkpoint):

@@ -1,11 +1,13 @@
 """The state of a training run: its optimizers and random numbers, how far it is, and how it resumes."""
 
+import functools
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.corpus import SPLITS
@@ -24,6 +26,9 @@ class Run:
     def __init__(self, config, model, device, meta=None, token_nats=None):
         """meta: that of the corpus (data/corpus.py); without one, epochs have no length."""
         self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
+        if config.grad_checkpoint:  # each layer is computed again for its gradient, and so not kept
+            for layer in model.blocks:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         self.network = spread(model, device, config.shard)  # what a step calls
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
