@@ -340,12 +340,14 @@ def load_checkpoint(path, device="cpu", **changes):
     checkpoint = read_checkpoint(path)
     try:
         config = ModelConfig(**{**checkpoint["config"], **changes})
-        check_config(config, checkpoint["model"])
+        check_config(config, checkpoint)
         with torch.device("meta"):  # no memory, and no random weights that would be overwritten
             model = Transformer(config)
         model.load_state_dict(checkpoint["model"], assign=True)
         model.tie()
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+        if (tokenizer.vocab_size, tokenizer.mask_id) != (config.vocab_size, config.mask_id):
+            raise ValueError("its tokenizer is another model's")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Mistake(f"{path}: not a checkpoint of setitem ({reason})") from None

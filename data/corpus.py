@@ -112,8 +112,12 @@ def load_corpus(name, block_size=1):
         tokenizer = tokenizer_from_state(meta["tokenizer"])
         train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
         intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
-        intact &= len(meta.get("occurrences", range(tokenizer.vocab_size))) == tokenizer.vocab_size
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        occurrences = meta.get("occurrences", [0] * tokenizer.vocab_size)
+        numbers = [*occurrences, *(meta[split]["bytes"] for split in SPLITS)]
+        intact &= len(occurrences) == tokenizer.vocab_size
+        intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
+        intact &= min(meta[split]["bytes"] for split in SPLITS) > 0
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FileNotFoundError):
         intact = False
     if not intact:
         raise Mistake(f"{folder}: not a whole corpus; prepare it again")

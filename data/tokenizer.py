@@ -13,6 +13,8 @@ import unicodedata
 
 import tiktoken
 
+from data.run.errors import Mistake
+
 # What a special token becomes in decoded text; the others become nothing.
 SHOWN = {"<mask>": "<mask>", "[MASK]": "<mask>", "[UNK]": "[UNK]", "<unk>": "<unk>"}
 SHOWN |= {"</s>": "\n", "[SEP]": "\n", "<eos>": "\n"}
@@ -92,7 +94,12 @@ class BPETokenizer(ByteLevelTokenizer):
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
-        return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
+        try:
+            return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
+        except BaseException as error:  # tiktoken panics, which is no Exception, at a pattern of no words
+            if isinstance(error, (KeyboardInterrupt, MemoryError)):
+                raise
+            raise Mistake("the tokenizer's pattern does not cut this text into words") from None
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -184,4 +191,15 @@ def chinese(c):
 def tokenizer_from_state(state):
     """The inverse of `.state`."""
     kinds = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer}
-    return kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
+    tokens, special = state.get("tokens", []), state.get("special") or {}
+    if not all(type(token) is str for token in tokens):
+        raise ValueError("its tokens are not texts")
+    if state["kind"] == "bpe" and (len({*tokens}) < len(tokens) or not {*map(chr, range(256))} <= {*tokens}):
+        raise ValueError("its tokens are not every byte, and others that differ")
+    tokenizer = kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
+    ids = [*(state.get("ids") or range(len(tokens))), *special.values()]
+    if state["kind"] == "bpe" and sorted(ids) != [*range(tokenizer.vocab_size)]:
+        raise ValueError("its ids are not the numbers from 0 on")
+    if tokenizer.mask_id is None:
+        raise ValueError("it has no <mask>")
+    return tokenizer

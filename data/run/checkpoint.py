@@ -4,11 +4,13 @@ import dataclasses
 import os
 import warnings
 import zipfile
+from typing import get_type_hints
 
 import torch
 
 from data.run.errors import Mistake
 from data.run.files import replacing
+from data.run.flags import fits
 from data.run.processes import gathered, rank
 
 
@@ -105,21 +107,23 @@ def check_tensors(there, n_bytes):
         raise ValueError
 
 
-def check_config(config, weights):
-    """Raise ValueError unless a ModelConfig is of the types of its defaults, and of the size of weights, by
-    their names.
+def check_config(config, checkpoint):
+    """Raise ValueError unless a ModelConfig is of the types of its defaults, and of the size of what its
+    checkpoint has.
     """
-    for field in dataclasses.fields(config):
-        value, kinds = getattr(config, field.name), {type(field.default)}
-        kinds |= {type(None): {int, str}, float: {int}, tuple: {list}}.get(type(field.default), set())
-        if type(value) not in kinds or (type(value) is int and not 0 <= value <= 10**7):
-            raise ValueError(f"its {field.name} is no {type(field.default).__name__} that we know")
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not fits(kind, value) or (type(value) is int and not 0 <= value <= 10**7):
+            raise ValueError(f"its {name} is no value for that")
     ids = config.mask_id, *config.special_ids
-    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+    if not all(0 <= i < config.vocab_size for i in ids):
         raise ValueError("mask_id and special_ids are not of its vocabulary")
-    layers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
     if config.n_layer != len(layers) or not (config.n_head and config.block_size):
         raise ValueError("it is not of the size that it says")
+    nats = checkpoint.get("token_nats")
+    if nats is not None and (nats.shape != (config.vocab_size,) or nats.dtype != torch.float32):
+        raise ValueError("its token_nats are not a number for each token")
 
 
 def upgrade(checkpoint):

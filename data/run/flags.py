@@ -130,11 +130,10 @@ def parse(config_class, description):
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: must be a finite number")
-    for field in dataclasses.fields(config_class):
-        for bound, limit in field.metadata["bounds"].items():
-            value, (holds, words) = given.get(field.name), BOUNDS[bound]
-            if value is not None and not holds(value, limit):
-                parser.error(f"--{field.name} {value}: must be {words} {limit}")
+    try:
+        check_bounds(config_class, given)
+    except ValueError as error:
+        parser.error(str(error))
     for name, value in given.items():
         if hasattr(hints[name], "from_text"):
             try:
@@ -142,6 +141,24 @@ def parse(config_class, description):
             except ValueError as error:
                 parser.error(f"--{name} {value}: {error}")
     return given
+
+
+def check_bounds(config_class, given):
+    """Raise ValueError for the first value that is out of its field's bounds."""
+    for field in dataclasses.fields(config_class):
+        for bound, limit in field.metadata["bounds"].items():
+            value, (holds, words) = given.get(field.name), BOUNDS[bound]
+            if value is not None and not holds(value, limit):
+                raise ValueError(f"--{field.name} {value}: must be {words} {limit}")
+
+
+def fits(kind, value):
+    """Whether a value is one that a field with this annotation may have."""
+    if get_origin(kind) in (types.UnionType, Literal):
+        return any(fits(each, value) if isinstance(each, type) else each == value for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(fits(get_args(kind)[0], each) for each in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def as_plain(config):
@@ -152,6 +169,11 @@ def as_plain(config):
 
 def from_plain(config_class, fields):
     """The inverse of as_plain. TypeError for a field that is not there, ValueError for a value."""
-    hints = get_type_hints(config_class)
-    read = {name: hints[name].from_text for name in fields if hasattr(hints.get(name), "from_text")}
-    return config_class(**{name: read.get(name, lambda value: value)(fields[name]) for name in fields})
+    hints, values = get_type_hints(config_class), {}
+    for name, value in fields.items():
+        kind = hints.get(name)
+        values[name] = kind.from_text(value) if hasattr(kind, "from_text") else value
+        if kind is not None and not fits(kind, values[name]):
+            raise ValueError(f"its --{name} is no value for that")
+    check_bounds(config_class, values)
+    return config_class(**values)

@@ -63,8 +63,8 @@ class Run:
             )
         try:
             self.load(state)
-        except (LookupError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise Mistake(f"--init_from resume: not with these flags ({reason})") from None
         if self.progress() >= 1:
             raise Mistake(
@@ -74,16 +74,21 @@ class Run:
 
     def load(self, state):
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            for group, ours in zip(saved["param_groups"], optimizer.param_groups):
-                group["weight_decay"] = ours["weight_decay"]  # a flag may have changed it
+            groups = optimizer.state_dict()["param_groups"]  # what the flags say, whatever was
+            if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved["param_groups"]]:
+                raise ValueError("another optimizer had them")
+            saved = {"state": saved["state"], "param_groups": groups}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, kept in saved["state"].items():
+                if any(tensor.shape not in (parameters[i].shape, ()) for tensor in kept.values()):
+                    raise ValueError("an optimizer's state is not of its parameter's shape")
             optimizer.load_state_dict(with_state(saved, piece_of, parameters))
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["random"]["batches"])
-        self.step, self.minutes = state["step"], state["minutes"]
+        self.step, self.minutes = int(state["step"]), float(state["minutes"])
         earlier = {"prompt_len": 0, "slant": 0.0}  # what versions chose by that did not say
         if self.bound_flags == state.get("bound", earlier):
-            self.best = state["best"]
+            self.best = float(state["best"])
 
     def save(self, tokenizer, nats=math.inf):
         """Write last.pt, and ckpt.pt if there is none, or if nats, the bound per token, is the lowest. Before

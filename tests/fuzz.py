@@ -1,0 +1,352 @@
+"""Damages good files, and writes bad ones, and has every reader read them.
+
+    python tests/fuzz.py --cases 100000      # an hour or so
+
+A case must end with a correct read or with one sentence and exit code 2: no traceback, no hang, and no memory
+that the file does not hold. test_fuzz.py runs some of them. A case is known by its reader and its number.
+"""
+
+import contextlib
+import io
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+import data.corpus
+import data.gpt2.prepare
+import data.roberta.prepare
+import data.text.prepare
+import data.wikitext2.prepare
+import sample
+import train
+from data.run.checkpoint import byte_sum, save_checkpoint, tensors
+from data.run.errors import command
+from data.run.flags import flag, parse
+from data.tokenizer import BPETokenizer, ByteTokenizer
+from model import ModelConfig, Transformer, load_checkpoint
+
+SECONDS = 20  # that a case may take
+MEGABYTES = 300  # that all cases together may add to the memory of the process
+
+MERGES = ["t h", "th e", "Ġ a", "i n"]
+VALUES = [None, True, 0, 1, -1, 2, 3, 7, 255, 256, 257, 2**31, 2**63, 10**30, 0.5, -1.0, 1e308, float("nan")]
+VALUES += [float("inf"), "", "x", "bytes", "bpe", "wordpiece", "post", "learned", "\ud800", "(", "(a+)+$"]
+VALUES += [[], {}, [1], [[0, 1]], {"a": 1}, ["a", "a"], ["\u1234"], [0] * 300, "y" * 10_000]
+
+
+# --- how a file is damaged -----------------------------------------------------------------------
+
+
+def damage(content, rng):
+    """Bytes with some of them changed, left out or put in."""
+    content = bytearray(content)
+    at = rng.randrange(len(content) + 1)
+    kind = rng.choice(["flip", "flip", "flip", "cut", "zero", "insert", "drop", "repeat", "text"])
+    if kind == "flip":
+        for _ in range(rng.choice([1, 1, 1, 8, 100])):
+            if content:
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "zero":
+        size = rng.choice([1, 8, 512, 4096])
+        content[at : at + size] = bytes(len(content[at : at + size]))
+    elif kind == "insert":
+        content[at:at] = rng.randbytes(rng.choice([1, 4, 100]))
+    elif kind == "drop":
+        del content[at : at + rng.choice([1, 4, 1000])]
+    elif kind == "repeat":
+        content[at:at] = content[at : at + rng.choice([1, 64, 5000])]
+    else:
+        content[at:at] = rng.choice([b"\xff\xfe", b"\x00", b"null", b"-1", b"9" * 30, b"[" * 3000, b'"'])
+    return bytes(content)
+
+
+def other_value(old, rng):
+    """Something else that might stand there."""
+    if torch.is_tensor(old):
+        shapes = [(), (0,), (1,), (3, 5), (*old.shape, 1), tuple(old.shape[::-1])]
+        others = [torch.zeros(shape) for shape in shapes] + [
+            old.double(),
+            old.long(),
+            old * torch.nan,
+            old.flatten()[:1],
+        ]
+        others += [
+            torch.zeros(1).expand(10**9),
+            torch.zeros(1).expand(old.shape or 1),
+            old.to_sparse(),
+            None,
+            3,
+            "x",
+        ]
+        return rng.choice(others)
+    if isinstance(old, int) and rng.random() < 0.5:
+        return old + rng.choice([-1, 1, 2, 10**6])
+    return rng.choice(VALUES)
+
+
+def change(content, rng):
+    """A copy of nested dicts and lists in which one value, somewhere, is another, or is gone."""
+    content = type(content)(content)
+    keys = list(content) if isinstance(content, dict) else list(range(len(content)))
+    if not keys:
+        return content
+    key = rng.choice(keys)
+    if isinstance(content[key], (dict, list)) and content[key] and rng.random() < 0.85:
+        content[key] = change(content[key], rng)
+    elif rng.random() < 0.2:
+        del content[key]
+    else:
+        content[key] = other_value(content[key], rng)
+    return content
+
+
+def damage_one(folder, rng, names=None):
+    """Damage a file of a folder, or change a value of its JSON."""
+    path = folder / rng.choice(names or sorted(path.name for path in folder.iterdir()))
+    if path.suffix == ".json" and rng.random() < 0.7:
+        with contextlib.suppress(ValueError):  # it is damaged already
+            path.write_text(json.dumps(change(json.loads(path.read_text()), rng)))
+    elif path.suffix == ".bin" and path.name == "pytorch_model.bin" and rng.random() < 0.5:
+        with contextlib.suppress(Exception):
+            torch.save(change(torch.load(path), rng), path)
+    else:
+        path.write_bytes(damage(path.read_bytes(), rng))
+
+
+# --- the readers ---------------------------------------------------------------------------------
+#
+# A reader(good, folder, rng) puts a case into an empty folder, with the help of the good files, and returns
+# the command that reads it, its arguments, and what is to hold if it succeeds.
+
+
+def damaged_checkpoint(good, folder, rng):
+    """Bytes that differ: whatever is read is what was written."""
+    (folder / "x.pt").write_bytes(damage((good / "small.pt").read_bytes(), rng))
+
+    def correct():
+        ours, theirs = (load_checkpoint(path) for path in (good / "small.pt", folder / "x.pt"))
+        assert ours[0].config == theirs[0].config
+        assert ours[1].state == theirs[1].state
+        assert all(map(torch.equal, tensors(ours[2]), tensors(theirs[2])))
+
+    return (
+        sample.main,
+        ["--ckpt", folder / "x.pt", "--length", "8", "--steps", "2", "--dtype", "float32"],
+        correct,
+    )
+
+
+def bad_checkpoint(good, folder, rng):
+    """A whole file with a value of a stranger's choice."""
+    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt"])
+    content = torch.load(good / name, weights_only=True)
+    content.pop("sums", None)
+    content = change(content, rng)
+    with contextlib.suppress(Exception):
+        if sum(tensor.numel() for tensor in tensors(content)) < 10**7:
+            content["sums"] = [byte_sum(tensor) for tensor in tensors(content)]
+    torch.save(content, folder / "last.pt")
+    flags = ["--length", "8", "--steps", "2", "--prompt", "in the", "--dtype", "float32"]
+    if rng.random() < 0.6:
+        flags += rng.choice([[], ["--order", "information"], ["--save", folder / "x.html"]])
+        return sample.main, ["--ckpt", folder / "last.pt", *flags], None
+    flags = ["--out_dir", folder, "--init_from", "resume", "--data", "book", "--max_iters", "3"]
+    return train.main, [*flags, "--eval_tokens", "64", "--evals", "1"], None
+
+
+def corpus(good, folder, rng):
+    shutil.copytree(good / "data" / "book", folder / "data" / "book")
+    damage_one(folder / "data" / "book", rng, ["train.bin", "val.bin", "meta.json", "meta.json"])
+    data.corpus.DATA = folder / "data"
+    flags = ["--eval_only", "--init_from", good / "small.pt", "--data", "book", "--eval_tokens", "64"]
+    return train.main, flags, None
+
+
+def weights(kind, module):
+    """The reader of a folder with the files of a model."""
+
+    def reader(good, folder, rng):
+        shutil.copytree(good / kind, folder / kind)
+        for _ in range(rng.choice([1, 1, 2])):
+            damage_one(folder / kind, rng)
+        return module.main, [folder / kind, "--out", folder / "out.pt"], None
+
+    return reader
+
+
+def prompt(good, folder, rng):
+    parts = [
+        "<mask>",
+        "<mask*3>",
+        "<mask*2:4>",
+        "<mask*0>",
+        "<mask*",
+        ">",
+        "<mask*9999999999>",
+        "<mask*1:1000000>",
+    ]
+    parts += [
+        "in",
+        " ",
+        "\n",
+        "é",
+        "\U0001f600",
+        "\x00",
+        "\x1b[2J",
+        "</script>",
+        "<s>",
+        "\udcff",
+        "<mask:3>",
+        "<MASK>",
+    ]
+    text = "".join(rng.choices(parts, k=rng.randrange(6)))
+    (folder / "p.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+    given = rng.choice(
+        [["--prompt", text], ["--prompt_file", folder / "p.txt"], ["--score", folder / "p.txt"]]
+    )
+    more = ["--order", "left"] if given[0] == "--score" else rng.choice([[], ["--save", folder / "x.html"]])
+    more += [] if given[0] == "--score" else rng.choice([["--length", "20"], [], ["--suffix", text]])
+    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt"])
+    return sample.main, ["--ckpt", good / name, "--dtype", "float32", *more, *given], None
+
+
+def archive(good, folder, rng):
+    data.corpus.DATA = folder / "data"
+    (folder / "x.zip").write_bytes(damage((good / "wiki.zip").read_bytes(), rng))
+    return data.wikitext2.prepare.main, ["--file", folder / "x.zip", "--name", "w"], None
+
+
+def text(good, folder, rng):
+    data.corpus.DATA = folder / "data"
+    (folder / "x.txt").write_bytes(damage((good / "book.txt").read_bytes(), rng))
+    return data.text.prepare.main, [folder / "x.txt", "--name", "t"], None
+
+
+READERS = {
+    "damaged_checkpoint": damaged_checkpoint,
+    "bad_checkpoint": bad_checkpoint,
+    "corpus": corpus,
+    "gpt2": weights("gpt2", data.gpt2.prepare),
+    "roberta": weights("roberta", data.roberta.prepare),
+    "bert": weights("bert", data.roberta.prepare),
+    "prompt": prompt,
+    "archive": archive,
+    "text": text,
+}
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def make_good(good):
+    """The good files, of every kind, in a folder."""
+    from test_gpt2 import write_gpt2
+    from test_roberta import save_weights, write_bert, write_roberta
+
+    data.corpus.DATA = good / "data"
+    lines = "".join(f"the line {i} in a book\n" for i in range(400))
+    (good / "book.txt").write_text(lines)
+    with contextlib.redirect_stdout(None):
+        data.text.prepare.prepare(good / "book.txt", "book", ByteTokenizer())
+        flags = "--data book --n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_iters 2"
+        flags += f" --eval_tokens 64 --evals 1 --prompt_len 0 --dtype float32 --out_dir {good}/out"
+        assert run(train.main, flags.split()) == (0, "")
+    shutil.copy(good / "out" / "ckpt.pt", good / "small.pt")
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16}
+    save_checkpoint(good / "blocks.pt", Transformer(ModelConfig(**shape, block_len=4)), ByteTokenizer())
+    tokens = [chr(i) for i in range(256)] + ["in", "the"]
+    bpe = BPETokenizer(tokens, r" ?\w+|\s+|[^\s\w]+")
+    config = ModelConfig(bpe.vocab_size, bpe.mask_id, **shape)
+    save_checkpoint(good / "bpe.pt", Transformer(config), bpe)
+    for kind, write in (("gpt2", write_gpt2), ("roberta", write_roberta), ("bert", write_bert)):
+        model = write(good / kind) if kind == "bert" else write(good / kind, MERGES)
+        save_weights(good / kind, model.state_dict())
+    with zipfile.ZipFile(good / "wiki.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("wiki.train.raw", "wiki.valid.raw"):
+            file.writestr(name, lines)
+
+
+def run(main, arguments):
+    """The exit code of a command and what it said on stderr; what is no sentence of ours is raised."""
+    sys.argv = ["script.py", *map(str, arguments)]
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+            command(main)
+    except SystemExit as ended:
+        return ended.code, err.getvalue()
+    return 0, ""
+
+
+def too_long(*_):
+    raise TimeoutError(f"more than {SECONDS} seconds")
+
+
+def case(name, number, good):
+    """Raise AssertionError, or whatever it raises, if this case of a reader does not end as it must."""
+    rng, before = random.Random(f"{name} {number}"), data.corpus.DATA
+    with tempfile.TemporaryDirectory() as folder:
+        main, arguments, correct = READERS[name](good, Path(folder), rng)
+        signal.signal(signal.SIGALRM, too_long)
+        signal.alarm(SECONDS)
+        try:
+            code, said = run(main, arguments)
+            if code == 0 and correct:
+                correct()
+        finally:
+            signal.alarm(0)
+            data.corpus.DATA = before
+    assert code in (0, 2), said
+    sentences = [line for line in said.splitlines() if line.startswith("script.py: ")]
+    assert code == 0 or (len(sentences) == 1 and said.rstrip().endswith(sentences[0])), said
+
+
+def grown():
+    """Megabytes of memory that the process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@dataclass
+class FuzzConfig:
+    cases: int = flag(2000, "how many", least=1)
+    first: int = flag(0, "number of the first", least=0)
+    only: str | None = flag(None, "of this reader alone")
+
+
+def main():
+    config = FuzzConfig(**parse(FuzzConfig, __doc__.splitlines()[0]))
+    names, failed = [config.only] if config.only else list(READERS), 0
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as good:
+        make_good(Path(good))
+        start = grown()
+        for number in tqdm(range(config.first, config.first + config.cases), unit="case", mininterval=10):
+            name = names[number % len(names)]
+            try:
+                case(name, number, Path(good))
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                failed += 1
+                tqdm.write(f"{name} {number}: {type(error).__name__}: {str(error)[:300]}")
+    print(f"{config.cases:,} cases, {failed} failed, {grown() - start:.0f} MB more memory at most")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Files from strangers: a command reads them rightly, or says what is wrong in a sentence."""
+
+import pytest
+from fuzz import MEGABYTES, READERS, case, grown, make_good
+
+import data.corpus
+
+CASES = 250  # of each reader; `python tests/fuzz.py --cases 100000` takes as many as one likes
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("good"), data.corpus.DATA
+    make_good(folder)
+    yield folder
+    data.corpus.DATA = before
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_or_hostile_file_is_read_rightly_or_refused_in_a_sentence(reader, good):
+    start = grown()
+    for number in range(CASES):
+        try:
+            case(reader, number, good)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # tiktoken's panics are no Exception
+            pytest.fail(f"python tests/fuzz.py --only {reader} --first {number} --cases 1: {error!r}")
+    assert grown() - start < MEGABYTES
