@@ -57,7 +57,8 @@ def fetch(repository, folder):
     for file in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
         if not (folder / file).exists():
             url = f"{HUB}/{repository}/resolve/main/{file}"
-            download(url, folder / file, instead="the folder of a copy can be named instead")
+            most = 2**34 if file == "pytorch_model.bin" else 2**26
+            download(url, folder / file, instead="the folder of a copy can be named instead", most=most)
     return folder
 
 

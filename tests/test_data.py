@@ -5,6 +5,7 @@ import http.server
 import json
 import random
 import threading
+import urllib.request
 from contextlib import suppress
 
 import numpy as np
@@ -17,7 +18,7 @@ import data.python.prepare as python_prepare
 import data.shakespeare.prepare as shakespeare_prepare
 from data.corpus import load_corpus, split_at, write_corpus
 from data.run.errors import Mistake
-from data.run.files import download, replacing
+from data.run.files import Secure, download, replacing
 from data.text.prepare import prepare
 from data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
@@ -232,6 +233,20 @@ def test_a_download_is_checked_and_whole(server, tmp_path):
     with pytest.raises(Mistake, match="--file"):
         download(f"{url}/missing.txt", tmp_path / "missing", "0" * 64)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ok", "www"]
+
+
+def test_a_download_has_a_size_and_is_not_led_away_from_https(server, tmp_path):
+    url, content = server
+    with pytest.raises(Mistake, match="2,000 bytes, and it should have 1,999 at most"):
+        download(f"{url}/input.txt", tmp_path / "large", most=len(content) - 1)
+    with pytest.raises(Mistake, match="not https"):
+        download("http://example.com/input.txt", tmp_path / "open")
+    handler, request = Secure(), urllib.request.Request("https://example.com/a")
+    with pytest.raises(Mistake, match="not https"):
+        handler.redirect_request(request, None, 302, "", {}, "http://example.com/b")
+    with pytest.raises(Mistake, match="not https"):
+        handler.redirect_request(request, None, 302, "", {}, "file:///etc/passwd")
+    assert handler.redirect_request(request, None, 302, "", {}, "https://example.com/b").host == "example.com"
 
 
 def test_shakespeare_by_download_and_by_file(server, tmp_path, monkeypatch, data_folder):

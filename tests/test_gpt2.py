@@ -337,7 +337,7 @@ def test_safetensors_are_read_where_they_are_the_only_file(original, expected, g
 def test_a_name_is_downloaded_from_its_repository(original, expected, run, data_folder, monkeypatch):
     fetched = []
 
-    def download(url, path, instead):
+    def download(url, path, instead, most):
         fetched.append(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(original[0] / path.name, path)

@@ -16,6 +16,7 @@ import threading
 import time
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -896,22 +897,25 @@ def hub(originals, tmp_path, monkeypatch):
     """A server with the small RoBERTa as roberta-base.
 
     requests: (file, Range, User-Agent) of each; limit: bytes after which it hangs up; ranges: whether
-    it knows them.
+    it knows them; careless: whether it gives one of another file than was asked for.
     """
     folder = tmp_path / "www" / "FacebookAI" / "roberta-base" / "resolve" / "main"
     shutil.copytree(originals["roberta"][0], folder)
-    hub = SimpleNamespace(folder=folder, requests=[], limit=None, ranges=True)
+    hub = SimpleNamespace(folder=folder, requests=[], limit=None, ranges=True, careless=False)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             span = self.headers["Range"]
             hub.requests.append((Path(self.path).name, span, self.headers["User-Agent"]))
             content = (tmp_path / "www" / self.path[1:]).read_bytes()
-            start = int(re.fullmatch(r"bytes=(\d+)-", span)[1]) if span and hub.ranges else 0
+            etag, condition = f'"{zlib.crc32(content)}"', self.headers["If-Range"]
+            same = hub.careless or condition in (None, etag)
+            start = int(re.fullmatch(r"bytes=(\d+)-", span)[1]) if span and hub.ranges and same else 0
             if start >= len(content):
                 return self.send_error(416)
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("ETag", etag)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.end_headers()
@@ -959,6 +963,23 @@ def test_an_interrupted_download_goes_on_where_it_stopped(ranges, hub, run, data
     assert [name for name, _, _ in hub.requests] == [*FILES, "pytorch_model.bin"]
     assert hub.requests[-1][1] == f"bytes={len(done)}-"
     assert (folder / "pytorch_model.bin").read_bytes() == whole
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("careless", [False, True], ids=["if-range", "careless"])
+def test_a_download_does_not_go_on_from_a_part_of_another_file(careless, hub, run, data_folder):
+    folder, remote = data_folder / "roberta" / "roberta-base", hub.folder / "config.json"
+    hub.limit = 40
+    with pytest.raises(Mistake, match="config.json: no download"):
+        run("roberta-base")
+    assert (folder / "config.json.part").read_bytes() == remote.read_bytes()[:40]
+    remote.write_text(json.dumps(json.loads(remote.read_text()), indent=7))
+    hub.limit, hub.careless = None, careless
+    if careless:
+        with pytest.raises(Mistake, match="config.json: no download"):
+            run("roberta-base")
+    run("roberta-base")
+    assert (folder / "config.json").read_bytes() == remote.read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
