@@ -142,7 +142,7 @@ def check_tokens(folder, meta, tokenizer):
         if json.loads(note.read_text()) == found:
             return
     for path, sha256 in zip(files, kept):
-        digest, buffer = hashlib.sha256(), bytearray(2**22)
+        digest, buffer = hashlib.sha256(), bytearray(2**20)
         with open(path, "rb") as file:
             while size := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:size])

@@ -28,6 +28,7 @@ import sample
 import train
 from data.corpus import write_corpus
 from data.run import slim
+from data.run.checkpoint import read_checkpoint, tensors
 from data.run.errors import Mistake, command
 from data.run.machine import autocast
 from data.run.settings import SHIPPED, attention_of
@@ -1115,6 +1116,60 @@ def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_
             process.kill()
     run_train(monkeypatch, " ".join([*flags, "--max_iters", "1"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "last.pt", "log.csv"]
+
+
+def test_a_bit_that_flips_in_any_tensor_is_found(world, tmp_path):
+    """In the weights and in what resuming needs; and a file of an earlier version, without sums, is read."""
+    content = (world / "out" / "last.pt").read_bytes()
+    stored = torch.load(world / "out" / "last.pt", weights_only=True)
+    there = [tensor for tensor in tensors(stored) if tensor.ndim]
+    assert len(there) > 20
+    for tensor in there:
+        data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        for offset in (0, len(data) - 1):
+            damaged = bytearray(content)
+            damaged[content.find(data) + offset] ^= 1
+            (tmp_path / "damaged.pt").write_bytes(damaged)
+            with pytest.raises(Mistake, match="damaged"):
+                read_checkpoint(tmp_path / "damaged.pt")
+    stored.pop("sums")
+    torch.save(stored, tmp_path / "earlier.pt")
+    assert read_checkpoint(tmp_path / "earlier.pt")["step"] == stored["step"]
+
+
+def test_weights_that_are_not_finite_are_said(world, tmp_path, monkeypatch, capsys):
+    stored = torch.load(world / "out" / "ckpt.pt", weights_only=True)
+    stored.pop("sums")
+    stored["model"]["head.weight"][0, 0] = torch.nan
+    torch.save(stored, tmp_path / "nan.pt")
+    flags = ["--ckpt", str(tmp_path / "nan.pt")]
+    assert "head.weight has values that are not finite" in mistake(sample.main, flags, monkeypatch, capsys)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
+def test_training_on_5_gb_takes_no_more_memory_than_on_a_little(tmp_path):
+    """Of its own: pages of the file that are mapped are the system's, which takes them back. The file is sparse:
+    its zeros are no bytes of the disk.
+    """
+    copy_project(tmp_path)
+    script = "import runpy, sys; del sys.argv[0]; runpy.run_path('train.py', run_name='__main__'); "
+    script += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')))"
+    sizes = []
+    for n_bytes in (10**5, 5 * 10**9):
+        folder = tmp_path / "data" / f"zeros{n_bytes}"
+        folder.mkdir()
+        counts = {"tokens": n_bytes // 2, "bytes": n_bytes // 2}
+        meta = {"source": "", "train": counts, "val": {"tokens": 1000, "bytes": 1000}}
+        meta |= {"tokenizer": ByteTokenizer.state, "occurrences": [1] * 257}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        for split, size in (("train", n_bytes), ("val", 2000)):
+            with open(folder / f"{split}.bin", "wb") as file:
+                file.truncate(size)
+        flags = f"train.py --data {folder.name} --max_iters 3 --evals 1 --out_dir {n_bytes} {SMALL}"
+        process = run_process("-c", script, *flags.split(), cwd=tmp_path)
+        assert process.returncode == 0, process.stderr
+        sizes.append(int(process.stdout.split()[-1]) / 1024)
+    assert sizes[1] < sizes[0] + 20
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(

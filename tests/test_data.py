@@ -7,6 +7,7 @@ import random
 import threading
 import urllib.request
 from contextlib import suppress
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -200,6 +201,30 @@ def test_python_corpus_of_this_interpreter(monkeypatch):
     assert python_prepare.split_of("argparse.py") == "train"
     assert b"class ArgumentParser" in bytes(train.astype(np.uint8))
     assert b"class ArgumentParser" not in bytes(val.astype(np.uint8))
+
+
+def test_a_token_that_is_not_the_tokenizer_s_is_found_when_a_corpus_is_opened(tmp_path):
+    """By one pass over the files, which is spared while they are the same."""
+    (tmp_path / "good").write_text("good text " * 100)
+    prepare(tmp_path / "good", "x", ByteTokenizer())
+    folder = data.corpus.DATA / "x"
+    load_corpus("x")
+    with mock.patch.object(data.corpus.hashlib, "sha256", side_effect=AssertionError("read again")):
+        load_corpus("x")
+    tokens = np.fromfile(folder / "val.bin", np.uint16)
+    meta = json.loads((folder / "meta.json").read_text())
+    for wrong in (256, 257, 65535):  # `<mask>` is no text, and there are no others
+        changed = tokens.copy()
+        changed[-1] = wrong
+        changed.tofile(folder / "val.bin")
+        meta["val"]["sha256"] = hashlib.sha256(changed.tobytes()).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(Mistake, match="val.bin: it has tokens that are not"):
+            load_corpus("x")
+    tokens[0] ^= 1  # one bit, and still a byte
+    tokens.tofile(folder / "val.bin")
+    with pytest.raises(Mistake, match="sha256"):
+        load_corpus("x")
 
 
 # --- downloads -----------------------------------------------------------------------------------

@@ -545,6 +545,31 @@ def test_in_float16_an_update_with_a_gradient_that_is_not_finite_changes_no_weig
     assert all(p.equal(q) for p, q in zip(model.parameters(), before))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_layer_computed_again_has_the_same_gradient_and_keeps_less(dropout):
+    gradients, kept = [], []
+    for again in (False, True):
+        model = tiny_model(V=8, T=64, n_layer=4, dropout=dropout)
+        config = TrainConfig(
+            batch_size=4, block_size=64, prompt_len=Span(0, 0), max_iters=9, grad_checkpoint=again
+        )
+        run = Run(config, model.train(), torch.device("cpu"))
+        run.model.zero_grad = lambda **_: None  # keep them to be compared
+        batch = draw_batch(np.arange(200, dtype=np.uint16) % 8, config, rng(), model.config)
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            update(run, batch)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        kept.append(sum(sizes))
+    assert gradients[0].equal(gradients[1])
+    assert kept[1] < kept[0]
+
+
 @pytest.mark.parametrize("attention", [{}, {"block_len": 4}, {"block_len": 1, "shift_id": 8}], ids=str)
 def test_the_number_of_holes_changes_and_the_model_is_compiled_once(attention):
     counter = CompileCounter()
