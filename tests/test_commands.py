@@ -1148,8 +1148,8 @@ def test_weights_that_are_not_finite_are_said(world, tmp_path, monkeypatch, caps
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
 def test_training_on_5_gb_takes_no_more_memory_than_on_a_little(tmp_path):
-    """Of its own: pages of the file that are mapped are the system's, which takes them back. The file is sparse:
-    its zeros are no bytes of the disk.
+    """Of its own: pages of the file that are mapped are the system's, which takes them back. The file is
+    sparse: its zeros are no bytes of the disk.
     """
     copy_project(tmp_path)
     script = "import runpy, sys; del sys.argv[0]; runpy.run_path('train.py', run_name='__main__'); "
