@@ -60,8 +60,12 @@ class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
     seeds: int = flag(1, "levels, recipe, dial on Shakespeare: models of each kind to train", least=1)
     texts: int = flag(32, "orders, lengths, dial, speed, counts: texts for each point", least=1)
+    processes: int = flag(1, "that train a model together, under torchrun", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
+
+
+PYTHON = [sys.executable]  # what runs train.py
 
 
 def train(out_dir, *flags):
@@ -74,7 +78,7 @@ def train(out_dir, *flags):
         print(f"python train.py {flags} --out_dir {out_dir}", file=sys.stderr)
         unfinished = folder.with_name(f"{folder.name}-unfinished")  # no model yet, should Ctrl-C end it
         shutil.rmtree(unfinished, ignore_errors=True)
-        arguments = [sys.executable, ROOT / "train.py", *flags.split(), "--out_dir", unfinished]
+        arguments = [*PYTHON, ROOT / "train.py", *flags.split(), "--out_dir", unfinished]
         if subprocess.run(arguments, stdout=sys.stderr).returncode:
             sys.exit(2)  # it has said why
         unfinished.rename(folder)
@@ -675,6 +679,9 @@ def counts(config, device):
 
 def main():
     config = FiguresConfig(**parse(FiguresConfig, __doc__.splitlines()[0]))
+    if config.processes > 1:
+        torchrun = "-m torch.distributed.run --standalone --nproc_per_node".split()
+        PYTHON.extend([*torchrun, str(config.processes)])
     config.save = config.save or ROOT / ".github" / f"{config.figure}.svg"
     globals()[config.figure](config, pick_device(config.device))
 
