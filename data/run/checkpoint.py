@@ -75,8 +75,7 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         sums, there = checkpoint.pop("sums", None), list(tensors(checkpoint))  # earlier versions wrote none
         check_tensors(there, os.path.getsize(path))
-        if sums is not None and sums != [byte_sum(tensor) for tensor in there]:
-            raise ValueError
+        check_sums(sums, there)
         upgrade(checkpoint)
         weights, _ = checkpoint["model"], checkpoint["tokenizer"]
         wrong = [name for name, tensor in weights.items() if not tensor.sum(dtype=torch.float32).isfinite()]
@@ -104,6 +103,12 @@ def check_tensors(there, n_bytes):
             raise TypeError
     # What repeats in memory is read as often. Tied weights are there twice.
     if sum(tensor.numel() * tensor.element_size() for tensor in there) > 2 * n_bytes:
+        raise ValueError
+
+
+def check_sums(sums, there):
+    """Raise ValueError if the sums that a file has of its tensors are not theirs."""
+    if sums is not None and sums != [byte_sum(tensor) for tensor in there]:
         raise ValueError
 
 

@@ -108,11 +108,6 @@ def is_piece(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def local(tensor):
-    """This process's piece of a sharded tensor, in the same memory; or all of one that is not."""
-    return tensor.to_local() if is_piece(tensor) else tensor
-
-
 def whole(tensor):
     """All of a tensor that is sharded or not. Every process has to ask."""
     return tensor.full_tensor() if is_piece(tensor) else tensor

@@ -35,7 +35,8 @@ class Report:
 
     def __exit__(self, *_):
         self.bar.close()
-        self.log.file.close()
+        with suppress(OSError):  # a disk that is full to the end
+            self.log.file.close()
 
     def start_clock(self):
         """Training takes place from now on."""

@@ -1,0 +1,171 @@
+"""Puts runs through what days on a machine put them through, and counts.
+
+python tests/endure.py kills --times 200    # SIGKILL at random moments: a quarter of an hour
+python tests/endure.py soak --minutes 30    # memory at the end against that of the first minute
+python tests/endure.py saving               # the share of a run that its checkpoints take
+python tests/endure.py loading              # the share of loading that the check of sums takes
+python tests/endure.py processes            # two processes of a thread against one of two threads
+"""
+
+import csv
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from bench import best_seconds
+
+import data.run.checkpoint
+from data.run.checkpoint import read_checkpoint, save_checkpoint
+from data.run.errors import command
+from data.run.flags import argument, flag, parse
+from data.run.settings import SHIPPED
+from data.run.training import Run
+from data.tokenizer import BPETokenizer, ByteTokenizer
+from model import ModelConfig, Transformer
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+WHAT = "kills", "soak", "saving", "loading", "processes"
+
+
+@dataclass
+class EndureConfig:
+    what: Literal[WHAT] = argument(f"one of {', '.join(WHAT)}")
+    times: int = flag(200, "kills", least=1)
+    minutes: float = flag(30.0, "of the soak", above=0)
+    seed: int = flag(0, "of the moments")
+
+
+def start(*flags, launch=(), **more):
+    line = [sys.executable, *launch, ROOT / "train.py", *" ".join(flags).split()]
+    return subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **more
+    )
+
+
+def step_in(path):
+    return read_checkpoint(path)["step"] if path.exists() else 0
+
+
+def kills(config):
+    """Of a run that saves after each step, killed again and again: no checkpoint is broken, and none is
+    further back than the step before the last that was logged.
+    """
+    rng, lost = random.Random(config.seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        last, log = Path(folder) / "last.pt", Path(folder) / "log.csv"
+        shape = (
+            "--n_layer 2 --n_embd 32 --n_head 1 --block_size 64 --batch_size 4 --eval_tokens 64 --log_every 1"
+        )
+        flags = f"--data python {shape} --max_iters 100000 --evals 100000 --out_dir {folder}"
+        for number in range(config.times):
+            process, before = start(flags, "--init_from resume" if last.exists() else ""), step_in(last)
+            while process.poll() is None and step_in(last) == before:  # the first step of this life
+                time.sleep(0.05)
+            time.sleep(rng.random() / 2)
+            process.kill()
+            process.wait()
+            assert process.returncode == -signal.SIGKILL, process.stderr.read()
+            with open(log) as file:
+                steps = [row["step"] for row in csv.DictReader(file)]
+            logged = max(int(step) for step in steps if step and step.isdecimal())
+            lost.append(logged - step_in(last))
+            print(f"\r{number + 1} kills, at step {step_in(last):,}", end="", file=sys.stderr)
+    print(f"\n{config.times} kills: {config.times} checkpoints whole; steps lost: {max(lost)} at most")
+    assert max(lost) <= 1
+
+
+def resident(pid):
+    """Megabytes of memory of a process's own."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
+
+
+def soak(config):
+    """Memory of a run with evaluations and samples, minute by minute."""
+    with tempfile.TemporaryDirectory() as folder:
+        evals = round(4 * config.minutes)
+        process = start(
+            f"--data python --max_minutes {config.minutes} --evals {evals} --out_dir {folder}/out"
+        )
+        began, sizes = time.monotonic(), []
+        while process.poll() is None:
+            time.sleep(1)
+            if time.monotonic() - began > 60 * (len(sizes) + 1) and process.poll() is None:
+                sizes.append(resident(process.pid))
+                print(f"minute {len(sizes)}: {sizes[-1]:.0f} MB", flush=True)
+    print(f"{sizes[-1] / sizes[0] - 1:+.1%} from the first minute to the last")
+
+
+def saving(config):
+    """The seconds of the saves of a ten-minute run with the default flags, and their share of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Transformer(ModelConfig()).train()
+        run = Run(TrainConfig(out_dir=folder), model, torch.device("cpu"))
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        (seconds,) = best_seconds(lambda: run.save(ByteTokenizer(), 1.0))
+    evals = run.config.evals
+    print(f"{evals} saves of {1000 * seconds:.0f} ms in ten minutes: {evals * seconds / 600:.3%}")
+
+
+def loading(config):
+    """What the check of sums adds to loading, until every weight has been read once, of two models."""
+    tokens = [chr(i) for i in range(256)] + [f"{i:05}" for i in range(50_000)]
+    roberta = {"n_layer": 12, "n_head": 12, "n_embd": 768, "conv": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        bpe = BPETokenizer(tokens, r"\w+")
+        big = Transformer(ModelConfig(bpe.vocab_size, bpe.mask_id, **roberta))
+        save_checkpoint(Path(folder) / "big.pt", big, bpe)
+        for name, path in (("the shipped model", SHIPPED), ("RoBERTa's shape", Path(folder) / "big.pt")):
+
+            def load(path=path):
+                for tensor in read_checkpoint(path)["model"].values():
+                    tensor.clone()
+
+            def unchecked():
+                with mock.patch.object(data.run.checkpoint, "check_sums"):
+                    load()
+
+            checked, plain = best_seconds(load, unchecked)
+            print(f"{name}: {1000 * checked:.0f} ms, {checked / plain - 1:+.1%} with the sums")
+
+
+def processes(config):
+    """Tokens per second of two processes of one thread, as a share of those of one of two, in turn."""
+    pace = {"one": [], "two": []}
+    for _ in range(3):
+        for name in pace:
+            with tempfile.TemporaryDirectory() as folder:
+                n = {"one": 1, "two": 2}[name]
+                launch = ("-m torch.distributed.run --standalone --nproc_per_node 2".split()) * (n - 1)
+                environment = {**os.environ, "OMP_NUM_THREADS": str(3 - n)}
+                flags = f"--data python --max_iters 60 --evals 1 --eval_tokens 256 --out_dir {folder}/out"
+                start(flags, launch=launch, env=environment).communicate()
+                with open(Path(folder) / "out" / "log.csv") as file:
+                    pace[name] += [float(row["tokens_per_second"]) for row in csv.DictReader(file)][1:-1]
+    one, two = (sorted(each)[-len(each) // 2] for each in pace.values())
+    print(f"one process {one:,.0f}, two {two:,.0f} tokens/s: {two / one:.2f}")
+
+
+def main():
+    config = EndureConfig(**parse(EndureConfig, __doc__.splitlines()[0]))
+    globals()[config.what](config)
+
+
+if __name__ == "__main__":
+    command(main)
