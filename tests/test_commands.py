@@ -888,8 +888,8 @@ def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, t
     ("prompt", "text"),
     [
         ("KING <mask*7> III:\n", "KING RICHARD III:\n"),
-        ("My <mask*4>, the king is dead.", "My lord, the king is dead."),
-        ("Good morrow, my <mask*3:9>.", "Good morrow, my lord."),
+        ("Good <mask*6>, my lord.", "Good master, my lord."),
+        ("Good morrow, my <mask*3:9>.", "Good morrow, my Lancaster."),
     ],
 )
 def test_the_shipped_model_knows_its_shakespeare(prompt, text, tmp_path, monkeypatch, capsys):
