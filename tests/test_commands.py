@@ -1104,7 +1104,7 @@ def test_the_last_checkpoints_stay_under_the_number_of_their_step(tmp_path, monk
 
 def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "last.pt.123.tmp").write_text("left half-written by a run that was killed")
-    flags = f"--data book --out_dir {tmp_path} {SMALL}".split()
+    flags = f"--data book --out_dir {tmp_path} --max_iters 1 {SMALL}".split()
     script = "import sys, time; from data.run.files import alone_in\nwith alone_in(sys.argv[1]): "
     script += "print('there', flush=True); time.sleep(60)"
     other = [sys.executable, "-c", script, str(tmp_path)]
@@ -1114,7 +1114,7 @@ def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_
             assert "another run is writing there" in mistake(train.main, flags, monkeypatch, capsys)
         finally:
             process.kill()
-    run_train(monkeypatch, " ".join([*flags, "--max_iters", "1"]))
+    run_train(monkeypatch, " ".join(flags))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "last.pt", "log.csv"]
 
 
