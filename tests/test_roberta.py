@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import threading
 import time
+import tracemalloc
 import unicodedata
 import zipfile
 import zlib
@@ -1084,6 +1085,25 @@ def test_wikitext_that_cannot_be_read_leaves_nothing(raw, mistake, tmp_path):
     assert "no wiki.valid.raw" in mistake("--file", folder, main=main)
     (folder / "wiki.valid.raw").write_text(" \n\n")
     assert "empty" in mistake("--file", folder, main=main)
+
+
+def test_an_archive_takes_no_memory_for_what_it_would_be_unpacked(run, tmp_path, data_folder):
+    with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("wiki.train.raw", "a" * 2**25)  # one line
+        archive.writestr("wiki.valid.raw", "b\n")
+    assert (tmp_path / "large.zip").stat().st_size < 2**16
+    tracemalloc.start()
+    train, _, _, _ = read_wikitext(run, "--file", tmp_path / "large.zip")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(train) == 2**25
+    assert peak < 2**24
+
+
+def test_a_text_of_a_size_that_none_has_is_not_read(originals, mistake, tmp_path):
+    folder = shutil.copytree(originals["roberta"][0], tmp_path / "large")
+    os.truncate(folder / "vocab.json", data.hub.MOST + 1)
+    assert "67,108,865 bytes" in mistake(folder)
 
 
 @pytest.mark.parametrize(

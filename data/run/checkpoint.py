@@ -55,8 +55,9 @@ def byte_sum(tensor):
     """The sum of a tensor's bytes as 64-bit numbers, modulo 2**64: it takes as long as to read them."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     data = data.clone() if data.storage_offset() % 8 else data
-    words = len(data) // 8 * 8
-    return data[:words].view(torch.int64).sum().item() + data[words:].sum().item()
+    rest = len(data) % 8
+    whole = data[:-rest] if rest else data
+    return whole.view(torch.int64).sum().item() + (data[-rest:].sum().item() if rest else 0)
 
 
 def read_checkpoint(path):
@@ -75,14 +76,13 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         sums, there = checkpoint.pop("sums", None), list(tensors(checkpoint))  # earlier versions wrote none
         check_tensors(there, os.path.getsize(path))
-        check_sums(sums, there)
+        not_finite = check_values(there, sums, checkpoint["model"])
         upgrade(checkpoint)
-        weights, _ = checkpoint["model"], checkpoint["tokenizer"]
-        wrong = [name for name, tensor in weights.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+        _ = checkpoint["tokenizer"]
     except Exception as error:  # torch raises a different one for every way to be no checkpoint
         raise Mistake(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
-    if wrong:
-        raise Mistake(f"{path}: {wrong[0]} has values that are not finite")
+    if not_finite:
+        raise Mistake(f"{path}: {not_finite[0]} has values that are not finite")
     return checkpoint
 
 
@@ -106,10 +106,17 @@ def check_tensors(there, n_bytes):
         raise ValueError
 
 
-def check_sums(sums, there):
-    """Raise ValueError if the sums that a file has of its tensors are not theirs."""
-    if sums is not None and sums != [byte_sum(tensor) for tensor in there]:
-        raise ValueError
+def check_values(there, sums, weights):
+    """The names of the weights that have values that are not finite. ValueError if the sums that a file has
+    of its tensors are not theirs.
+    """
+    names, not_finite = {id(tensor): name for name, tensor in weights.items()}, []
+    for tensor, sum_ in zip(there, [None] * len(there) if sums is None else sums, strict=True):
+        if sum_ is not None and byte_sum(tensor) != sum_:
+            raise ValueError
+        if id(tensor) in names and not tensor.sum(dtype=torch.float32).isfinite():  # still in the cache
+            not_finite.append(names[id(tensor)])
+    return not_finite
 
 
 def check_config(config, checkpoint):

@@ -90,16 +90,17 @@ def check_sha256(path, sha256):
 
 
 class Secure(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection from https to anything else; an address of this machine may be anything."""
+    """Follows no redirection from https to anything else."""
 
     def redirect_request(self, request, file, code, message, headers, url):
-        check_secure(url)
+        check_secure(url, from_here=request.type == "http")
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def check_secure(url):
+def check_secure(url, from_here=True):
+    """Raise Mistake unless a URL is of https, or of this machine and asked for by it."""
     address = urllib.parse.urlsplit(url)
-    if address.scheme != "https" and address.hostname != "127.0.0.1":
+    if address.scheme != "https" and not (from_here and address.hostname == "127.0.0.1"):
         raise Mistake(f"{url}: no download, because it is not https")
 
 

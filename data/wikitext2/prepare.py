@@ -18,6 +18,7 @@ from data.run.flags import flag, parse
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
+LONGEST = 1 << 20  # characters of a line; what an archive makes of a few bytes has no end of line perhaps
 FILES = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}
 
 
@@ -50,8 +51,11 @@ def lines(path):
     """(split, line) of all lines that are not blank."""
     for split, name in FILES.items():
         try:
-            with open_split(path, name) as file:
-                for line in io.TextIOWrapper(file, encoding="utf-8", newline="\n"):
+            with (
+                open_split(path, name) as file,
+                io.TextIOWrapper(file, encoding="utf-8", newline="\n") as text,
+            ):
+                while line := text.readline(LONGEST):
                     if line.strip():
                         yield split, line
         except (Mistake, OSError):
