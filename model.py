@@ -124,7 +124,7 @@ def sees(positions, n_clean, n_cached, K):
     noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # one half alone counts as clean
     keys = torch.cat((torch.arange(n_cached, device=device), positions)) // K
     keys_noisy, own = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
-    return (keys < own) & ~keys_noisy | (keys == own) & (keys_noisy == noisy[:, None])
+    return (keys < own) & ~keys_noisy | (keys == own) & ~(keys_noisy ^ noisy[:, None])  # `==` won't compile
 
 
 # --- the layers ----------------------------------------------------------------------------------
@@ -349,6 +349,5 @@ def load_checkpoint(path, device="cpu", **changes):
         if (tokenizer.vocab_size, tokenizer.mask_id) != (config.vocab_size, config.mask_id):
             raise ValueError("its tokenizer is another model's")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Mistake(f"{path}: not a checkpoint of setitem ({reason})") from None
+        raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
     return model.to(device, torch.float32).eval(), tokenizer, checkpoint

@@ -319,8 +319,11 @@ def sequence_bounds(
         t_blocks = t[rows].view(-1, 1)  # (B * T/K, 1)
         corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
         batch = (x0, *(tensor.reshape(x0.shape) for tensor in corrupted))
-        losses, own = torch.zeros(len(x0), device=device), slice(rank(), None, size())
-        losses[own] = loss_of(model, *send(device, *(tensor[own] for tensor in batch)))  # (B,)
+        # Each process makes the pass: with fewer rows than processes the last repeat one, which counts once.
+        losses, first = torch.zeros(len(x0), device=device), rank() % len(x0)
+        own = slice(first, None, size())
+        loss = loss_of(model, *send(device, *(part[own] for part in batch)))
+        losses[own] = loss * (first == rank())  # (B,)
         nats.append(losses * counted.sum().item())  # sums again: the weights divide by the maskable tokens
     model.train(was_training)
     return total(torch.cat(nats)).cpu().double().view(draws, N), maskable.sum(1)

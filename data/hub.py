@@ -180,10 +180,8 @@ def read_weights(folder):
             raise TypeError("it holds more than dense tensors with names")
         return path, tensors
     except Exception as error:  # both raise a different one for every way to be broken
-        reason = " ".join(str(error).split())[:120]
-        raise Mistake(
-            f"{path}: truncated, or no file of weights alone ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        raise Mistake(f"{path}: truncated, or no file of weights alone ({reason})") from None
 
 
 def plain_tensor(tensor):
@@ -234,7 +232,9 @@ def empty_model(config, path):
         with torch.device("meta"):
             return Transformer(config)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise Mistake(f"{path.parent / 'config.json'}: no model can be made of it ({error})") from None
+        raise Mistake(
+            f"{path.parent / 'config.json'}: no model can be made of it ({str(error)[:200]})"
+        ) from None
 
 
 def check_tensors(found, expected, path):

@@ -440,6 +440,28 @@ def test_compiling_takes_no_training_time_and_leaves_no_trace(tmp_path, monkeypa
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler on this machine")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--grad_accum 2",
+        "--attention block:8 --level uniform --weight elbo --position learned",
+        "--attention causal --optimizer adamw --norm post",
+    ],
+)
+def test_compiled_or_not_the_losses_are_the_same(flags, tmp_path, monkeypatch):
+    logs = []
+    for name in ("plain", "--compile"):
+        log = tmp_path / name / "log.csv"
+        more = f"{flags} {name.removeprefix('plain')} --dtype float32 --out_dir {log.parent}"
+        run_train(monkeypatch, f"--data book --max_iters 20 --log_every 1 {more} {SMALL}")
+        with open(log) as file:
+            rows = list(csv.DictReader(file))
+        logs.append([[float(row[key] or 0) for key in ("loss", "val_nats_per_token")] for row in rows])
+    assert torch.tensor(logs[0]) == pytest.approx(torch.tensor(logs[1]), abs=1e-4)
+
+
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
     flags = (
         f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --block_size 32"

@@ -101,6 +101,11 @@ def check_tensors(there, n_bytes):
     for tensor in there:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise TypeError
+        extent = 1  # of the dimensions so far: none steps into another, and no number is there twice
+        for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+            if stride < extent:
+                raise ValueError
+            extent = stride * n
     # What repeats in memory is read as often. Tied weights are there twice.
     if sum(tensor.numel() * tensor.element_size() for tensor in there) > 2 * n_bytes:
         raise ValueError
@@ -131,7 +136,8 @@ def check_config(config, checkpoint):
     if not all(0 <= i < config.vocab_size for i in ids):
         raise ValueError("mask_id and special_ids are not of its vocabulary")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
-    if config.n_layer != len(layers) or not (config.n_head and config.block_size):
+    sizes = config.n_head and config.block_size and config.conv_right < max(1, config.conv)
+    if config.n_layer != len(layers) or not sizes:
         raise ValueError("it is not of the size that it says")
     nats = checkpoint.get("token_nats")
     if nats is not None and (nats.shape != (config.vocab_size,) or nats.dtype != torch.float32):

@@ -47,6 +47,7 @@ def command(main):
         sentence = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}"
+        sentence = " ".join(sentence.split())  # what it quotes may have lines
         if os.environ.get("RANK", "0") != "0":  # torchrun ends this process where the first one says the same
             time.sleep(2)
         print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)

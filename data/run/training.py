@@ -64,8 +64,7 @@ class Run:
         try:
             self.load(state)
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise Mistake(f"--init_from resume: not with these flags ({reason})") from None
+            raise Mistake(f"--init_from resume: not with these flags ({str(error)[:200]})") from None
         if self.progress() >= 1:
             raise Mistake(
                 "--init_from resume: that run is complete; a larger --max_minutes, --max_iters or --epochs, "
@@ -86,6 +85,8 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["random"]["batches"])
         self.step, self.minutes = int(state["step"]), float(state["minutes"])
+        if not (self.step >= 0 and self.minutes >= 0):
+            raise ValueError("it has made no steps")
         earlier = {"prompt_len": 0, "slant": 0.0}  # what versions chose by that did not say
         if self.bound_flags == state.get("bound", earlier):
             self.best = float(state["best"])
