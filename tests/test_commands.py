@@ -1168,6 +1168,25 @@ def test_weights_that_are_not_finite_are_said(world, tmp_path, monkeypatch, caps
     assert "head.weight has values that are not finite" in mistake(sample.main, flags, monkeypatch, capsys)
 
 
+def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
+    stored = torch.load(world / "out" / "last.pt", weights_only=True)
+    stored.pop("sums")
+    weight = stored["model"]["head.weight"]
+    strange = [
+        {"model": {**stored["model"], "head.weight": weight[:1].expand_as(weight)}},  # one row of memory
+        {"config": {**stored["config"], "conv_right": 99}},
+        {"step": -1},
+    ]
+    for change in strange:
+        torch.save({**stored, **change}, tmp_path / "last.pt")
+        flags = f"--init_from resume --out_dir {tmp_path}".split()
+        mistake(train.main, flags, monkeypatch, capsys)
+    torch.save(
+        {**stored, "model": {**stored["model"], "head.weight": weight.T.clone().T}}, tmp_path / "last.pt"
+    )
+    read_checkpoint(tmp_path / "last.pt")  # in another order, but each number once
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
 def test_training_on_5_gb_takes_no_more_memory_than_on_a_little(tmp_path):
     """Of its own: pages of the file that are mapped are the system's, which takes them back. The file is
