@@ -1,5 +1,6 @@
 """The commands as a user runs them: from text to samples, and every mistake in one sentence."""
 
+import ast
 import csv
 import itertools
 import json
@@ -1259,3 +1260,31 @@ def test_corpora_larger_than_memory_are_mapped(world):
     train_split, val_split, _, _ = data.corpus.load_corpus("book")
     assert isinstance(train_split, np.memmap)
     assert isinstance(val_split, np.memmap)
+
+
+# Imports what the files import of a Python's own library.
+IMPORTS = """
+import ast, sys
+for path in sys.argv[1:]:
+    for node in ast.walk(ast.parse(open(path, encoding="utf-8").read())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = getattr(node, "module", node.names[0].name)
+            if module.partition(".")[0] in sys.stdlib_module_names:
+                exec(ast.unparse(node))
+"""
+
+
+@pytest.mark.parametrize("minor", range(10, 15))
+def test_each_python_parses_it_and_has_what_it_imports(minor):
+    """Each that is on this machine; of earlier ones than this one at least the grammar is known."""
+    paths = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0][0] != "."]
+    python = shutil.which(f"python3.{minor}")
+    there = python is not None and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    if (3, minor) <= sys.version_info:
+        for path in paths:
+            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, minor))
+    elif not there:
+        pytest.skip(f"no Python 3.{minor} on this machine")
+    if there:
+        result = subprocess.run([python, "-c", IMPORTS, *paths], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
