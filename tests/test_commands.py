@@ -317,9 +317,10 @@ RUNS = [
     ("--level grid:4 --weight elbo --attention block:4 --position learned --norm post", signal.SIGINT),
     ("--dtype float16 --conv 0 --attention block:1", signal.SIGINT),
 ]
+SLOW_RUNS = [pytest.param(*run, marks=pytest.mark.slow) for run in RUNS[4:]]
 
 
-@pytest.mark.parametrize(("more", "number"), RUNS, ids=str)
+@pytest.mark.parametrize(("more", "number"), [*RUNS[:4], *SLOW_RUNS], ids=str)
 def test_resume_is_bitwise_identical(more, number, tmp_path, monkeypatch):
     """A run stopped by Ctrl-C or SIGTERM after some steps and resumed equals one that was never stopped."""
     flags = f"--data book --max_iters 12 --evals 3 --log_every 1 --dropout 0.1 {SMALL} {more}"
@@ -1188,6 +1189,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
     read_checkpoint(tmp_path / "last.pt")  # in another order, but each number once
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
 def test_training_on_5_gb_takes_no_more_memory_than_on_a_little(tmp_path):
     """Of its own: pages of the file that are mapped are the system's, which takes them back. The file is

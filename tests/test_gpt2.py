@@ -138,6 +138,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_path):
     settings, lengths = REAL[name]

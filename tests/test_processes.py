@@ -75,7 +75,7 @@ def losses(folder):
     return torch.tensor([[float(row[name] or 0) for name in names] for row in rows], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "more", ["--grad_accum 2 --eval_tokens 32", "--attention block:8 --level uniform --weight elbo"], ids=str
 )
@@ -98,6 +98,7 @@ def test_two_processes_have_the_losses_of_one(more, optimizer, world, tmp_path):
             torch.testing.assert_close(tensor, model[key], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_any_number_of_processes_sharded_or_not(world, tmp_path):
     """No window repeated or skipped: the losses are those of a run that was never stopped."""
     flags = "--evals 4 --keep 4 --batch_size 12"
@@ -115,7 +116,7 @@ def test_a_run_resumes_in_any_number_of_processes_sharded_or_not(world, tmp_path
     assert out == run(world, 1, f"--eval_only --init_from {folder}/last.pt --eval_tokens 512")[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_all_processes_stop_after_one_step_and_leave_one_checkpoint(number, world, tmp_path):
     """Whichever of them the signal comes to."""
     event = f"if len(steps) == 7: os.kill(os.getpid(), {int(number)})"

@@ -266,6 +266,7 @@ REAL = {  # but for the vocabulary: kind, shape, lengths
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_path):
     kind, settings, lengths = REAL[name]
