@@ -297,9 +297,14 @@ def too_long(*_):
     raise TimeoutError(f"more than {SECONDS} seconds")
 
 
-def case(name, number, good):
-    """Raise AssertionError, or whatever it raises, if this case of a reader does not end as it must."""
-    rng, before = random.Random(f"{name} {number}"), data.corpus.DATA
+def random_of(name, number):
+    """What a case is made by, to be made again."""
+    return random.Random(f"{name} {number}")
+
+
+def case(name, rng, good):
+    """Raise AssertionError, or whatever it raises, if a case of a reader does not end as it must."""
+    before = data.corpus.DATA
     with tempfile.TemporaryDirectory() as folder:
         main, arguments, correct = READERS[name](good, Path(folder), rng)
         signal.signal(signal.SIGALRM, too_long)
@@ -338,7 +343,7 @@ def main():
         for number in tqdm(range(config.first, config.first + config.cases), unit="case", mininterval=10):
             name = names[number % len(names)]
             try:
-                case(name, number, Path(good))
+                case(name, random_of(name, number), Path(good))
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise

@@ -1,7 +1,9 @@
 """Files from strangers: a command reads them rightly, or says what is wrong in a sentence."""
 
 import pytest
-from fuzz import MEGABYTES, READERS, case, grown, make_good
+from fuzz import MEGABYTES, READERS, case, grown, make_good, random_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data.corpus
 
@@ -21,9 +23,17 @@ def test_a_damaged_or_hostile_file_is_read_rightly_or_refused_in_a_sentence(read
     start = grown()
     for number in range(CASES):
         try:
-            case(reader, number, good)
+            case(reader, random_of(reader, number), good)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # tiktoken's panics are no Exception
             pytest.fail(f"python tests/fuzz.py --only {reader} --first {number} --cases 1: {error!r}")
     assert grown() - start < MEGABYTES
+
+
+@pytest.mark.parametrize("reader", READERS)
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False))
+def test_hypothesis_finds_no_other_end(reader, good, rng):
+    """It makes the choices, and of a case that fails the smallest."""
+    case(reader, rng, good)
