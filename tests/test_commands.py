@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from figures import apply, readme_changes
+from toys import make_book
 
 import data.corpus
 import data.run.report
@@ -45,10 +46,9 @@ SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 32 --batch_size 4 --pro
 def world(tmp_path_factory):
     """A folder with a corpus and a checkpoint trained on it."""
     folder = tmp_path_factory.mktemp("world")
+    make_book(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.corpus, "DATA", folder / "data")
-        (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(600)))
-        prepare(folder / "book.txt", "book", ByteTokenizer())
         run_train(patch, f"--data book --out_dir {folder}/out --max_iters 4 --evals 2 {SMALL}")
         for name, attention in (("gpt", "causal"), ("blocks", "block:8")):
             flags = f"--out_dir {folder}/{name} --attention {attention} --max_iters 4 --evals 1"

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import make_book
 
-import data.corpus
 from data.run.checkpoint import read_checkpoint
-from data.text.prepare import prepare
-from data.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 32 --batch_size 8 --eval_tokens 512 --log_every 1"
@@ -44,10 +42,7 @@ with train.together():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.corpus, "DATA", folder / "data")
-        (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(600)))
-        prepare(folder / "book.txt", "book", ByteTokenizer())
+    make_book(folder)
     return folder
 
 

@@ -6,12 +6,12 @@ from itertools import combinations
 import pytest
 import torch
 from fuzz import run
+from toys import make_book
 
 import data.corpus
 import sample
 import train
 from data.run.checkpoint import save_checkpoint
-from data.text.prepare import prepare
 from data.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
 
@@ -93,10 +93,7 @@ def world(tmp_path_factory):
     """A folder with a corpus and a model of each kind of attention."""
     folder, n_threads = tmp_path_factory.mktemp("world"), torch.get_num_threads()
     torch.set_num_threads(1)  # the models are small
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.corpus, "DATA", folder / "data")
-        (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(100)))
-        prepare(folder / "book.txt", "book", ByteTokenizer())
+    make_book(folder, n_lines=100)
     (folder / "book.txt").write_text("line 1 of")
     shape = {"n_layer": 2, "n_head": 1, "n_embd": 16, "block_size": 32}
     kinds = {"canvas": {}, "blocks": {"block_len": 8}, "causal": {"block_len": 1, "shift_id": 256, "conv": 0}}

@@ -3,9 +3,13 @@
 from itertools import product
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn as nn
 
+import data.corpus
+from data.text.prepare import prepare
+from data.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
 
 
@@ -17,6 +21,14 @@ def tiny_model(V=3, T=3, seed=0, **config):
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     return model.eval()
+
+
+def make_book(folder, n_lines=600):
+    """A text, book.txt in a folder, and its corpus below it, for who has data.corpus.DATA at folder/data."""
+    (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(n_lines)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.corpus, "DATA", folder / "data")
+        prepare(folder / "book.txt", "book", ByteTokenizer())
 
 
 class Conditionals(nn.Module):
