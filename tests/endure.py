@@ -93,19 +93,22 @@ def resident(pid):
 
 
 def soak(config):
-    """Memory of a run with evaluations and samples, minute by minute."""
+    """Memory of a run with evaluations and samples, minute by minute: the median of its seconds."""
     with tempfile.TemporaryDirectory() as folder:
         evals = round(4 * config.minutes)
         process = start(
             f"--data python --max_minutes {config.minutes} --evals {evals} --out_dir {folder}/out"
         )
-        began, sizes = time.monotonic(), []
+        minutes = []
         while process.poll() is None:
-            time.sleep(1)
-            if time.monotonic() - began > 60 * (len(sizes) + 1) and process.poll() is None:
+            began, sizes = time.monotonic(), []
+            while time.monotonic() - began < 60 and process.poll() is None:
                 sizes.append(resident(process.pid))
-                print(f"minute {len(sizes)}: {sizes[-1]:.0f} MB", flush=True)
-    print(f"{sizes[-1] / sizes[0] - 1:+.1%} from the first minute to the last")
+                time.sleep(1)
+            if process.poll() is None:
+                minutes.append(sorted(sizes)[len(sizes) // 2])
+                print(f"minute {len(minutes)}: {minutes[-1]:.0f} MB, {max(sizes):.0f} at most", flush=True)
+    print(f"{minutes[-1] / minutes[0] - 1:+.1%} from the first minute to the last")
 
 
 def saving(config):

@@ -24,7 +24,9 @@ TRAIN = {
     "visible": ["0", "0.2"],
     "weight": ["elbo", "mean"],
     "prompt_len": ["0", "3", "0:8"],
+    "n_layer": ["1", "2"],
     "n_head": ["1", "2", "4"],
+    "n_embd": ["16", "32"],
     "block_size": ["16", "32"],
     "dropout": ["0", "0.1"],
     "conv": ["0", "1", "4", "5"],
@@ -35,10 +37,12 @@ TRAIN = {
     "grad_accum": ["1", "2"],
     "grad_checkpoint": [True],
     "optimizer": ["muon", "adamw"],
+    "lr": ["0.001", "0.01"],
     "beta2": ["0.95", "0.99"],
     "warmup": ["0", "0.5"],
     "weight_decay": ["0", "0.1"],
     "grad_clip": ["0", "1"],
+    "max_iters": ["1", "2"],
     "epochs": ["0.001", "10"],
     "max_minutes": ["10"],
     "evals": ["1", "3"],
@@ -49,6 +53,8 @@ TRAIN = {
     "init_from": ["scratch", "canvas.pt", "blocks.pt", "causal.pt"],
     "open_steps": ["0", "2"],
     "eval_only": [True],
+    "device": ["cpu"],
+    "compile": [True],
     "seed": ["0", "1"],
 }
 SHAPE = {"block_size": "32", "n_layer": "1", "n_embd": "16"}
@@ -84,6 +90,7 @@ SAMPLE = {
     "watch": [True],
     "save": ["run.html", "run.svg"],
     "dtype": ["float32", "bfloat16", "float16"],
+    "device": ["cpu"],
     "seed": ["0", "5"],
 }
 
@@ -131,6 +138,11 @@ def flags(row):
             yield from [value] if name == "prompt" else value.split()
 
 
+def test_no_flag_is_missing():
+    assert vars(train.TrainConfig()).keys() == {*TRAIN, "data", "out_dir", "shard"}  # which takes processes
+    assert vars(sample.SampleConfig()).keys() == {*SAMPLE}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "sample"])
 def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, monkeypatch, tmp_path):
@@ -139,6 +151,7 @@ def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, mon
     """
     monkeypatch.setattr(data.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
+    monkeypatch.setattr(Transformer, "compile", lambda model: None)  # a minute each time
     main, settings = {"train": (train.main, TRAIN), "sample": (sample.main, SAMPLE)}[command]
     rng, n_runs, refused = random.Random(0), 0, []
 

@@ -80,7 +80,7 @@ def spread(model, device, shard):
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     model.to(device)
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
 def average(network, when):
