@@ -116,7 +116,9 @@ def check_values(there, sums, weights):
     of its tensors are not theirs.
     """
     names, not_finite = {id(tensor): name for name, tensor in weights.items()}, []
-    for tensor, sum_ in zip(there, [None] * len(there) if sums is None else sums, strict=True):
+    pairs = zip(there, [None] * len(there) if sums is None else sums, strict=True)
+    once = {(t.data_ptr(), t.dtype, t.shape, t.stride()): (t, sum_) for t, sum_ in pairs}  # tied weights, too
+    for tensor, sum_ in once.values():
         if sum_ is not None and byte_sum(tensor) != sum_:
             raise ValueError
         if id(tensor) in names and not tensor.sum(dtype=torch.float32).isfinite():  # still in the cache
