@@ -394,7 +394,9 @@ class Recorded:
 
     def __call__(self, logits, u, where):
         tokens = self.take(logits, u, where=where).to(logits.device)
-        self.log_p[where] = in_parts(log_probability, logits, tokens).cpu()
+        self.log_p[where] = log_p = in_parts(log_probability, logits, tokens).cpu()
+        if log_p.isnan().any():
+            raise Mistake("the model's logits are not finite; --dtype float32 may help")
         return tokens
 
 
@@ -402,6 +404,11 @@ def log_probability(logits, tokens):
     """What logits (N, V) give to tokens (N,), in nats, (N,) float32."""
     logits = logits.float()
     return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+
+def first(sums, x):
+    """Where sums (N, V), which rise, first reach x (N, 1): (N, 1); at their end where they are nan."""
+    return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, where=None):
@@ -423,8 +430,8 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, where=None):
         if top_k or top_p < 1:
             weights, ids = weights.topk(min(top_k or V, V))  # largest first
         sums = weights.cumsum(-1, dtype=torch.float64)
-        total = sums.gather(1, torch.searchsorted(sums, top_p * sums[:, -1:]))  # the first to reach top_p
-        tokens = torch.searchsorted(sums, u[:, None] * total)  # u > 0: never a weight of 0
+        total = sums.gather(1, first(sums, top_p * sums[:, -1:]))
+        tokens = first(sums, u[:, None] * total)  # u > 0: never a weight of 0
         return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
     return in_parts(draw_part, logits, u)

@@ -1170,6 +1170,19 @@ def test_weights_that_are_not_finite_are_said(world, tmp_path, monkeypatch, caps
     assert "head.weight has values that are not finite" in mistake(sample.main, flags, monkeypatch, capsys)
 
 
+def test_logits_that_are_not_finite_are_said(world, tmp_path, monkeypatch):
+    stored = torch.load(world / "out" / "ckpt.pt", weights_only=True)
+    stored.pop("sums")
+    for name, tensor in stored["model"].items():
+        tensor *= 1e36 if name.startswith("blocks") else 1  # finite still, but for their products
+    torch.save(stored, tmp_path / "large.pt")
+    for flags in ("", "--top_p 0.9", "--top_k 3", "--temperature 0"):
+        flags = f"sample.py --ckpt {tmp_path}/large.pt --dtype float32 {flags}".split()
+        monkeypatch.setattr(sys, "argv", flags)
+        with pytest.raises(Mistake, match="logits are not finite"):
+            sample.main()
+
+
 def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
     stored = torch.load(world / "out" / "last.pt", weights_only=True)
     stored.pop("sums")
@@ -1177,6 +1190,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
     strange = [
         {"model": {**stored["model"], "head.weight": weight[:1].expand_as(weight)}},  # one row of memory
         {"config": {**stored["config"], "conv_right": 99}},
+        {"config": {**stored["config"], "norm_eps": math.nan}},
         {"step": -1},
     ]
     for change in strange:

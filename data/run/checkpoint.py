@@ -132,7 +132,7 @@ def check_config(config, checkpoint):
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not fits(kind, value) or (type(value) is int and not 0 <= value <= 10**7):
+        if not fits(kind, value) or (type(value) in (int, float) and not 0 <= value <= 10**7):
             raise ValueError(f"its {name} is no value for that")
     ids = config.mask_id, *config.special_ids
     if not all(0 <= i < config.vocab_size for i in ids):
