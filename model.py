@@ -124,7 +124,7 @@ def sees(positions, n_clean, n_cached, K):
     noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # one half alone counts as clean
     keys = torch.cat((torch.arange(n_cached, device=device), positions)) // K
     keys_noisy, own = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
-    return (keys < own) & ~keys_noisy | (keys == own) & ~(keys_noisy ^ noisy[:, None])  # `==` won't compile
+    return (keys < own) & ~keys_noisy | (keys == own) & ~(keys_noisy ^ noisy[:, None])  # inductor fails at ==
 
 
 # --- the layers ----------------------------------------------------------------------------------

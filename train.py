@@ -319,11 +319,13 @@ def sequence_bounds(
         t_blocks = t[rows].view(-1, 1)  # (B * T/K, 1)
         corrupted = holes_of(x0.view(-1, K), counted.view(-1, K), t_blocks, config.mask_id, generator)
         batch = (x0, *(tensor.reshape(x0.shape) for tensor in corrupted))
-        # Each process makes the pass: with fewer rows than processes the last repeat one, which counts once.
+        # Each process makes the pass, which shards need. With fewer rows than processes some repeat a row,
+        # and leave it out of the sum.
         losses, first = torch.zeros(len(x0), device=device), rank() % len(x0)
         own = slice(first, None, size())
-        loss = loss_of(model, *send(device, *(part[own] for part in batch)))
-        losses[own] = loss * (first == rank())  # (B,)
+        loss = loss_of(model, *send(device, *(part[own] for part in batch)))  # (B / size,)
+        if first == rank():
+            losses[own] = loss
         nats.append(losses * counted.sum().item())  # sums again: the weights divide by the maskable tokens
     model.train(was_training)
     return total(torch.cat(nats)).cpu().double().view(draws, N), maskable.sum(1)

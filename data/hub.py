@@ -21,7 +21,7 @@ from data.tokenizer import BPETokenizer
 from model import Transformer
 
 HUB = "https://huggingface.co"
-MOST = 2**26  # bytes of a file that is text, which takes more as Python's objects
+MOST_TEXT = 2**26  # bytes of a text file: as Python's objects it takes several times as much
 
 
 def prepare(config, home, repositories, convert, export):
@@ -58,7 +58,7 @@ def fetch(repository, folder):
     for file in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
         if not (folder / file).exists():
             url = f"{HUB}/{repository}/resolve/main/{file}"
-            most = 2**34 if file == "pytorch_model.bin" else MOST
+            most = 2**34 if file == "pytorch_model.bin" else MOST_TEXT
             download(url, folder / file, instead="the folder of a copy can be named instead", most=most)
     return folder
 
@@ -66,8 +66,8 @@ def fetch(repository, folder):
 def read_text(path):
     if not path.exists():
         raise Mistake(f"{path.parent}: no {path.name} in it")
-    if (size := path.stat().st_size) > MOST:
-        raise Mistake(f"{path}: {size:,} bytes, and it should have {MOST:,} at most")
+    if (size := path.stat().st_size) > MOST_TEXT:
+        raise Mistake(f"{path}: {size:,} bytes, and it should have {MOST_TEXT:,} at most")
     try:
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError:

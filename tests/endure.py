@@ -43,15 +43,13 @@ WHAT = "kills", "soak", "saving", "loading", "processes"
 class EndureConfig:
     what: Literal[WHAT] = argument(f"one of {', '.join(WHAT)}")
     times: int = flag(200, "kills", least=1)
-    minutes: float = flag(30.0, "of the soak", above=0)
+    minutes: float = flag(30.0, "of the soak", least=2)
     seed: int = flag(0, "of the moments")
 
 
-def start(*flags, launch=(), **more):
+def start(*flags, launch=(), stderr=subprocess.PIPE, **more):
     line = [sys.executable, *launch, ROOT / "train.py", *" ".join(flags).split()]
-    return subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **more
-    )
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, text=True, **more)
 
 
 def step_in(path):
@@ -87,9 +85,9 @@ def kills(config):
 
 
 def resident(pid):
-    """Megabytes of memory of a process's own."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
+    """Megabytes of memory of a process's own; 0 when it is ending."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0
 
 
 def soak(config):
@@ -97,7 +95,8 @@ def soak(config):
     with tempfile.TemporaryDirectory() as folder:
         evals = round(4 * config.minutes)
         process = start(
-            f"--data python --max_minutes {config.minutes} --evals {evals} --out_dir {folder}/out"
+            f"--data python --max_minutes {config.minutes} --evals {evals} --out_dir {folder}/out",
+            stderr=subprocess.DEVNULL,  # nobody reads it
         )
         minutes = []
         while process.poll() is None:
@@ -129,20 +128,20 @@ def loading(config):
     """What the check of sums adds to loading, until every weight has been read once, of two models."""
     tokens = [chr(i) for i in range(256)] + [f"{i:05}" for i in range(50_000)]
     roberta = {"n_layer": 12, "n_head": 12, "n_embd": 768, "conv": 0, "tied": True}
+
+    def load(path):
+        for p in load_checkpoint(path)[0].parameters():
+            p.sum()
+
     with tempfile.TemporaryDirectory() as folder:
+        without = Path(folder) / "without.pt"
         bpe = BPETokenizer(tokens, r"\w+")
         big = Transformer(ModelConfig(bpe.vocab_size, bpe.mask_id, **roberta))
         save_checkpoint(Path(folder) / "big.pt", big, bpe)
         for name, path in (("the shipped model", SHIPPED), ("RoBERTa's shape", Path(folder) / "big.pt")):
-            without = Path(folder) / "without.pt"
             content = torch.load(path, weights_only=True)
             del content["sums"]
             torch.save(content, without)
-
-            def load(path):
-                for p in load_checkpoint(path)[0].parameters():
-                    p.sum()
-
             checked, plain = best_seconds(partial(load, path), partial(load, without), repeats=50)
             print(f"{name}: {1000 * checked:.0f} ms, {checked / plain - 1:+.1%} with the sums")
 

@@ -454,14 +454,14 @@ def test_compiling_takes_no_training_time_and_leaves_no_trace(tmp_path, monkeypa
 )
 def test_compiled_or_not_the_losses_are_the_same(flags, tmp_path, monkeypatch):
     logs = []
-    for name in ("plain", "--compile"):
-        log = tmp_path / name / "log.csv"
-        more = f"{flags} {name.removeprefix('plain')} --dtype float32 --out_dir {log.parent}"
+    for compiled in ("", "--compile"):
+        out = tmp_path / f"run{compiled}"
+        more = f"{flags} {compiled} --dtype float32 --out_dir {out}"
         run_train(monkeypatch, f"--data book --max_iters 20 --log_every 1 {more} {SMALL}")
-        with open(log) as file:
+        with open(out / "log.csv") as file:
             rows = list(csv.DictReader(file))
         logs.append([[float(row[key] or 0) for key in ("loss", "val_nats_per_token")] for row in rows])
-    assert torch.tensor(logs[0]) == pytest.approx(torch.tensor(logs[1]), abs=1e-4)
+    torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=0, atol=1e-4)
 
 
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
@@ -1187,16 +1187,22 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
     stored = torch.load(world / "out" / "last.pt", weights_only=True)
     stored.pop("sums")
     weight = stored["model"]["head.weight"]
+    bad = weight.clone()
+    bad[0, 0] = torch.nan
     strange = [
-        {"model": {**stored["model"], "head.weight": weight[:1].expand_as(weight)}},  # one row of memory
-        {"config": {**stored["config"], "conv_right": 99}},
-        {"config": {**stored["config"], "norm_eps": math.nan}},
-        {"step": -1},
+        ({"model": {**stored["model"], "head.weight": weight[:1].expand_as(weight)}}, "damaged"),  # one row
+        ({"model": {**stored["model"], "head.weight": bad}, "more": bad.detach()}, "not finite"),
+        ({"config": {**stored["config"], "conv_right": 99}}, "not of the size"),
+        ({"config": {**stored["config"], "n_head": 16}}, "not of the size"),
+        ({"config": {**stored["config"], "norm_eps": math.nan}}, "norm_eps is no value"),
+        ({"config": {**stored["config"], "position": "x"}}, "none of ours"),
+        *[({"step": step}, "not with these flags") for step in (-1, math.inf, 10**400)],
+        ({"best": math.nan}, "not with these flags"),
     ]
-    for change in strange:
+    for change, words in strange:
         torch.save({**stored, **change}, tmp_path / "last.pt")
-        flags = f"--init_from resume --out_dir {tmp_path}".split()
-        mistake(train.main, flags, monkeypatch, capsys)
+        flags = f"--init_from resume --out_dir {tmp_path} --max_iters 9".split()
+        assert words in mistake(train.main, flags, monkeypatch, capsys)
     torch.save(
         {**stored, "model": {**stored["model"], "head.weight": weight.T.clone().T}}, tmp_path / "last.pt"
     )
@@ -1278,16 +1284,17 @@ def test_corpora_larger_than_memory_are_mapped(world):
     assert isinstance(val_split, np.memmap)
 
 
-# Imports what the files import of a Python's own library.
-IMPORTS = """
-import ast, sys
-for path in sys.argv[1:]:
-    for node in ast.walk(ast.parse(open(path, encoding="utf-8").read())):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            module = getattr(node, "module", node.names[0].name)
-            if module.partition(".")[0] in sys.stdlib_module_names:
-                exec(ast.unparse(node))
-"""
+PARSE = "import ast, sys; [ast.parse(open(path, encoding='utf-8').read()) for path in sys.argv[1:]]\n"
+
+
+def own_imports(paths):
+    """The lines that import something of Python's own library."""
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", node.names[0].name)
+                if module.partition(".")[0] in sys.stdlib_module_names:
+                    yield ast.unparse(node)
 
 
 @pytest.mark.parametrize("minor", range(10, 15))
@@ -1302,5 +1309,6 @@ def test_each_python_parses_it_and_has_what_it_imports(minor):
     elif not there:
         pytest.skip(f"no Python 3.{minor} on this machine")
     if there:
-        result = subprocess.run([python, "-c", IMPORTS, *paths], capture_output=True, text=True)
+        script = PARSE + "\n".join({*own_imports(paths)})
+        result = subprocess.run([python, "-c", script, *paths], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

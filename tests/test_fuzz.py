@@ -35,5 +35,5 @@ def test_a_damaged_or_hostile_file_is_read_rightly_or_refused_in_a_sentence(read
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False))
 def test_hypothesis_finds_no_other_end(reader, good, rng):
-    """It makes the choices, and of a case that fails the smallest."""
+    """It makes a case's choices, and shrinks one that fails."""
     case(reader, rng, good)

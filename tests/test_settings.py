@@ -61,6 +61,7 @@ SHAPE = {"block_size": "32", "n_layer": "1", "n_embd": "16"}
 
 # What a flag is nothing without.
 NEEDS = {
+    "block_size": {"prompt_len": "0"},
     "eval_only": {"init_from": "canvas.pt"},
     "open_steps": {"init_from": "causal.pt", "attention": "canvas"},
     "weight": {"level": "uniform"},
@@ -139,15 +140,16 @@ def flags(row):
 
 
 def test_no_flag_is_missing():
-    assert vars(train.TrainConfig()).keys() == {*TRAIN, "data", "out_dir", "shard"}  # which takes processes
+    # data and out_dir are the world's; shard takes processes.
+    assert vars(train.TrainConfig()).keys() == {*TRAIN, "data", "out_dir", "shard"}
     assert vars(sample.SampleConfig()).keys() == {*SAMPLE}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "sample"])
 def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, monkeypatch, tmp_path):
-    """In runs of many flags at once. Of a run that is refused what the sentence names is left out, or else
-    half of it, until it runs, or until two flags, and what these need, are refused.
+    """Rows of many flags at once. A row that is refused loses the flags that its sentence names, or else half
+    of those that its pair does not need, until it runs, or only the pair and what it needs are left.
     """
     monkeypatch.setattr(data.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
@@ -183,4 +185,5 @@ def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, mon
         missing -= {frozenset(pair)} if sentence else pairs_of(row)
         refused += [pair] if sentence else []
     print(f"{command}: {len(every):,} pairs in {n_runs} runs, {len(refused)} refused")
+    assert {setting for pair in every if pair not in refused for setting in pair} == set(values)
     assert len(refused) < len(every) / 10

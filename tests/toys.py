@@ -24,7 +24,7 @@ def tiny_model(V=3, T=3, seed=0, **config):
 
 
 def make_book(folder, n_lines=600):
-    """A text, book.txt in a folder, and its corpus below it, for who has data.corpus.DATA at folder/data."""
+    """Write a text, folder/book.txt, and its corpus, which is there where data.corpus.DATA is folder/data."""
     (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(n_lines)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.corpus, "DATA", folder / "data")

@@ -55,9 +55,8 @@ def byte_sum(tensor):
     """The sum of a tensor's bytes as 64-bit numbers, modulo 2**64: it takes as long as to read them."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     data = data.clone() if data.storage_offset() % 8 else data
-    rest = len(data) % 8
-    whole = data[:-rest] if rest else data
-    return whole.view(torch.int64).sum().item() + (data[-rest:].sum().item() if rest else 0)
+    words, rest = len(data) // 8 * 8, len(data) % 8  # of most tensors nothing is left, and need not be summed
+    return data[:words].view(torch.int64).sum().item() + (data[words:].sum().item() if rest else 0)
 
 
 def read_checkpoint(path):
@@ -101,12 +100,12 @@ def check_tensors(there, n_bytes):
     for tensor in there:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise TypeError
-        extent = 1  # of the dimensions so far: none steps into another, and no number is there twice
+        extent = 1  # by stride, no dimension may step into the one before: no number is there twice
         for stride, n in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
             if stride < extent:
                 raise ValueError
             extent = stride * n
-    # What repeats in memory is read as often. Tied weights are there twice.
+    # Several tensors may share memory, which is read for each. Tied weights are there twice.
     if sum(tensor.numel() * tensor.element_size() for tensor in there) > 2 * n_bytes:
         raise ValueError
 
@@ -115,14 +114,17 @@ def check_values(there, sums, weights):
     """The names of the weights that have values that are not finite. ValueError if the sums that a file has
     of its tensors are not theirs.
     """
-    names, not_finite = {id(tensor): name for name, tensor in weights.items()}, []
+
+    def place(tensor):  # one for tied weights
+        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+    names, not_finite = {place(tensor): name for name, tensor in weights.items()}, []
     pairs = zip(there, [None] * len(there) if sums is None else sums, strict=True)
-    once = {(t.data_ptr(), t.dtype, t.shape, t.stride()): (t, sum_) for t, sum_ in pairs}  # tied weights, too
-    for tensor, sum_ in once.values():
-        if sum_ is not None and byte_sum(tensor) != sum_:
+    for key, (tensor, expected) in {place(pair[0]): pair for pair in pairs}.items():
+        if expected is not None and byte_sum(tensor) != expected:
             raise ValueError
-        if id(tensor) in names and not tensor.sum(dtype=torch.float32).isfinite():  # still in the cache
-            not_finite.append(names[id(tensor)])
+        if key in names and not tensor.sum(dtype=torch.float32).isfinite():  # it is still in the cache
+            not_finite.append(names[key])
     return not_finite
 
 
@@ -138,9 +140,12 @@ def check_config(config, checkpoint):
     if not all(0 <= i < config.vocab_size for i in ids):
         raise ValueError("mask_id and special_ids are not of its vocabulary")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
-    sizes = config.n_head and config.block_size and config.conv_right < max(1, config.conv)
-    if config.n_layer != len(layers) or not sizes:
+    heads = config.n_head * (2 if config.position == "rope" else 1)  # rope turns channels in pairs
+    fit = heads and config.n_embd % heads == 0 and config.conv_right < max(1, config.conv)
+    if config.n_layer != len(layers) or not (fit and config.block_size):
         raise ValueError("it is not of the size that it says")
+    if config.norm not in ("pre", "post") or config.position not in ("rope", "learned"):
+        raise ValueError("its norm or position is none of ours")
     nats = checkpoint.get("token_nats")
     if nats is not None and (nats.shape != (config.vocab_size,) or nats.dtype != torch.float32):
         raise ValueError("its token_nats are not a number for each token")

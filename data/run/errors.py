@@ -6,6 +6,8 @@ import sys
 import time
 from contextlib import contextmanager
 
+from data.canvas.history import inert
+
 
 class Mistake(ValueError):
     """What the user asked for cannot be done; the message is the sentence that says why."""
@@ -47,7 +49,7 @@ def command(main):
         sentence = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             sentence = f"{error.filename}: {error.strerror}"
-        sentence = " ".join(sentence.split())  # what it quotes may have lines
+        sentence = inert(" ".join(sentence.splitlines()))[:1000]  # what it quotes may be a stranger's
         if os.environ.get("RANK", "0") != "0":  # torchrun ends this process where the first one says the same
             time.sleep(2)
         print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)

@@ -98,7 +98,7 @@ class Secure(urllib.request.HTTPRedirectHandler):
 
 
 def check_secure(url, from_here=True):
-    """Raise Mistake unless a URL is of https, or of this machine and asked for by it."""
+    """Raise Mistake unless a URL is https, or of this machine and asked for from it (from_here)."""
     address = urllib.parse.urlsplit(url)
     if address.scheme != "https" and not (from_here and address.hostname == "127.0.0.1"):
         raise Mistake(f"{url}: no download, because it is not https")

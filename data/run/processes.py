@@ -80,7 +80,9 @@ def spread(model, device, shard):
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     model.to(device)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # no copy before the mean
 
 
 def average(network, when):

@@ -63,7 +63,7 @@ class Run:
             )
         try:
             self.load(state)
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise Mistake(f"--init_from resume: not with these flags ({str(error)[:200]})") from None
         if self.progress() >= 1:
             raise Mistake(
@@ -84,12 +84,12 @@ class Run:
             optimizer.load_state_dict(with_state(saved, piece_of, parameters))
         self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["random"]["batches"])
-        self.step, self.minutes = int(state["step"]), float(state["minutes"])
-        if not (self.step >= 0 and self.minutes >= 0):
-            raise ValueError("it has made no steps")
+        self.step, self.minutes, best = int(state["step"]), float(state["minutes"]), float(state["best"])
+        if not (0 <= self.step < 2**63 and self.minutes >= 0 and best >= 0):
+            raise ValueError("its step, minutes or bound cannot be")
         earlier = {"prompt_len": 0, "slant": 0.0}  # what versions chose by that did not say
         if self.bound_flags == state.get("bound", earlier):
-            self.best = float(state["best"])
+            self.best = best
 
     def save(self, tokenizer, nats=math.inf):
         """Write last.pt, and ckpt.pt if there is none, or if nats, the bound per token, is the lowest. Before

@@ -18,7 +18,7 @@ from data.run.flags import flag, parse
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"
-LONGEST = 1 << 20  # characters of a line; what an archive makes of a few bytes has no end of line perhaps
+LONGEST = 2**20  # characters of a line: an archive of a few bytes can hold one without end
 FILES = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}
 
 
@@ -56,6 +56,8 @@ def lines(path):
                 io.TextIOWrapper(file, encoding="utf-8", newline="\n") as text,
             ):
                 while line := text.readline(LONGEST):
+                    if len(line) == LONGEST:
+                        raise Mistake(f"{path}: {name} in it has a line of {LONGEST:,} characters or more")
                     if line.strip():
                         yield split, line
         except (Mistake, OSError):
