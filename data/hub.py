@@ -20,6 +20,7 @@ from data.run.files import download, replacing
 from data.tokenizer import BPETokenizer
 from model import Transformer
 
+MOST_LAYERS = 1000  # each takes a thousandth of a second to make
 HUB = "https://huggingface.co"
 MOST_TEXT = 2**26  # bytes of a text file: as Python's objects it takes several times as much
 
@@ -228,6 +229,8 @@ def tie(found, embedding, head, theirs):
 
 def empty_model(config, path):
     """Our model without memory for its weights."""
+    if config.n_layer > MOST_LAYERS:
+        raise Mistake(f"{path.parent / 'config.json'}: {config.n_layer:,} layers, {MOST_LAYERS:,} at most")
     try:
         with torch.device("meta"):
             return Transformer(config)

@@ -1103,8 +1103,11 @@ def test_a_line_without_end_is_refused_in_little_memory(mistake, tmp_path):
     assert peak < 2**24
 
 
-def test_a_text_of_a_size_that_none_has_is_not_read(originals, mistake, tmp_path):
+def test_sizes_that_none_has_are_refused(originals, mistake, tmp_path):
     folder = shutil.copytree(originals["roberta"][0], tmp_path / "large")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    assert "1,000,000 layers" in mistake(folder)
     os.truncate(folder / "vocab.json", data.hub.MOST_TEXT + 1)
     assert "67,108,865 bytes" in mistake(folder)
 

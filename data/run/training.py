@@ -33,7 +33,7 @@ class Run:
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
             steps = config.epochs * meta["train"]["tokens"] / (config.batch_size * config.block_size)
-            self.max_iters = min(self.max_iters, math.ceil(steps))
+            self.max_iters = min(self.max_iters, math.ceil(min(steps, 2**53)))
         self.precision = autocast(device, config.dtype)
         self.optimizers = make_optimizers(model, config, self.precision.fast_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
