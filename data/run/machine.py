@@ -1,6 +1,8 @@
 """Where a command runs, and in which precision."""
 
+import ctypes
 import os
+import sys
 from contextlib import suppress
 
 import torch
@@ -21,6 +23,12 @@ def pick_device(name):
             torch.empty(0, device=device)  # fails for a number that is not there, as in cuda:9
             return device
     raise Mistake(f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}")
+
+
+def release_memory():
+    """Give the system back what was needed for a while, which Linux's C library would keep, and pile up."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # musl's has none
 
 
 def device_of(model):

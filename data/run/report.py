@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.run.errors import Mistake
+from data.run.machine import release_memory
 from data.run.processes import agree, rank, size, total
 
 
@@ -80,6 +81,7 @@ class Report:
                 f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation {self.bound_name} "
                 f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n{text}"
             )
+            release_memory()
         left = run.minutes / run.progress() * (1 - run.progress())
         status = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
         self.bar.set_description_str(status, refresh=False)
