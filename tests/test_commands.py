@@ -1189,6 +1189,8 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
     weight = stored["model"]["head.weight"]
     bad = weight.clone()
     bad[0, 0] = torch.nan
+    adamw, muon = (dict(saved) for saved in stored["optimizers"])
+    muon["state"] = {i: {name: torch.zeros(()) for name in kept} for i, kept in muon["state"].items()}
     strange = [
         ({"model": {**stored["model"], "head.weight": weight[:1].expand_as(weight)}}, "damaged"),  # one row
         ({"model": {**stored["model"], "head.weight": bad}, "more": bad.detach()}, "not finite"),
@@ -1198,6 +1200,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
         ({"config": {**stored["config"], "position": "x"}}, "none of ours"),
         *[({"step": step}, "not with these flags") for step in (-1, math.inf, 10**400)],
         ({"best": math.nan}, "not with these flags"),
+        ({"optimizers": [adamw, muon]}, "not with these flags"),
     ]
     for change, words in strange:
         torch.save({**stored, **change}, tmp_path / "last.pt")

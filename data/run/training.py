@@ -79,7 +79,8 @@ class Run:
             saved = {"state": saved["state"], "param_groups": groups}
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for i, kept in saved["state"].items():
-                if any(tensor.shape not in (parameters[i].shape, ()) for tensor in kept.values()):
+                shape = dict.fromkeys(kept, parameters[i].shape) | {"step": ()}
+                if any(tensor.shape != shape[name] for name, tensor in kept.items()):
                     raise ValueError("an optimizer's state is not of its parameter's shape")
             optimizer.load_state_dict(with_state(saved, piece_of, parameters))
         self.scaler.load_state_dict(state["scaler"])
