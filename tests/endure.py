@@ -91,8 +91,8 @@ def resident(pid):
 
 
 def soak(config):
-    """Memory of a run with evaluations and samples, minute by minute: the lower quartile of its seconds, since
-    an evaluation needs more for some of them.
+    """Memory of a run with evaluations and samples, minute by minute: the lower quartile of its seconds,
+    since an evaluation needs more for some of them.
     """
     with tempfile.TemporaryDirectory() as folder:
         evals = round(4 * config.minutes)
