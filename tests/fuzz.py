@@ -119,7 +119,7 @@ def damage_one(folder, rng, names=None):
     """Damage a file of a folder, or change a value of its JSON."""
     path = folder / rng.choice(names or sorted(path.name for path in folder.iterdir()))
     if path.suffix == ".json" and rng.random() < 0.7:
-        with contextlib.suppress(ValueError):  # it is damaged already
+        with contextlib.suppress(ValueError, RecursionError):  # it is damaged already
             path.write_text(json.dumps(change(json.loads(path.read_text()), rng)))
     elif path.suffix == ".bin" and path.name == "pytorch_model.bin" and rng.random() < 0.5:
         with contextlib.suppress(Exception):
