@@ -1,7 +1,7 @@
 """Puts runs through what days on a machine put them through, and counts.
 
 python tests/endure.py kills --times 200    # SIGKILL at random moments: a quarter of an hour
-python tests/endure.py soak --minutes 30    # memory at the end against that of the first minute
+python tests/endure.py soak --minutes 30    # memory at the end against that after the first minute
 python tests/endure.py saving               # the share of a run that its checkpoints take
 python tests/endure.py loading              # the share of loading that the check of sums takes
 python tests/endure.py processes            # two processes of a thread against one of two threads
@@ -43,7 +43,7 @@ WHAT = "kills", "soak", "saving", "loading", "processes"
 class EndureConfig:
     what: Literal[WHAT] = argument(f"one of {', '.join(WHAT)}")
     times: int = flag(200, "kills", least=1)
-    minutes: float = flag(30.0, "of the soak", least=2)
+    minutes: float = flag(30.0, "of the soak", least=4)
     seed: int = flag(0, "of the moments")
 
 
@@ -109,7 +109,7 @@ def soak(config):
             if process.poll() is None:
                 minutes.append(sorted(sizes)[len(sizes) // 4])
                 print(f"minute {len(minutes)}: {minutes[-1]:.0f} MB, {max(sizes):.0f} at most", flush=True)
-    print(f"{minutes[-1] / minutes[0] - 1:+.1%} from the first minute to the last")
+    print(f"{minutes[-1] / minutes[1] - 1:+.1%} from the second minute to the last")
 
 
 def saving(config):
