@@ -20,8 +20,8 @@ from data.run.files import download, replacing
 from data.tokenizer import BPETokenizer
 from model import Transformer
 
-MOST_LAYERS = 1000  # each takes a thousandth of a second to make
 HUB = "https://huggingface.co"
+MOST_LAYERS = 1000  # each takes a thousandth of a second to make
 MOST_TEXT = 2**26  # bytes of a text file: as Python's objects it takes several times as much
 
 
