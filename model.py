@@ -39,6 +39,7 @@ class ModelConfig:
     n_embd: int = 160
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # not text: train.py never masks them, sample.py never writes them
+    end_ids: tuple[int, ...] = ()  # end a text: learned and written, and nothing after one is shown
     block_len: int = 0  # K, tokens of a block; 0: the canvas is one. sample.py's --block_len may be shorter
     shift_id: int | None = None  # what stands before a text that is read with a shift; None: no shift
     conv: int = 5  # neighbours that a layer's convolution mixes, the token itself included; 0: none
@@ -46,7 +47,11 @@ class ModelConfig:
     norm: str = "pre"  # "pre": normalise what a layer reads; "post": the sum after it, as in BERT
     position: str = "rope"  # "rope": rotate queries and keys; "learned": add a vector, as in BERT
     qk_norm: bool = True  # normalise queries and keys: Muon would let the attention logits grow
-    # What only BERT, RoBERTa and GPT-2 set, besides "learned", no qk_norm and no convolution:
+    # What only models from elsewhere set, besides "learned", no qk_norm and no convolution:
+    n_kv_head: int = 0  # heads of keys and values, each of which several queries' heads share; 0: n_head
+    rope_base: float = 10000.0
+    rms: bool = False  # norms divide by the root of the mean square, and subtract no mean (1910.07467)
+    gated: bool = False  # the MLP's hidden layer times one without an activation (GLU, 2002.05202)
     mlp_width: int = 0  # of the hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     bias: bool = False  # in linear layers and norms
@@ -77,12 +82,14 @@ ACTIVATIONS["gelu_tanh"] = functools.partial(F.gelu, approximate="tanh")
 
 
 def layer_norm(width, config):
+    if config.rms:
+        return nn.RMSNorm(width, config.norm_eps)
     return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
 
 
-def rotary_angles(positions, D):
+def rotary_angles(positions, D, base):
     """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions (S,), each (S, D/2)."""
-    frequency = 10000 ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
+    frequency = base ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
     angle = positions[:, None] * frequency  # (S, D/2)
     return angle.cos(), angle.sin()
 
@@ -133,19 +140,19 @@ def sees(positions, n_clean, n_cached, K):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, Dropout(config.dropout)
+        self.head_dim, self.dropout = config.n_embd // config.n_head, Dropout(config.dropout)
         # Three matrices and not one, because Muon orthogonalises each on its own.
         self.query = Linear(config.n_embd, config.n_embd, config.bias)
-        self.key = Linear(config.n_embd, config.n_embd, config.bias)
-        self.value = Linear(config.n_embd, config.n_embd, config.bias)
+        width = self.head_dim * (config.n_kv_head or config.n_head)
+        self.key = Linear(config.n_embd, width, config.bias)
+        self.value = Linear(config.n_embd, width, config.bias)
         self.out = Linear(config.n_embd, config.n_embd, config.bias)
-        head_dim = config.n_embd // config.n_head
-        self.query_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
-        self.key_norm = layer_norm(head_dim, config) if config.qk_norm else nn.Identity()
+        self.query_norm = layer_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
+        self.key_norm = layer_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x, sight):
         q, k, v = self.query(x[:, sight.first :]), self.key(x), self.value(x)
-        q, k, v = (y.unflatten(2, (self.n_head, -1)) for y in (q, k, v))  # (B, S, H, D)
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in (q, k, v))  # (B, S, H, D), of k and v fewer H
         q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)  # CUDA makes norms float32
         if sight.rotation is not None:
             cos, sin = sight.rotation
@@ -161,11 +168,14 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.mlp_width or 4 * config.n_embd
+        self.gate = Linear(config.n_embd, width, config.bias) if config.gated else None
         self.up = Linear(config.n_embd, width, config.bias)
         self.down = Linear(width, config.n_embd, config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
+        if self.gate:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
         return self.down(self.activation(self.up(x)))
 
 
@@ -295,8 +305,8 @@ class Transformer(nn.Module):
             seen = (1 - torch.rand(n, n, device=device)).triu(1) <= self.opened
         # Blocks of one token look to the left alone: in one half they are mixed as one row, without copies.
         strip = n if K == 1 and not n_clean else min(K, n)
-        rope = config.position == "rope"
-        rotation = rotary_angles(positions, config.n_embd // config.n_head) if rope else None
+        D, rope = config.n_embd // config.n_head, config.position == "rope"
+        rotation = rotary_angles(positions, D, config.rope_base) if rope else None
         return Sight(rotation, seen, causal, n_clean, strip, cache), positions
 
     def forward(self, idx, where=None, clean=None, cache=None):
@@ -331,11 +341,12 @@ class Transformer(nn.Module):
         return self.unembed(x.flatten(0, 1).index_select(0, rows))[:n]
 
 
-def load_checkpoint(path, device="cpu", **changes):
+def load_checkpoint(path, device="cpu", keep=None, **changes):
     """Read what save_checkpoint wrote: (model in eval mode, tokenizer, the whole dict).
 
-    changes: fields of the config to be set otherwise, such as dropout. Raises Mistake when it is
-    not a checkpoint of ours.
+    keep: a dtype; weights that are all of it stay so, and on a CPU in the file, whereas others become
+    float32. changes: fields of the config to be set otherwise, such as dropout. Raises Mistake when it is not
+    a checkpoint of ours.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -350,4 +361,5 @@ def load_checkpoint(path, device="cpu", **changes):
             raise ValueError("its tokenizer is another model's")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
-    return model.to(device, torch.float32).eval(), tokenizer, checkpoint
+    dtype = keep if {weight.dtype for weight in model.parameters()} == {keep} else torch.float32
+    return model.to(device, dtype).eval(), tokenizer, checkpoint

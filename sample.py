@@ -583,8 +583,9 @@ def main():
     check_writing(config, given, prompts)
     config.ckpt = config.ckpt or [default_checkpoint()]
     device = pick_device(config.device)
-    loaded = [load_checkpoint(path, device) for path in config.ckpt]
-    judge = None if config.judge is None else load_checkpoint(config.judge, device)
+    keep = getattr(torch, config.dtype, None)  # what is given; a model of it may be larger than memory is
+    loaded = [load_checkpoint(path, device, keep) for path in config.ckpt]
+    judge = None if config.judge is None else load_checkpoint(config.judge, device, keep)
     if judge and judge[1].bos_id is not None:
         raise Mistake(f"--judge {config.judge}: not a model whose lines begin with a token of their own")
     plans = list(make_plans(config, given, prompts, loaded))

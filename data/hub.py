@@ -1,20 +1,24 @@
 """The files of a language model as the hub has them: config.json, weights, and a byte-pair vocabulary.
 
-What is wrong with one is said in a sentence (Mistake) that names it. data/roberta and data/gpt2 turn these
-files into a checkpoint of ours, and a checkpoint into these files.
+What is wrong with one is said in a sentence (Mistake) that names it. A source of weights, such as
+data/roberta, is a table of names and a page of settings, and this is all else that turns these files into a
+checkpoint of ours, and a checkpoint into these files. Weights are mapped, not read, and keep their dtype: a
+model may be larger than memory.
 """
 
 import dataclasses
-import importlib.util
 import json
+import math
 import re
 import warnings
+import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from data.run.checkpoint import save, save_checkpoint
+from data.run.checkpoint import check_archive, check_layout, save, save_checkpoint
 from data.run.errors import Mistake
 from data.run.files import download, replacing
 from data.tokenizer import BPETokenizer
@@ -25,42 +29,55 @@ MOST_LAYERS = 1000  # each takes a thousandth of a second to make
 MOST_TEXT = 2**26  # bytes of a text file: as Python's objects it takes several times as much
 
 
-def prepare(config, home, repositories, convert, export):
-    """Do what a converter's flags say: write a checkpoint of the files of config.source, to config.out or
-    else below the folder home; or with config.export the files of a checkpoint.
+def prepare(config, home, repositories, convert):
+    """Write a checkpoint of the files of config.source, to config.out or else below the folder home.
 
-    repositories: those on the hub of the names that it knows. convert(folder) -> (model, tokenizer, list of
-    what is not used); export(path, folder).
+    repositories: the files, as `files` gives them, of each name that it knows. convert(folder) -> (model,
+    tokenizer, list of what is not used, dict of what the checkpoint has besides).
     """
     folder = Path(config.source)
-    if config.export:
-        if config.out:
-            raise Mistake("--export: it writes a folder; --out is for a checkpoint")
-        path = home / f"{config.source}.pt" if config.source in repositories else folder
-        return export(path, Path(config.export))
     if config.source in repositories:
         folder = fetch(repositories[config.source], home / config.source)
     elif not folder.is_dir():
         raise Mistake(f"{folder}: no such folder, and not one of {', '.join(repositories)}")
-    model, tokenizer, unused = convert(folder)
+    model, tokenizer, unused, more = convert(folder)
     out = Path(config.out or home / f"{folder.resolve().name}.pt")
-    save_checkpoint(out, model, tokenizer)
+    save_checkpoint(out, model, tokenizer, **more)
     for what in unused:
         print(f"not used: {what}")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {parameters:,} parameters, {tokenizer.vocab_size:,} tokens")
 
 
+def checkpoint_to_export(config, home, repositories):
+    """The path of the checkpoint that config.source names, for config.export."""
+    if config.out:
+        raise Mistake("--export: it writes a folder; --out is for a checkpoint")
+    return home / f"{config.source}.pt" if config.source in repositories else Path(config.source)
+
+
 # --- files ---------------------------------------------------------------------------------------
 
+BPE_FILES = "vocab.json", "merges.txt"
 
-def fetch(repository, folder):
-    """Download the files of a model of the hub to a folder, but for those that are there; the folder."""
-    for file in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
-        if not (folder / file).exists():
-            url = f"{HUB}/{repository}/resolve/main/{file}"
-            most = 2**34 if file == "pytorch_model.bin" else MOST_TEXT
-            download(url, folder / file, instead="the folder of a copy can be named instead", most=most)
+
+def files(repository, *names):
+    """Files of a repository of the hub, as a list: [(repository, name), ..]."""
+    return [(repository, name) for name in names]
+
+
+def fetch(wanted, folder):
+    """Download files of the hub, and the shards that an index among them names, to a folder, but for those
+    that are there; the folder.
+    """
+    wanted = list(wanted)
+    for repository, name in wanted:  # it grows
+        if not (folder / name).exists():
+            url = f"{HUB}/{repository}/resolve/main/{name}"
+            most = MOST_TEXT if name.endswith((".json", ".txt")) else 2**34
+            download(url, folder / name, instead="the folder of a copy can be named instead", most=most)
+        if name.endswith(".index.json"):
+            wanted += files(repository, *sorted({*shards(folder / name).values()}))
     return folder
 
 
@@ -121,11 +138,11 @@ def read_kind(path, kinds):
     return {**theirs, "model_type": kind}
 
 
-def with_defaults(theirs, defaults, required, activation, path, may_be_0):
+def with_defaults(theirs, defaults, required, activation, path, may_be_0=()):
     """A config.json's settings with the defaults of what it leaves out. Mistake if we have no such model.
 
-    required: what our model cannot be otherwise. activation: the setting that names it. may_be_0: those of
-    the whole numbers that need not be positive.
+    required: what our model cannot be otherwise. activation: the setting that names it, if one does.
+    may_be_0: those of the whole numbers that need not be positive.
     """
     for name, value in required.items():
         if theirs.get(name, value) != value:
@@ -141,7 +158,7 @@ def with_defaults(theirs, defaults, required, activation, path, may_be_0):
             fits = type(value) is type(default)
         if not fits:
             raise Mistake(f"{path}: {name} cannot be {value}; {default} is usual")
-    if theirs[activation] not in OUR_ACTIVATION:
+    if activation and theirs[activation] not in OUR_ACTIVATION:
         known = ", ".join(OUR_ACTIVATION)
         raise Mistake(f"{path}: {activation} {theirs[activation]} cannot be represented; {known} can")
     return theirs
@@ -160,33 +177,85 @@ def check_kind(path, config, again, kind):
 
 
 def read_weights(folder):
-    """(path, tensors by their names) of pytorch_model.bin, or else of model.safetensors."""
-    path = folder / "pytorch_model.bin"
-    other = folder / "model.safetensors"
-    if not path.exists() and other.exists():
-        path = other
-        if importlib.util.find_spec("safetensors") is None:
-            raise Mistake(f"{path}: reading it takes one package more, `pip install safetensors`")
-    if not path.exists():
+    """(path, tensors by their names, mapped) of pytorch_model.bin, or else of model.safetensors, or of the
+    shards that an index of either names.
+    """
+    names = "pytorch_model.bin", "model.safetensors"
+    names += tuple(f"{name}.index.json" for name in names)
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
         raise Mistake(f"{folder}: no pytorch_model.bin in it, and no model.safetensors")
-    try:
-        if path == other:
-            from safetensors.torch import load_file
+    if path.suffix != ".json":
+        return path, read_tensors(path)
+    tensors, shard_of = {}, shards(path)
+    for shard in sorted({*shard_of.values()}):
+        if not (folder / shard).exists():
+            raise Mistake(f"{folder}: no {shard} in it, which {path.name} names")
+        tensors |= {n: t for n, t in read_tensors(folder / shard).items() if shard_of.get(n) == shard}
+    if missing := sorted(shard_of.keys() - tensors.keys()):
+        raise Mistake(f"{folder / shard_of[missing[0]]}: it has no {missing[0]}, but {path.name} says so")
+    return path, tensors
 
-            return path, load_file(path)
+
+def shards(path):
+    """Which file beside the index `path` has each tensor: dict of names."""
+    shard_of = read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise Mistake(f"{path}: it has no weight_map of names")
+    for shard in shard_of.values():
+        if Path(shard).name != shard or not shard.endswith((".bin", ".safetensors")):
+            raise Mistake(f"{path}: {shard} is no name of a file of weights")
+    return shard_of
+
+
+def read_tensors(path):
+    """The tensors in a file of torch.save or safetensors by their names, mapped from it."""
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        in_zip = zipfile.is_zipfile(path)  # torch's own format since 1.6; earlier files cannot be mapped
+        if in_zip:
+            check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(name, str) and plain_tensor(tensor) for name, tensor in tensors.items()):
-            raise TypeError("it holds more than dense tensors with names")
-        return path, tensors
-    except Exception as error:  # both raise a different one for every way to be broken
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
+            raise TypeError("it holds more than tensors with names")
+        check_layout(tensors.values(), path.stat().st_size)
+        return tensors
+    except Exception as error:  # torch raises a different one for every way to be broken
         reason = f"{type(error).__name__}: {str(error)[:120]}"
         raise Mistake(f"{path}: truncated, or no file of weights alone ({reason})") from None
 
 
-def plain_tensor(tensor):
-    return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """The tensors in a file of safetensors by their names, mapped from it: 8 bytes with the length of a
+    header; the header, JSON, with the dtype, shape and place of each; and then their bytes. ValueError and
+    such if they are not what the header says.
+    """
+    with open(path, "rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        if n > min(MOST_TEXT, path.stat().st_size - 8):
+            raise ValueError(f"a header of {n:,} bytes")
+        header = json.loads(file.read(n))
+    content = np.memmap(path, np.uint8, "c")[8 + n :]  # a copy is made of what is written to, and nothing is
+    tensors, n_bytes = {}, 0
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has a negative size")
+        n_bytes += math.prod(shape) * dtype.itemsize
+        if begin + math.prod(shape) * dtype.itemsize != end or n_bytes > len(content) or end > len(content):
+            raise ValueError(f"{name} is not where its header has it")
+        tensors[name] = torch.from_numpy(content[begin:end]).view(dtype).view(shape)
+    return tensors
 
 
 def their_name(name, names, layer):
@@ -216,15 +285,44 @@ def by_plain_name(tensors, plain_name, path):
     return found
 
 
-def tie(found, embedding, head, theirs):
+def tie(found, embedding, head, may_tie):
     """Whether the head's matrix is the embedding, by these names of theirs; a file may then leave it out, and
     it is put there.
     """
     same = head not in found or (embedding in found and torch.equal(found[embedding], found[head]))
-    tied = theirs["tie_word_embeddings"] and same
+    tied = may_tie and same
     if tied and embedding in found:
         found[head] = found[embedding]
     return tied
+
+
+def renaming(their_name):
+    """What `convert` needs of that name, where only names differ."""
+
+    def their_tensors(ours):
+        return {their_name(name): tensor for name, tensor in ours.items()}
+
+    def our_tensors(found, names):
+        return {name: found[their_name(name)] for name in names}
+
+    return {"their_tensors": their_tensors, "our_tensors": our_tensors}
+
+
+def convert(tensors, path, plain_name, tables, may_tie, our_config, their_tensors, our_tensors, unused):
+    """Our model with the tensors of a file, and the names of those that it has no use for.
+
+    plain_name: a key of the file in the one spelling of the rest. tables: what it calls the embedding and the
+    head's matrix; may_tie: whether they may be one. our_config(tied) -> ModelConfig. their_tensors(dict of
+    ours) -> theirs, of the same shapes as in the file; our_tensors(theirs, our names) -> ours. unused: a
+    pattern of the plain names of what may be left over.
+    """
+    found = by_plain_name(tensors, plain_name, path)
+    tied = tie(found, *tables, may_tie)
+    model = empty_model(our_config(tied), path)
+    expected = their_tensors(model.state_dict())
+    check_tensors(found, expected, path)
+    skipped = left_over(tensors, plain_name, expected, unused, path)
+    return fill(model, our_tensors(found, model.state_dict())), skipped
 
 
 def empty_model(config, path):
@@ -263,7 +361,7 @@ def left_over(tensors, plain_name, expected, unused, path):
     return names
 
 
-def not_used(skipped, theirs, dropout, *others):
+def not_used(skipped, theirs=None, dropout=None, *others):
     """What a conversion leaves out: tensors, and settings of dropout that differ from the one it takes."""
     unused = [", ".join(skipped)] if skipped else []
     differ = [name for name in others if theirs[name] != theirs[dropout]]
@@ -272,7 +370,7 @@ def not_used(skipped, theirs, dropout, *others):
 
 def fill(model, tensors):
     """The empty model with these weights, tensors by our names, in eval mode."""
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     model.tie()
     return model.eval()
 
@@ -326,6 +424,62 @@ def read_bpe(folder, vocab_size):
     special |= {f"<unused {i}>": i for i in padding_ids(len(ids), vocab_size)}
     latin = ["".join(map(byte_of.get, token)) for token in tokens]
     return BPETokenizer(latin, GPT2_PATTERN, [ids[token] for token in tokens], special)
+
+
+def read_tokenizer_json(folder, n_rows, mask_id):
+    """The tokenizer of a tokenizer.json with byte-level BPE, as `tokenizers` writes it. Its added tokens are
+    special ones of ours, mask_id is `<mask>`, and ids up to n_rows, of a table's rows, that no token has are
+    unused. Mistake where it cuts or changes text in a way that tiktoken has no counterpart to.
+    """
+    path = folder / "tokenizer.json"
+    theirs = read_json(path)
+    try:
+        model, added = theirs["model"], {token["content"]: token["id"] for token in theirs["added_tokens"]}
+        ids = {name: i for name, i in model["vocab"].items() if name not in added}
+        merges = ["".join(m) if isinstance(m, list) else m.replace(" ", "", 1) for m in model["merges"]]
+        settings = [model.get(name) for name in ("dropout", "unk_token", "continuing_subword_prefix")]
+        pattern = words_of(theirs["pre_tokenizer"])
+        whole = not (any(settings) or theirs.get("normalizer") or model.get("end_of_word_suffix"))
+    except (LookupError, TypeError, AttributeError):
+        raise Mistake(f"{path}: it is not what a tokenizer.json of byte-level BPE is") from None
+    if model.get("type") != "BPE" or pattern is None or not whole:
+        raise Mistake(f"{path}: only byte-level BPE that changes no text can be represented")
+    symbols = byte_symbols()
+    tokens = list(dict.fromkeys([*symbols, *merges]))
+    byte_of = {symbol: chr(byte) for byte, symbol in enumerate(symbols)}
+    if missing := [token for token in tokens if token not in ids]:
+        raise Mistake(f"{path}: its vocabulary has no {missing[0]!r}, {len(missing)} such in all")
+    text = set(tokens)
+    special = {name: i for name, i in ids.items() if name not in text} | added
+    special = {MEANT.get(name, name): i for name, i in special.items() if i != mask_id} | {"<mask>": mask_id}
+    taken = [*(ids[token] for token in tokens), *special.values()]
+    if any(type(i) is not int or not 0 <= i < n_rows for i in taken) or len({*taken}) < len(taken):
+        raise Mistake(f"{path}: its ids are not different numbers below {n_rows:,}")
+    if n_rows - len(taken) > MOST_UNUSED:
+        raise Mistake(f"{path}: {len(taken):,} tokens are too few for {n_rows:,} rows")
+    special |= {f"<unused {i}>": i for i in sorted({*range(n_rows)} - {*taken})}
+    latin = ["".join(map(byte_of.get, token)) for token in tokens]
+    return BPETokenizer(latin, pattern, [ids[token] for token in tokens], special)
+
+
+MOST_UNUSED = 2**12  # rows of a table without a token, which round its size up
+# Names that mean something in our other vocabularies, what opens a line and what closes it.
+MEANT = {name: f"<|{name.strip('<[/]>')}|>" for name in ("<s>", "</s>", "<eos>", "[CLS]", "[SEP]", "<cls>")}
+
+
+def words_of(pre_tokenizer):
+    """The regular expression that cuts text into words, of a tokenizer.json's setting; None if it is not that
+    of byte-level BPE: a split by an expression, or GPT-2's own, and then bytes as letters.
+    """
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    *splits, letters = steps
+    if letters["type"] != "ByteLevel" or letters.get("add_prefix_space") or len(splits) > 1:
+        return None
+    if not splits:
+        return GPT2_PATTERN if letters.get("use_regex", True) else None
+    (split,) = splits
+    isolated = split["type"] == "Split" and split["behavior"] == "Isolated" and not split.get("invert")
+    return split["pattern"]["Regex"] if isolated and letters.get("use_regex", True) is False else None
 
 
 def check_vocab_size(folder, tokenizer, vocab_size):

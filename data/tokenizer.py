@@ -17,7 +17,7 @@ from data.run.errors import Mistake
 
 # What a special token becomes in decoded text; the others become nothing.
 SHOWN = {"<mask>": "<mask>", "[MASK]": "<mask>", "[UNK]": "[UNK]", "<unk>": "<unk>"}
-SHOWN |= {"</s>": "\n", "[SEP]": "\n", "<eos>": "\n"}
+SHOWN |= {"</s>": "\n", "[SEP]": "\n", "<eos>": "\n", "<|endoftext|>": "\n"}
 
 
 class Tokenizer:
@@ -55,12 +55,13 @@ class ByteLevelTokenizer(Tokenizer):
 
     def pieces(self, ids):
         """What each token adds to the text, list[str]; a character of several tokens comes with the last,
-        and bytes that are not UTF-8, which a sample can hold, become U+FFFD.
+        and bytes that are not UTF-8, which a sample can hold, become U+FFFD. Ends of a text in a row are one.
         """
         pieces, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i, following in zip(ids, [*ids[1:], self.mask_id]):
+        for before, i, following in zip([None, *ids], ids, [*ids[1:], self.mask_id]):
             # Nothing waits for the other half of a character across a token that is not text.
-            pieces.append(decoder.decode(self.bytes_of[i], final=following in self.shown or i in self.shown))
+            piece = decoder.decode(self.bytes_of[i], final=following in self.shown or i in self.shown)
+            pieces.append("" if i == before and self.shown.get(i) == "\n" else piece)
         return pieces
 
 

@@ -5,9 +5,12 @@ python tests/endure.py soak --minutes 30    # memory at the end against that aft
 python tests/endure.py saving               # the share of a run that its checkpoints take
 python tests/endure.py loading              # the share of loading that the check of sums takes
 python tests/endure.py processes            # two processes of a thread against one of two threads
+python tests/endure.py converting           # the memory that LLaDA-8B takes: 32 GB of disk, 16 of memory
 """
 
 import csv
+import json
+import math
 import os
 import random
 import re
@@ -36,7 +39,7 @@ from model import ModelConfig, Transformer, load_checkpoint
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-WHAT = "kills", "soak", "saving", "loading", "processes"
+WHAT = "kills", "soak", "saving", "loading", "processes", "converting"
 
 
 @dataclass
@@ -163,6 +166,61 @@ def processes(config):
                     pace[name] += [float(row["tokens_per_second"]) for row in csv.DictReader(file)][1:-1]
     one, two = (sorted(each)[-len(each) // 2] for each in pace.values())
     print(f"one process {one:,.0f}, two {two:,.0f} tokens/s: {two / one:.2f}")
+
+
+def write_zeros(folder):
+    """A LLaDA of the real shape, of six shards in bfloat16 whose tensors are holes in the files."""
+    from test_llada import make_tokenizer, settings_of, shapes_of
+
+    tokenizer = make_tokenizer("a book of few words", 10)
+    shape = {"width": 4096, "layers": 32, "heads": 32, "inside": 12288, "length": 4096}
+    settings = {**settings_of(tokenizer, **shape), "embedding_size": 126464}
+    missing = 126464 - 115 - tokenizer.get_vocab_size()  # as many tokens as the real one has
+    tokenizer.add_special_tokens([f"<|reserved {i}|>" for i in range(missing)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(settings))
+    shapes, shard_of = shapes_of(settings), {}
+    for i in range(6):
+        name, header, at = f"model-{i + 1:05}-of-00006.safetensors", {}, 0
+        for tensor in list(shapes)[i::6]:
+            n = 2 * math.prod(shapes[tensor])
+            header[tensor] = {"dtype": "BF16", "shape": shapes[tensor], "data_offsets": [at, at + n]}
+            at, shard_of[tensor] = at + n, name
+        text = json.dumps(header).encode()
+        (folder / name).write_bytes(len(text).to_bytes(8, "little") + text)
+        os.truncate(folder / name, 8 + len(text) + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+
+
+def largest_memory(*line):
+    """Run a script; its seconds, and the most megabytes of memory that it had: of its own, which no file
+    holds, and in all.
+    """
+    began, most = time.time(), {"RssAnon": 0, "VmRSS": 0}
+    process = subprocess.Popen([sys.executable, *map(str, line)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        for name, kilobytes in re.findall(r"(RssAnon|VmRSS):\s+(\d+)", status):
+            most[name] = max(most[name], int(kilobytes) / 1024)
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return time.time() - began, *most.values()
+
+
+def converting(config):
+    """The memory that converting LLaDA-8B takes, and then sampling from it in bfloat16."""
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        model, out = Path(folder) / "zeros", Path(folder) / "zeros.pt"
+        model.mkdir()
+        write_zeros(model)
+        sampling = "--ckpt", out, "--dtype", "bfloat16", "--length", 16, "--steps", 2
+        for name, line in (
+            ("converting", (ROOT / "data" / "llada" / "prepare.py", model, "--out", out)),
+            ("sampling", (ROOT / "sample.py", *sampling)),
+        ):
+            seconds, own, whole = largest_memory(*line)
+            print(f"{name} {seconds:.0f} s, {own:,.0f} MB of its own, {whole:,.0f} MB with the files' pages")
+        print(f"{out.stat().st_size / 1e9:.1f} GB")
 
 
 def main():

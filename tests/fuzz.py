@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 import data.corpus
 import data.gpt2.prepare
+import data.llada.prepare
+import data.mdlm.prepare
 import data.roberta.prepare
 import data.text.prepare
 import data.wikitext2.prepare
@@ -115,12 +117,22 @@ def change(content, rng):
     return content
 
 
+def with_other_header(content, rng):
+    """A file of safetensors with one value of its header changed."""
+    n = int.from_bytes(content[:8], "little")
+    header = json.dumps(change(json.loads(content[8 : 8 + n]), rng)).encode()
+    return len(header).to_bytes(8, "little") + header + content[8 + n :]
+
+
 def damage_one(folder, rng, names=None):
     """Damage a file of a folder, or change a value of its JSON."""
     path = folder / rng.choice(names or sorted(path.name for path in folder.iterdir()))
     if path.suffix == ".json" and rng.random() < 0.7:
         with contextlib.suppress(ValueError, RecursionError):  # it is damaged already
             path.write_text(json.dumps(change(json.loads(path.read_text()), rng)))
+    elif path.suffix == ".safetensors" and rng.random() < 0.5:
+        with contextlib.suppress(ValueError, RecursionError):
+            path.write_bytes(with_other_header(path.read_bytes(), rng))
     elif path.suffix == ".bin" and path.name == "pytorch_model.bin" and rng.random() < 0.5:
         with contextlib.suppress(Exception):
             torch.save(change(torch.load(path), rng), path)
@@ -244,6 +256,8 @@ READERS = {
     "gpt2": weights("gpt2", data.gpt2.prepare),
     "roberta": weights("roberta", data.roberta.prepare),
     "bert": weights("bert", data.roberta.prepare),
+    "mdlm": weights("mdlm", data.mdlm.prepare),
+    "llada": weights("llada", data.llada.prepare),
     "prompt": prompt,
     "archive": archive,
     "text": text,
@@ -256,6 +270,8 @@ READERS = {
 def make_good(good):
     """The good files, of every kind, in a folder."""
     from test_gpt2 import write_gpt2
+    from test_llada import make_tokenizer, write_llada
+    from test_mdlm import settings_of, write_files
     from test_roberta import save_weights, write_bert, write_roberta
 
     data.corpus.DATA = good / "data"
@@ -278,6 +294,9 @@ def make_good(good):
     for kind, write in (("gpt2", write_gpt2), ("roberta", write_roberta), ("bert", write_bert)):
         model = write(good / kind) if kind == "bert" else write(good / kind, MERGES)
         save_weights(good / kind, model.state_dict())
+    small = {"width": 16, "layers": 1, "heads": 2}
+    write_files(good / "mdlm", settings_of(**small), None, MERGES)
+    write_llada(good / "llada", make_tokenizer(lines, 20), **small, inside=16)
     with zipfile.ZipFile(good / "wiki.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for name in ("wiki.train.raw", "wiki.valid.raw"):
             file.writestr(name, lines)

@@ -222,7 +222,7 @@ def test_special_tokens_are_not_text(original, checkpoint):
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_line("one\n") == tokenizer.encode("one\n")  # nothing opens or closes a line
     one, two = tokenizer.encode("one"), tokenizer.encode(" two")
-    assert tokenizer.decode([start, *one, start, *two, tokenizer.mask_id]) == "one two<mask>"
+    assert tokenizer.decode([start, *one, start, *two, tokenizer.mask_id]) == "\none\n two<mask>"
 
 
 @torch.no_grad()
@@ -269,6 +269,72 @@ def test_tokens_that_were_added_and_rows_that_only_pad_come_back(merges, run, tm
     assert ids == {**json.loads((folder / "vocab.json").read_text(encoding="utf-8")), "[USER]": n}
     run(tmp_path / "exported", "--out", tmp_path / "b.pt")
     assert load_checkpoint(tmp_path / "b.pt")[1].state == tokenizer.state
+
+
+# --- DiffuGPT, which is the same with its attention opened ---------------------------------------
+
+
+def write_diffugpt(folder, merges, more_rows):
+    """A folder with the files of a random DiffuGPT whose table has more_rows than its vocabulary; the
+    reference, transformers' GPT-2, which is to see all.
+    """
+    write_gpt2(folder, merges)
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    rows = config["vocab_size"] + more_rows  # which config.json does not say
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**{**config, "vocab_size": rows}, attn_implementation="eager")
+    ).eval()
+    move_biases(reference)
+    tensors = renamed(reference.state_dict(), r"^transformer\.wte", "embed_tokens")
+    tensors = without(renamed(tensors, r"^transformer", "denoise_model"), "lm_head.weight")
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("more_rows", "mask"), [(1, "after the rest"), (2, "after the rest"), (0, "a token")]
+)
+@torch.no_grad()
+def test_diffugpt_s_logits_are_those_of_the_reference_that_sees_all(
+    more_rows, mask, merges, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare, "SMALL_MASK", 300)
+    reference = write_diffugpt(tmp_path / "model", merges[:200], more_rows)
+    start, V = reference.config.bos_token_id, reference.config.vocab_size
+    run(tmp_path / "model", "--out", tmp_path / "out.pt")
+    model, tokenizer, _ = load_checkpoint(tmp_path / "out.pt")
+    config = model.config
+    assert config.mask_id == (300 if mask == "a token" else V - more_rows)
+    assert (config.vocab_size, config.block_len, config.shift_id) == (V, 0, start)
+    assert config.block_size == SMALL["n_positions"] - 1  # the start is read at a position of its own
+    largest, text = 0.0, torch.arange(V) != config.mask_id
+    for T in range(1, config.block_size + 1):
+        ids = torch.randint(V, (3, T))
+        read = torch.cat((torch.full((3, 1), start), ids), 1)  # (3, T + 1)
+        theirs = reference(read, attention_mask=torch.zeros(3, 1, T + 1, T + 1)).logits[:, :T]
+        largest = max(largest, (model(ids) - theirs)[..., text].abs().max().item())
+    print(f"mask {mask}: the largest difference is {largest:.1e}")
+    assert largest < 1e-4
+
+
+def test_a_token_that_is_diffugpt_s_mask_is_written_with_shorter_ones(merges, run, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    write_diffugpt(folder, merges[:200], 0)
+    ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    word = max(filter(str.isalpha, filter(str.isascii, ids)), key=len)
+    monkeypatch.setattr(prepare, "SMALL_MASK", ids[word])
+    run(folder, "--out", tmp_path / "out.pt")
+    tokenizer = load_checkpoint(tmp_path / "out.pt")[1]
+    assert tokenizer.mask_id == ids[word]
+    assert ids[word] not in tokenizer.encode(f"{word} x")
+    assert tokenizer.decode(tokenizer.encode(f"{word} x")) == f"{word} x"
+    assert tokenizer.decode([ids[word]]) == "<mask>"
+
+
+def test_a_table_of_no_diffugpt_is_refused(merges, mistake, tmp_path):
+    write_diffugpt(tmp_path / "model", merges[:200], 9)
+    assert "rows of embeddings" in mistake(tmp_path / "model", "--out", tmp_path / "out.pt")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -324,15 +390,12 @@ def test_half_precision_files_become_float32_of_the_same_values(dtype, original,
     assert table[:-1].equal(half["transformer.wte.weight"].float())
 
 
-def test_safetensors_are_read_where_they_are_the_only_file(original, expected, gpt2, run, mistake, tmp_path):
+def test_safetensors_are_read_where_they_are_the_only_file(original, expected, gpt2, run, tmp_path):
     (gpt2 / "pytorch_model.bin").unlink()
     tensors = {name: tensor.clone() for name, tensor in original[1].state_dict().items()}
     save_file(tensors, gpt2 / "model.safetensors")
     run(gpt2, "--out", tmp_path / "out.pt")
     assert_equal(load_checkpoint(tmp_path / "out.pt")[0].state_dict(), expected)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.hub.importlib.util, "find_spec", lambda name: None)
-        assert "pip install safetensors" in mistake(gpt2, "--out", tmp_path / "new.pt")
 
 
 def test_a_name_is_downloaded_from_its_repository(original, expected, run, data_folder, monkeypatch):

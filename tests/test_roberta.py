@@ -426,13 +426,6 @@ def test_safetensors_are_read_where_they_are_the_only_file(safetensors_only, exp
     assert_equal(load_checkpoint(tmp_path / "out.pt")[0].state_dict(), expected)
 
 
-def test_without_the_safetensors_package_the_sentence_says_how_to_get_it(
-    safetensors_only, mistake, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(data.hub.importlib.util, "find_spec", lambda name: None)
-    assert "pip install safetensors" in mistake(safetensors_only, "--out", tmp_path / "out.pt")
-
-
 LAYER = "roberta.encoder.layer.1.attention.self.query.weight"
 OTHER_WEIGHTS = {
     "an unknown tensor": (lambda t: t | {"roberta.adapter.weight": torch.ones(2)}, "roberta.adapter.weight"),

@@ -1,13 +1,16 @@
-"""GPT-2's weights and tokenizer as one checkpoint of ours, and back.
+"""GPT-2's weights and tokenizer as one checkpoint of ours, and back; and DiffuGPT's.
 
     python data/gpt2/prepare.py                             # gpt2, downloaded once
+    python data/gpt2/prepare.py diffugpt-s                  # the same, opened (2410.17891)
     python data/gpt2/prepare.py DIR --out mine.pt           # files that are already there
     python data/gpt2/prepare.py out/ckpt.pt --export DIR    # for the rest of the world to load
 
 The network is ours with blocks of one token, a shift and a few settings more (ModelConfig has them all), so
 this file is only about names: of settings, and of tensors. And about `<mask>`, which GPT-2 does not have.
+DiffuGPT is one block, with a mask of its own; its files are known by the names of their tensors.
 """
 
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -24,14 +27,18 @@ from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer
 from model import ModelConfig, load_checkpoint
 
+FILES = "config.json", *hub.BPE_FILES
 REPOSITORIES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
+    "gpt2": hub.files("openai-community/gpt2", *FILES, "pytorch_model.bin"),
+    "gpt2-medium": hub.files("openai-community/gpt2-medium", *FILES, "pytorch_model.bin"),
+    "gpt2-large": hub.files("openai-community/gpt2-large", *FILES, "pytorch_model.bin"),
+    "gpt2-xl": hub.files("openai-community/gpt2-xl", *FILES, "pytorch_model.bin"),
+    "distilgpt2": hub.files("distilbert/distilgpt2", *FILES, "pytorch_model.bin"),
+    "diffugpt-s": hub.files("diffusionfamily/diffugpt-s", *FILES, "model.safetensors"),
+    "diffugpt-m": hub.files("diffusionfamily/diffugpt-m", *FILES, "model.safetensors"),
 }
 START = "<|endoftext|>"  # ends one text and begins the next
+SMALL_MASK = 10541  # diffugpt-s took a token of GPT-2's for its mask, twelve dashes
 
 
 @dataclass
@@ -82,18 +89,18 @@ def read_config(path):
     return theirs
 
 
-def our_config(theirs, tokenizer, tied):
-    """The ModelConfig of their config."""
+def our_config(theirs, tokenizer, tied, opened=False):
+    """The ModelConfig of their config. opened: of a DiffuGPT, which reads a position more than it writes."""
     return ModelConfig(
-        vocab_size=theirs["vocab_size"] + 1,
+        vocab_size=tokenizer.vocab_size,
         mask_id=tokenizer.mask_id,
         special_ids=tokenizer.special_ids,
-        block_size=theirs["n_positions"],
+        block_size=theirs["n_positions"] - opened,
         n_layer=theirs["n_layer"],
         n_head=theirs["n_head"],
         n_embd=theirs["n_embd"],
         dropout=theirs["resid_pdrop"],
-        block_len=1,
+        block_len=0 if opened else 1,
         shift_id=tokenizer.first(START),
         conv=0,
         position="learned",
@@ -159,7 +166,13 @@ def their_name(name):
 
 def plain_name(name):
     """A key of a file in the spelling of their_name."""
-    return name.removeprefix("transformer.")
+    name = name.removeprefix("transformer.").removeprefix("denoise_model.")
+    return "wte.weight" if name == "embed_tokens.weight" else name
+
+
+def is_opened(tensors):
+    """Whether a file's tensors are a DiffuGPT's."""
+    return any(name.startswith("denoise_model.") for name in tensors)
 
 
 def transposed(name, tensor):
@@ -167,24 +180,24 @@ def transposed(name, tensor):
     return tensor.T.contiguous() if name.startswith("h.") and tensor.ndim == 2 else tensor
 
 
-def their_tensors(ours):
-    """Tensors of our state_dict with GPT-2's names and shapes."""
+def their_tensors(ours, opened=False):
+    """Tensors of our state_dict with GPT-2's names and shapes: without the row of `<mask>`, unless opened."""
     parts = defaultdict(list)
     for name, tensor in ours.items():
         their = their_name(name)
-        parts[their].append(tensor[:-1] if their in TABLES else tensor)  # without the row of <mask>
+        parts[their].append(tensor[:-1] if their in TABLES and not opened else tensor)
     return {name: transposed(name, torch.cat(tensors)) for name, tensors in parts.items()}
 
 
-def our_tensors(found, names):
+def our_tensors(found, names, opened=False):
     """The inverse: tensors by our names, of those found by theirs."""
     parts = defaultdict(list)
     for name in names:
         parts[their_name(name)].append(name)
     ours = {}
     for their, several in parts.items():
-        tensor = transposed(their, found[their].float())
-        if their in TABLES:
+        tensor = transposed(their, found[their])
+        if their in TABLES and not opened:
             tensor = with_mask(tensor)
         ours |= zip(several, (part.clone() for part in tensor.chunk(len(several))))
     return ours
@@ -196,19 +209,23 @@ def with_mask(table):
     A GPT never reads one, since a position sees only what is written, so the row is needed only once the
     attention is opened. The mean of all tokens is then where training begins: it favours none of them.
     """
-    return torch.cat((table, table.mean(0, keepdim=True)))
+    return torch.cat((table, table.float().mean(0, keepdim=True).type_as(table)))
 
 
 def convert(theirs, tokenizer, path, tensors):
     """Our model with their tensors, and the names of those that it has no use for."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(plain_name(name))}
-    found = hub.by_plain_name(tensors, plain_name, path)
-    tied = hub.tie(found, *TABLES, theirs)
-    model = hub.empty_model(our_config(theirs, tokenizer, tied), path)
-    expected = their_tensors(model.state_dict())
-    hub.check_tensors(found, expected, path)
-    skipped = hub.left_over(tensors, plain_name, expected, UNUSED, path)
-    return hub.fill(model, our_tensors(found, model.state_dict())), skipped
+    opened = is_opened(tensors)
+    return hub.convert(
+        {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(plain_name(name))},
+        path,
+        plain_name,
+        tables=TABLES,
+        may_tie=theirs["tie_word_embeddings"],
+        our_config=functools.partial(our_config, theirs, tokenizer, opened=opened),
+        their_tensors=functools.partial(their_tensors, opened=opened),
+        our_tensors=functools.partial(our_tensors, opened=opened),
+        unused=UNUSED,
+    )
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
@@ -224,23 +241,51 @@ def read_tokenizer(folder, theirs):
     """Their tokenizer, and `<mask>` after all others."""
     tokenizer, vocab_size = hub.read_bpe(folder, theirs["vocab_size"]), theirs["vocab_size"]
     hub.check_vocab_size(folder, tokenizer, vocab_size)
-    if START not in tokenizer.special:
-        raise Mistake(f"{folder}: its vocabulary has no {START}, which stands before the text of a GPT-2")
+    check_start(folder, tokenizer)
     if tokenizer.mask_id is not None:
         raise Mistake(f"{folder}: its vocabulary has a <mask> already, and a GPT-2's has none")
     return with_special(tokenizer, {**tokenizer.special, "<mask>": vocab_size})
+
+
+def read_opened_tokenizer(folder, n_rows):
+    """The tokenizer of a DiffuGPT whose table has n_rows. Its mask is the first after GPT-2's tokens, in
+    diffugpt-m, where rows were added to make their number even; or one of these, in diffugpt-s, which is then
+    no text: what was written with it is written with the shorter ones that it was merged of.
+    """
+    state = hub.read_bpe(folder, 0).state
+    tokens, ids = state["tokens"], state["ids"]
+    special = {name: i for name, i in state["special"].items() if name == START}
+    n = len(ids) + len(special)
+    if not n <= n_rows < n + 8 or (n_rows == n and SMALL_MASK not in ids):
+        raise Mistake(f"{folder}: {n_rows:,} rows of embeddings, but a DiffuGPT of {n:,} tokens has others")
+    special["<mask>"] = n if n_rows > n else SMALL_MASK
+    special |= {f"<unused {i}>": i for i in range(n + 1, n_rows)}
+    kept = [(token, i) for token, i in zip(tokens, ids) if i != special["<mask>"]]
+    tokenizer = BPETokenizer([token for token, _ in kept], state["pattern"], [i for _, i in kept], special)
+    check_start(folder, tokenizer)
+    return tokenizer
+
+
+def check_start(folder, tokenizer):
+    if START not in tokenizer.special:
+        raise Mistake(f"{folder}: its vocabulary has no {START}, which stands before the text of a GPT-2")
 
 
 # --- the command ---------------------------------------------------------------------------------
 
 
 def convert_folder(folder):
-    """(model, tokenizer, what is not used) of the files in a folder."""
+    """(model, tokenizer, what is not used, nothing besides) of the files in a folder."""
     theirs = read_config(folder / "config.json")
-    tokenizer = read_tokenizer(folder, theirs)
-    model, skipped = convert(theirs, tokenizer, *hub.read_weights(folder))
+    path, tensors = hub.read_weights(folder)
+    if is_opened(tensors):
+        table = next((tensor for name, tensor in tensors.items() if plain_name(name) == TABLES[0]), None)
+        tokenizer = read_opened_tokenizer(folder, 0 if table is None else len(table))
+    else:
+        tokenizer = read_tokenizer(folder, theirs)
+    model, skipped = convert(theirs, tokenizer, path, tensors)
     unused = hub.not_used(skipped, theirs, "resid_pdrop", "embd_pdrop", "attn_pdrop")
-    return model, tokenizer, unused
+    return model, tokenizer, unused, {}
 
 
 def export(path, folder):
@@ -261,7 +306,10 @@ def export(path, folder):
 
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    hub.prepare(config, DATA / "gpt2", REPOSITORIES, convert_folder, export)
+    home = DATA / "gpt2"
+    if config.export:
+        return export(hub.checkpoint_to_export(config, home, REPOSITORIES), Path(config.export))
+    hub.prepare(config, home, REPOSITORIES, convert_folder)
 
 
 if __name__ == "__main__":

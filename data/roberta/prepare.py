@@ -22,10 +22,11 @@ from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer, WordPieceTokenizer
 from model import ModelConfig, load_checkpoint
 
+FILES = "config.json", *hub.BPE_FILES, "pytorch_model.bin"
 REPOSITORIES = {
-    "roberta-base": "FacebookAI/roberta-base",
-    "roberta-large": "FacebookAI/roberta-large",
-    "distilroberta-base": "distilbert/distilroberta-base",
+    "roberta-base": hub.files("FacebookAI/roberta-base", *FILES),
+    "roberta-large": hub.files("FacebookAI/roberta-large", *FILES),
+    "distilroberta-base": hub.files("distilbert/distilroberta-base", *FILES),
 }
 
 
@@ -183,15 +184,17 @@ def convert(theirs, tokenizer, path, tensors):
     # The head's bias may be there under two names; where they differ the decoder's is the one in use.
     twice = {name.replace("decoder.bias", "bias") for name in tensors if name.endswith("decoder.bias")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in twice}
-    found = hub.by_plain_name(tensors, plain, path)
-    embedding, head = (their_name(name, kind) for name in ("token_embedding.weight", "head.weight"))
-    tied = hub.tie(found, embedding, head, theirs)
-    model = hub.empty_model(our_config(theirs, tokenizer, tied), path)
-    names = {name: their_name(name, kind) for name in model.state_dict()}
-    expected = {names[name]: parameter for name, parameter in model.state_dict().items()}
-    hub.check_tensors(found, expected, path)
-    skipped = hub.left_over(tensors, plain, expected, UNUSED, path)
-    return hub.fill(model, {name: found[their] for name, their in names.items()}), skipped
+    their = functools.partial(their_name, kind=kind)
+    return hub.convert(
+        tensors,
+        path,
+        plain,
+        tables=(their("token_embedding.weight"), their("head.weight")),
+        may_tie=theirs["tie_word_embeddings"],
+        our_config=functools.partial(our_config, theirs, tokenizer),
+        **hub.renaming(their),
+        unused=UNUSED,
+    )
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -239,12 +242,12 @@ def read_tokenizer(folder, theirs):
 
 
 def convert_folder(folder):
-    """(model, tokenizer, what is not used) of the files in a folder."""
+    """(model, tokenizer, what is not used, nothing besides) of the files in a folder."""
     theirs = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, theirs)
     model, skipped = convert(theirs, tokenizer, *hub.read_weights(folder))
     unused = hub.not_used(skipped, theirs, "hidden_dropout_prob", "attention_probs_dropout_prob")
-    return model, tokenizer, unused
+    return model, tokenizer, unused, {}
 
 
 def export(path, folder):
@@ -265,7 +268,10 @@ def export(path, folder):
 
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    hub.prepare(config, DATA / "roberta", REPOSITORIES, convert_folder, export)
+    home = DATA / "roberta"
+    if config.export:
+        return export(hub.checkpoint_to_export(config, home, REPOSITORIES), Path(config.export))
+    hub.prepare(config, home, REPOSITORIES, convert_folder)
 
 
 if __name__ == "__main__":

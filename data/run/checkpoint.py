@@ -74,7 +74,7 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         sums, there = checkpoint.pop("sums", None), list(tensors(checkpoint))  # earlier versions wrote none
-        check_tensors(there, os.path.getsize(path))
+        check_layout(there, os.path.getsize(path))
         not_finite = check_values(there, sums, checkpoint["model"])
         upgrade(checkpoint)
         _ = checkpoint["tokenizer"]
@@ -95,7 +95,7 @@ def check_archive(path):
         archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
 
-def check_tensors(there, n_bytes):
+def check_layout(there, n_bytes):
     """Raise an error if one is not as we write them, or if all are more than n_bytes could hold."""
     for tensor in there:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
@@ -142,6 +142,7 @@ def check_config(config, checkpoint):
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
     heads = config.n_head * (2 if config.position == "rope" else 1)  # rope turns channels in pairs
     fit = heads and config.n_embd % heads == 0 and config.conv_right < max(1, config.conv)
+    fit = fit and config.n_head % (config.n_kv_head or config.n_head) == 0 and config.rope_base > 0
     if config.n_layer != len(layers) or not (fit and config.block_size):
         raise ValueError("it is not of the size that it says")
     if config.norm not in ("pre", "post") or config.position not in ("rope", "learned"):

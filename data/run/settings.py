@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from data.canvas.picture import check_path
@@ -58,7 +59,9 @@ def settle(given, config_class):
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     changes = {"dropout": given["dropout"]} if "dropout" in given else {}
-    model, tokenizer, checkpoint = load_checkpoint(path, **changes)
+    # What is trained is float32. A model that is only scored may stay as it is, larger than memory.
+    keep = getattr(torch, config.dtype, None) if config.eval_only else None
+    model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
     before = attention_of(model.config)
     attention = given.get("attention", before)
     if attention.K == model.config.block_size:  # one block for all
@@ -66,7 +69,7 @@ def settle(given, config_class):
         attention = given["attention"]
     if attention != before and not resume:
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
-        model, tokenizer, checkpoint = load_checkpoint(path, **changes)
+        model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
     trained, longest = checkpoint.get("train", {}), model.config.block_size
     kept = trained if resume else {}
     if config.eval_only:  # the corpus that it was trained on, and whole texts

@@ -1,0 +1,288 @@
+"""MDLM and BD3-LM: the logits of a plain network written from the papers and the released configuration."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import test_roberta
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from test_roberta import edit, write_bpe
+
+import data.hub
+import data.mdlm.prepare as prepare
+import data.text.prepare as text_prepare
+import sample
+import train
+from model import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+START = "<|endoftext|>"
+
+# The fixtures of the other converter's tests, here of this one.
+data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
+merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def settings_of(kind="mdlm", width=32, layers=2, heads=4, length=24, vocab_size=300, **more):
+    """A config.json, with the names of the released ones."""
+    names = {"vocab_size": vocab_size, "model_length": length, "hidden_dim": width, "cond_dim": 16}
+    names |= {"n_blocks": layers, "n_heads": heads, "dropout": 0.1, "time_conditioning": False}
+    return {"model_type": kind, **names, **more}
+
+
+def random_tensors(settings, adaln=True):
+    """Tensors of the released names and shapes, none of which is zero or without effect."""
+    C, V, L = settings["hidden_dim"], settings["vocab_size"], settings["cond_dim"]
+    shapes = {"vocab_embed.embedding": (V, C), "output_layer.norm_final.weight": (C,)}
+    shapes |= {"output_layer.linear.weight": (V, C), "output_layer.linear.bias": (V,)}
+    told = {
+        "output_layer.adaLN_modulation": (2 * C, L),
+        "sigma_map.mlp.0": (L, 256),
+        "sigma_map.mlp.2": (L, L),
+    }
+    for i in range(settings["n_blocks"]):
+        block = {"norm1.weight": (C,), "attn_qkv.weight": (3 * C, C), "attn_out.weight": (C, C)}
+        block |= {"norm2.weight": (C,), "mlp.0.weight": (4 * C, C), "mlp.0.bias": (4 * C,)}
+        block |= {"mlp.2.weight": (C, 4 * C), "mlp.2.bias": (C,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+        told[f"blocks.{i}.adaLN_modulation"] = 6 * C, L
+    for name, shape in told.items() if adaln else ():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    torch.manual_seed(0)
+    tensors = {f"backbone.{name}": torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    tensors |= {name: 1 + 0.3 * torch.randn(t.shape) for name, t in tensors.items() if "norm" in name}
+    return tensors | {"backbone.rotary_emb.inv_freq": torch.ones(C // settings["n_heads"] // 2)}
+
+
+def rotated(x):
+    """Rotary positions (2104.09864) of x (B, H, T, D): channels i and i + D/2 are a complex number."""
+    T, D = x.shape[-2:]
+    angle = torch.arange(T)[:, None] * 10000.0 ** -(torch.arange(D // 2) * 2 / D)
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def reference(tensors, settings, idx, clean=None):
+    """Logits (B, T, V) of the network as it was released (2406.07524, app. C; 2212.09748): told the level 0.
+    With clean, BD3-LM's pass over [xt ; x0] and its mask (2503.09573, app. B).
+    """
+    w = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    (B, T), C, H = idx.shape, settings["hidden_dim"], settings["n_heads"]
+
+    def linear(name, x):
+        return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def told(name, n):
+        if f"{name}.weight" not in w:
+            return torch.zeros(n, C) + (torch.arange(n) % 3 == 2)[:, None]
+        embedding = torch.tensor([math.cos(0.0)] * 128 + [math.sin(0.0)] * 128)
+        return linear(
+            name, F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", embedding))))
+        ).view(n, C)
+
+    def norm(name, x, shift, scale):
+        return F.layer_norm(x, (C,)) * w[f"{name}.weight"] * (1 + scale) + shift
+
+    sees, x = torch.ones(T, T, dtype=torch.bool), w["vocab_embed.embedding"][idx]
+    if clean is not None:
+        noisy, block = torch.arange(2 * T) < T, torch.arange(2 * T) % T // settings["block_size"]
+        own = (block[:, None] == block) & (noisy[:, None] == noisy)
+        sees = own | (block[:, None] > block) & ~noisy
+        x = torch.cat((x, w["vocab_embed.embedding"][clean]), 1)
+    halves = x.shape[1] // T
+    for i in range(settings["n_blocks"]):
+        vectors, name = told(f"blocks.{i}.adaLN_modulation", 6), f"blocks.{i}."
+        y = norm(f"{name}norm1", x, *vectors[:2])
+        q, k, v = linear(f"{name}attn_qkv", y).view(B, halves * T, 3, H, -1).permute(2, 0, 3, 1, 4)
+        q, k = (torch.cat([rotated(part) for part in z.split(T, 2)], 2) for z in (q, k))
+        scores = (q @ k.mT / math.sqrt(C / H)).masked_fill(~sees, -math.inf)
+        x = x + vectors[2] * linear(f"{name}attn_out", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        y = norm(f"{name}norm2", x, *vectors[3:5])
+        y = linear(f"{name}mlp.2", F.gelu(linear(f"{name}mlp.0", y), approximate="tanh"))
+        x = x + vectors[5] * y
+    x = norm("output_layer.norm_final", x, *told("output_layer.adaLN_modulation", 2))
+    return linear("output_layer.linear", x)[:, :T]
+
+
+@torch.no_grad()
+def largest_difference(model, tensors, settings, lengths, K=None):
+    """The largest between the logits of random canvases, half of them holes, but for that of `<mask>`."""
+    torch.manual_seed(0)
+    largest, mask_id = 0.0, settings["vocab_size"] - 1
+    for T in lengths:
+        x0 = torch.randint(mask_id, (3, T))
+        xt = x0.masked_fill(torch.rand(3, T) < 0.5, mask_id)
+        ours, theirs = model(xt, clean=x0), reference(tensors, settings, xt, x0 if K else None)
+        assert ours.dtype == torch.float32
+        assert (ours[..., mask_id] == -torch.inf).all()
+        largest = max(largest, (ours - theirs)[..., :mask_id].abs().max().item())
+    return largest
+
+
+def write_files(folder, settings, tensors, merges):
+    """A folder as the hub has it, beside GPT-2's vocabulary; settings with the number of its tokens."""
+    folder.mkdir()
+    settings = {**settings, "vocab_size": write_bpe(folder, merges, first=(), last=(START,)) + 1}
+    tensors = random_tensors(settings) if tensors is None else tensors
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors")
+    return settings, tensors
+
+
+def in_memory(settings, tensors, folder):
+    """Our model of these settings and tensors."""
+
+    class Tokens:
+        mask_id = settings["vocab_size"] - 1
+
+    (folder / "config.json").write_text(json.dumps(settings))
+    return prepare.convert(prepare.read_config(folder / "config.json"), Tokens, folder / "x", tensors)[0]
+
+
+ODD = {
+    "one head, one layer": settings_of(width=20, layers=1, heads=1, length=31),
+    "three heads": settings_of(width=42, layers=3, heads=3, length=17, vocab_size=131),
+    "blocks of 4": settings_of("bd3lm", length=24, block_size=4, cross_attn=True, adaln=True),
+    "blocks of 6, not told the level": settings_of("bd3lm", length=24, block_size=6, adaln=False),
+    "one block, as it is pretrained": settings_of("bd3lm", length=24, block_size=24, adaln=False),
+}
+REAL = {
+    "mdlm-owt": settings_of(width=768, layers=12, heads=12, length=1024, vocab_size=50258),
+    "bd3lm-owt-block_size16": settings_of(
+        "bd3lm", width=768, layers=12, heads=12, length=1024, vocab_size=50258, block_size=16, adaln=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_logits_of_odd_shapes_are_those_of_the_reference(name, tmp_path):
+    settings, K = ODD[name], ODD[name].get("block_size", 24)
+    tensors = random_tensors(settings, settings.get("adaln", True))
+    model = in_memory(settings, tensors, tmp_path)
+    blocks = K < 24
+    lengths = range(K, 25, K) if blocks else range(1, settings["model_length"] + 1)
+    largest = largest_difference(model, tensors, settings, lengths, blocks)
+    print(f"{name}: the largest difference is {largest:.1e}")
+    assert model.config.block_len == (K if blocks else 0)
+    assert largest < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_logits_of_the_real_shapes_are_those_of_the_reference(name, tmp_path):
+    settings = REAL[name]
+    tensors = random_tensors(settings)
+    model = in_memory(settings, tensors, tmp_path)
+    largest = largest_difference(model, tensors, settings, [256], settings.get("block_size"))
+    print(f"{name}: the largest difference is {largest:.1e}")
+    assert largest < 1e-4
+
+
+def test_a_level_that_is_told_changes_the_network(tmp_path):
+    """What is folded away is not nothing: without it the logits are others."""
+    settings = settings_of()
+    tensors = random_tensors(settings)
+    told = in_memory(settings, tensors, tmp_path)
+    untold = {name: t for name, t in tensors.items() if "adaLN" not in name and "sigma_map" not in name}
+    untold = in_memory({**settings, "adaln": False}, untold, tmp_path)
+    ids = torch.randint(299, (2, 20))
+    assert (told(ids) - untold(ids))[..., :-1].abs().max() > 0.1
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mdlm(merges, tmp_path):
+    """A small MDLM's folder, its settings and tensors."""
+    return tmp_path / "model", *write_files(tmp_path / "model", settings_of(), None, merges[:200])
+
+
+def test_files_become_a_checkpoint_that_samples_scores_and_shows(mdlm, run, tmp_path, capsys, monkeypatch):
+    """Each command, with no flag that names the model."""
+    folder, settings, tensors = mdlm
+    run(folder, "--out", tmp_path / "mdlm.pt")
+    assert "12,345" not in capsys.readouterr().out
+    model, tokenizer, _ = load_checkpoint(tmp_path / "mdlm.pt")
+    assert largest_difference(model, tensors, settings, [24]) < 1e-4
+    mask_id = settings["vocab_size"] - 1
+    assert (model.config.mask_id, model.config.special_ids) == (mask_id, (mask_id,))
+    run("--ckpt", tmp_path / "mdlm.pt", "--prompt", "def", main=sample.main)
+    written = capsys.readouterr()
+    assert written.out.startswith("def")
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
+    run("--ckpt", tmp_path / "mdlm.pt", "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
+    assert "nats per token" in capsys.readouterr().out
+    run(tmp_path / "text.txt", "--name", "own", "--tokenizer", tmp_path / "mdlm.pt", main=text_prepare.main)
+    capsys.readouterr()
+    run("--init_from", tmp_path / "mdlm.pt", "--eval_only", "--data", "own", main=train.main)
+    assert capsys.readouterr().out.startswith("own: NELBO")
+
+
+def test_the_end_of_a_text_is_written_and_read_as_a_new_line(mdlm, run, tmp_path):
+    """It stood between the texts that MDLM was trained on, so it is one of its tokens."""
+    folder, _, tensors = mdlm
+    run(folder, "--out", tmp_path / "mdlm.pt")
+    model, tokenizer, _ = load_checkpoint(tmp_path / "mdlm.pt")
+    end = tokenizer.special[START]
+    with torch.no_grad():
+        model.head.bias[end] = 100
+    *_, canvas = sample.denoise(model, torch.full((2, 20), tokenizer.mask_id), 5)
+    assert (canvas == end).all()
+    one = tokenizer.encode("one")
+    assert tokenizer.decode([*one, end, end, *one, end]) == "one\none\n"
+
+
+BROKEN = {
+    "a level that is told": ({"time_conditioning": True}, lambda t: t, "time_conditioning True"),
+    "a causal one": ({"causal": True}, lambda t: t, "causal True"),
+    "heads of odd width": ({"n_heads": 32}, lambda t: t, "n_heads"),
+    "no layers of it": ({"n_blocks": 10**7}, lambda t: t, "10,000,000 layers"),
+    "another model": ({"model_type": "gpt2"}, lambda t: t, "mdlm and bd3lm"),
+    "a missing gate": ({}, lambda t: without(t, "blocks.1.adaLN_modulation.weight"), "blocks.1.adaLN"),
+    "a level of another size": (
+        {},
+        lambda t: t | {"backbone.sigma_map.mlp.0.bias": torch.ones(5)},
+        "sigma_map.mlp.0.weight is (16, 256)",
+    ),
+    "a tensor too many": ({}, lambda t: t | {"backbone.adapter": torch.ones(2)}, "backbone.adapter"),
+}
+
+
+def without(tensors, ending):
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
+
+
+@pytest.mark.parametrize("change", BROKEN)
+def test_what_is_no_such_model_is_refused_in_a_sentence(change, mdlm, mistake, tmp_path):
+    folder, _, tensors = mdlm
+    changes, alter, names = BROKEN[change]
+    edit(folder / "config.json", **changes)
+    save_file(alter(tensors), folder / "model.safetensors")
+    assert names in mistake(folder, "--out", tmp_path / "out.pt")
+
+
+def test_a_name_is_downloaded_with_gpt2_s_vocabulary(mdlm, run, data_folder, monkeypatch):
+    fetched = []
+
+    def download(url, path, instead, most):
+        fetched.append(url.removeprefix(f"{data.hub.HUB}/").replace("/resolve/main", ""))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(mdlm[0] / path.name, path)
+
+    monkeypatch.setattr(data.hub, "download", download)
+    run("mdlm-owt")
+    assert fetched == [
+        "kuleshov-group/mdlm-owt/config.json",
+        "kuleshov-group/mdlm-owt/model.safetensors",
+        "openai-community/gpt2/vocab.json",
+        "openai-community/gpt2/merges.txt",
+    ]
+    assert (data_folder / "mdlm" / "mdlm-owt.pt").exists()
