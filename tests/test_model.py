@@ -61,9 +61,8 @@ def test_learned_positions_tell_order_apart_and_rotary_ones_only_distance():
 
 def test_rotary_products_depend_on_the_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16)
-    q, k = (
-        rotate(x.expand(1, 10, 1, 16), *rotary_angles(torch.arange(10), 16, 1e4))[0, :, 0] for x in (q, k)
-    )
+    angles = rotary_angles(torch.arange(10), 16, 1e4)
+    q, k = (rotate(x.expand(1, 10, 1, 16), *angles)[0, :, 0] for x in (q, k))  # (T, D) each
     products = q @ k.T  # (T, T)
     for distance in range(-9, 10):
         diagonal = products.diagonal(distance)
