@@ -169,9 +169,10 @@ def read_chat(folder, tokenizer):
     template, opening = settings.get("chat_template"), settings.get("bos_token")
     if template is None:
         return None, []
+    opening = opening.get("content") if isinstance(opening, dict) else opening  # with how it is matched
     names = {*re.findall(r"<\|\w+\|>", TURN), "<|endoftext|>"}
     known = "".join(str(template).replace("\\n", "\n").split()).startswith("".join(TEMPLATE.split()))
-    if not known or opening not in tokenizer.special or not names <= tokenizer.special.keys():
+    if not known or opening not in [*tokenizer.special] or not names <= tokenizer.special.keys():
         return None, ["the chat_template, which is not LLaDA's"]
     return {"opening": opening, "turn": TURN, "end": "<|endoftext|>"}, []
 
