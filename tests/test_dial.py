@@ -32,6 +32,8 @@ SHAPES = [
     for shift_id in (None, MASK)
     for conv, position in ((0, "rope"), (5, "rope"), (4, "learned"))
 ]
+LLAMA = {"conv": 0, "qk_norm": False, "rms": True, "gated": True, "n_kv_head": 1}
+SHAPES += [{"shift_id": None, **LLAMA}]
 CAUSAL = {"block_len": 1, "shift_id": MASK}
 
 

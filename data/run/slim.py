@@ -23,7 +23,7 @@ class SlimConfig:
 
 def main():
     config = SlimConfig(**parse(SlimConfig, __doc__.splitlines()[0]))
-    model, tokenizer, checkpoint = load_checkpoint(config.ckpt)
+    model, tokenizer, checkpoint = load_checkpoint(config.ckpt, keep=torch.bfloat16)
     kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
     kept.get("train", {}).pop("out_dir", None)  # where it was made matters no more
     save_checkpoint(config.out, model.to(torch.bfloat16), tokenizer, **kept)
