@@ -1,4 +1,6 @@
-"""A corpus is a folder: train.bin and val.bin, token ids as uint16, and meta.json beside them.
+"""A corpus is a folder: train.bin and val.bin, token ids, and meta.json beside them.
+
+An id is a uint16, or a uint32 where the tokenizer has more tokens than that can count.
 
 meta.json has the tokenizer and the source; of each split how many tokens and bytes it has, and its
 sha256; and how often each token occurs in the training split.
@@ -23,19 +25,35 @@ DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 
 
-def write_corpus(name, pieces, tokenizer, source, encode=None):
-    """Write data/NAME from pieces, (split, text) pairs that are read one at a time.
+def id_type(tokenizer):
+    """The numpy type of the ids in a corpus's files."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
-    encode: text to ids (the tokenizer's encode). The files take their names at the end, meta.json
-    last; on an error none does. Returns its dict. Mistake if data/ can have no folder of that name.
+
+def write_corpus(name, pieces, tokenizer, source, encode=None):
+    """Write data/NAME, as write_tokens does, from pieces of text, (split, text) pairs that are read one at a
+    time. encode: text to ids (the tokenizer's encode).
+    """
+    encode = encode or tokenizer.encode
+
+    def encoded():
+        for split, text in pieces:
+            ids = np.array(encode(text), dtype=id_type(tokenizer))
+            # A newline for which a special token stands is not predicted, so its byte does not count.
+            newline = text.endswith("\n") and tokenizer.eos_id in ids
+            yield split, ids, len(text.encode("utf-8")) - newline
+
+    return write_tokens(name, encoded(), tokenizer, source)
+
+
+def write_tokens(name, pieces, tokenizer, source):
+    """Write data/NAME from pieces that are read one at a time: (split, array of ids, bytes of their text).
+
+    The files take their names at the end, meta.json last; on an error none does. Returns its dict.
+    Mistake if data/ can have no folder of that name.
     """
     if name in ("", ".", "..") or Path(name).name != name:
         raise Mistake(f"--name {name}: a corpus is one folder of data/, so no path but a name is needed")
-    if tokenizer.vocab_size > 2**16:
-        raise Mistake(
-            f"{source}: its tokens are kept as 16-bit numbers, and {tokenizer.vocab_size:,} are too many"
-        )
-    encode = encode or tokenizer.encode
     folder = DATA / name
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
@@ -45,14 +63,12 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
             stack.enter_context(replacing(folder / file)) for file in ("meta.json", "train.bin", "val.bin")
         ]
         files = dict(zip(SPLITS, bins))
-        for split, text in pieces:
-            ids = np.array(encode(text), dtype=np.uint16)
+        for split, ids, n_bytes in pieces:
+            ids = ids.astype(id_type(tokenizer), copy=False)
             files[split].write(ids)
             digests[split].update(ids)
             counts[split]["tokens"] += len(ids)
-            # A newline for which a special token stands is not predicted, so its byte does not count.
-            newline = text.endswith("\n") and tokenizer.eos_id in ids
-            counts[split]["bytes"] += len(text.encode("utf-8")) - newline
+            counts[split]["bytes"] += n_bytes
             if split == "train":
                 np.add.at(occurrences, ids, 1)
         for split in SPLITS:
@@ -92,7 +108,7 @@ def read_pieces(path, size=1 << 20):
 
 
 def load_corpus(name, block_size=1):
-    """The corpus data/NAME as (train, val, tokenizer, meta); train and val are memory-mapped uint16.
+    """The corpus data/NAME as (train, val, tokenizer, meta); train and val are memory-mapped.
 
     The default corpus is made when it is missing. Mistake if a split has fewer tokens than block_size.
     """
@@ -110,7 +126,7 @@ def load_corpus(name, block_size=1):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = tokenizer_from_state(meta["tokenizer"])
-        train, val = (np.memmap(folder / f"{split}.bin", dtype=np.uint16, mode="r") for split in SPLITS)
+        train, val = (np.memmap(folder / f"{split}.bin", id_type(tokenizer), "r") for split in SPLITS)
         intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
         occurrences = meta.get("occurrences", [0] * tokenizer.vocab_size)
         numbers = [*occurrences, *(meta[split]["bytes"] for split in SPLITS)]
@@ -134,6 +150,7 @@ def check_tokens(folder, meta, tokenizer):
     which a note beside them then spares as long as the files are the same.
     """
     files, note = [folder / f"{split}.bin" for split in SPLITS], folder / "checked.json"
+    kind = id_type(tokenizer)
     stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, files)]
     kept = [meta[split].get("sha256") for split in SPLITS]
     # Whoever copies a folder gets files of another time, at which he cannot have forged the note.
@@ -146,7 +163,7 @@ def check_tokens(folder, meta, tokenizer):
         with open(path, "rb") as file:
             while size := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:size])
-                ids = np.frombuffer(buffer, np.uint16, size // 2)
+                ids = np.frombuffer(buffer, kind, size // kind.itemsize)
                 if ids.max(initial=0) >= tokenizer.vocab_size or (ids == tokenizer.mask_id).any():
                     raise Mistake(f"{path}: it has tokens that are not its tokenizer's; prepare it again")
         if sha256 not in (None, digest.hexdigest()):
