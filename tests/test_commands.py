@@ -1032,6 +1032,9 @@ PREPARE_MISTAKES = [
     ("python", ["--tokenizer", "klingon"], "bytes, gpt2"),
     ("shakespeare", ["--file", "good"], "sha256"),
     ("shakespeare", ["--file", "none"], "No such file"),
+    ("text8", ["--file", "none"], "No such file"),
+    ("text8", ["--file", "good", "--name", "new"], "text8 has 100,000,000 bytes, and this has fewer"),
+    ("enwik8", ["--file", "good", "--test"], "enwik8 has 100,000,000 bytes, and this has fewer"),
 ]
 
 

@@ -1,8 +1,14 @@
-"""Corpora of many tokens."""
+"""text8 and enwik8: what is in them, where they are cut, and that they are theirs or not there."""
 
 import hashlib
+import http.server
+import io
 import json
 import os
+import threading
+import tracemalloc
+import zipfile
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -13,6 +19,7 @@ import torch
 
 import data.corpus
 import data.hub
+import data.text8.prepare as text8
 import train
 from data.corpus import id_type, load_corpus, unigram_nats, write_corpus, write_tokens
 from data.run.errors import Mistake
@@ -30,8 +37,152 @@ run, mistake = test_roberta.run, test_roberta.mistake
 def data_folder(tmp_path, monkeypatch):
     """Corpora are written to a folder of the test's own."""
     (tmp_path / "data").mkdir()
-    monkeypatch.setattr(data.corpus, "DATA", tmp_path / "data")
+    for module in (data.corpus, text8):
+        monkeypatch.setattr(module, "DATA", tmp_path / "data")
     return tmp_path / "data"
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A server of tmp_path/www, which is also the hub: its address, and the files that were asked for."""
+    (tmp_path / "www").mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "www"))
+
+        def log_message(self, *_):
+            asked.append(self.path.rpartition("/")[2])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{httpd.server_port}"
+        monkeypatch.setattr(data.hub, "HUB", address)
+        yield address, asked
+        httpd.shutdown()
+
+
+# --- text8 and enwik8 ----------------------------------------------------------------------------
+
+SIZES = {"train": 2_700_000, "val": 150_000, "test": 150_000}
+LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", np.uint8)
+TEXT = LETTERS[np.arange(3_000_000) ** 2 % 9973 % 27].tobytes()
+
+
+def zipped(files, compression=zipfile.ZIP_DEFLATED):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+def main_of(text=TEXT, **more):
+    """text8's command for a shorter text."""
+    return partial(text8.main, sha256=hashlib.sha256(text).hexdigest(), **{"sizes": SIZES, **more})
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """The text, as it is and in a zip."""
+    (tmp_path / "text8").write_bytes(TEXT)
+    (tmp_path / "text8.zip").write_bytes(zipped({"read.me": "no", "text8": TEXT}))
+    return tmp_path / "text8", tmp_path / "text8.zip"
+
+
+def test_text8_is_cut_at_90_and_95_of_100_million():
+    assert list(text8.SIZES.items()) == [("train", 90_000_000), ("val", 5_000_000), ("test", 5_000_000)]
+
+
+def test_the_three_splits_are_the_text_and_the_last_validates_with_test(copies, run):
+    for path in copies:
+        run("--file", path, main=main_of())
+        run("--file", path, "--test", main=main_of())
+        train_split, val, tokenizer, meta = load_corpus("text8")
+        again, test, _, test_meta = load_corpus("text8-test")
+        assert [len(train_split), len(val), len(test)] == list(SIZES.values())
+        assert b"".join(split.astype(np.uint8).tobytes() for split in (train_split, val, test)) == TEXT
+        assert np.array_equal(again, train_split)
+        for split, counts in ((train_split, meta["train"]), (val, meta["val"]), (test, test_meta["val"])):
+            assert counts["tokens"] == counts["bytes"] == len(split)
+            assert counts["sha256"] == hashlib.sha256(split.tobytes()).hexdigest()
+        assert meta["occurrences"] == np.bincount(train_split, minlength=tokenizer.vocab_size).tolist()
+        assert meta["source"] == path.name
+
+
+def test_a_name_is_taken(copies, run, data_folder):
+    run("--file", copies[0], "--name", "mine", main=main_of())
+    assert [path.name for path in data_folder.iterdir()] == ["mine"]
+
+
+def test_another_text_is_refused_and_leaves_nothing(copies, mistake, tmp_path):
+    (path, archive), small = copies, main_of()
+    for content, reason in (
+        (TEXT.replace(b"q", b"Q", 1), "sha256"),
+        (TEXT[:-1], "text8 has 3,000,000 bytes, and this has fewer"),
+        (TEXT[: SIZES["train"] - 1], "fewer"),
+        (b"", "fewer"),
+        (TEXT + b"a", "text8 has 3,000,000 bytes, and this has more"),
+    ):
+        path.write_bytes(content)
+        assert reason in mistake("--file", path, main=small)
+        archive.write_bytes(zipped({"text8": content}))
+        assert reason in mistake("--file", archive, "--test", main=small)
+    archive.write_bytes(zipped({"text9": TEXT}))
+    assert "there is no text8 in it" in mistake("--file", archive, main=small)
+    assert "No such file" in mistake("--file", tmp_path / "none", main=small)
+    assert "Is a directory" in mistake("--file", tmp_path, main=small)
+    assert "one folder of data/" in mistake("--file", path, "--name", "", main=small)
+
+
+def test_a_zip_that_is_damaged_is_refused_and_leaves_nothing(copies, mistake):
+    whole = copies[1].read_bytes()
+    for content in (whole[:-30], whole[:5000], whole[:200] + b"xxxx" + whole[204:]):
+        copies[1].write_bytes(content)
+        assert "text8" in mistake("--file", copies[1], main=main_of())
+
+
+PACKED = {zipfile.ZIP_DEFLATED: "more", zipfile.ZIP_BZIP2: "deflate", zipfile.ZIP_LZMA: "deflate"}
+
+
+@pytest.mark.parametrize("compression", PACKED)
+def test_a_text_without_end_is_refused_in_little_memory(compression, mistake, tmp_path):
+    (tmp_path / "bomb.zip").write_bytes(zipped({"text8": bytes(2**28)}, compression))
+    assert (tmp_path / "bomb.zip").stat().st_size < 2**19
+    tracemalloc.start()
+    try:
+        assert PACKED[compression] in mistake("--file", tmp_path / "bomb.zip", main=main_of())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**25
+
+
+def test_text8_is_downloaded_once_and_what_arrives_is_checked(served, copies, run, tmp_path, data_folder):
+    address, asked = served
+    content = copies[1].read_bytes()
+    (tmp_path / "www" / "text8.zip").write_bytes(content)
+    more = {"url": f"{address}/text8.zip", "zip_sha256": "0" * 64}
+    with pytest.raises(Mistake, match="sha256"):
+        run(main=main_of(**more))
+    assert [*data_folder.rglob("*")] == [data_folder / "text8"]
+    more["zip_sha256"] = hashlib.sha256(content).hexdigest()
+    for flags in ([], ["--test"]):
+        run(*flags, main=main_of(**more))
+    assert asked == ["text8.zip"] * 2  # once each
+    assert [len(load_corpus(name)[1]) for name in ("text8", "text8-test")] == [150_000, 150_000]
+
+
+@pytest.mark.slow
+def test_a_hundred_million_bytes_are_cut_at_90_and_95(run, tmp_path):
+    text = (bytes(range(251)) * 400_000)[: 10**8]
+    (tmp_path / "enwik8").write_bytes(text)
+    for flags, cut in (([], 90_000_000), (["--test"], 95_000_000)):
+        run("--file", tmp_path / "enwik8", *flags, main=main_of(text, name="enwik8", sizes=text8.SIZES))
+        train_split, val, _, _ = load_corpus("enwik8-test" if flags else "enwik8")
+        assert train_split.astype(np.uint8).tobytes() == text[:90_000_000]
+        assert val.astype(np.uint8).tobytes() == text[cut : cut + 5_000_000]
 
 
 # --- many tokens ---------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def alone_in(folder):
         yield
     finally:
         os.close(lock)
+
+
+def open_zipped(path, name):
+    """The file of a zip whose name there ends so, binary. Mistake if there is none."""
+    archive = zipfile.ZipFile(path)
+    for member in archive.infolist():
+        if member.filename.endswith(name):
+            # The others zipfile unpacks 4 KB at a time, of which a hostile one makes any amount.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise Mistake(f"{path}: {name} in it is not packed by deflate, as a zip's files usually are")
+            return archive.open(member)
+    raise Mistake(f"{path}: there is no {name} in it")
 
 
 def check_sha256(path, sha256):

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.corpus import DATA, tokenizer_by_name, write_corpus
 from data.run.errors import Mistake, command
-from data.run.files import download
+from data.run.files import download, open_zipped
 from data.run.flags import flag, parse
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
@@ -34,11 +34,7 @@ class PrepareConfig:
 def open_split(path, name):
     """The raw file `name`, binary, of a zip, a folder, or the folder that the file `path` is in."""
     if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        for member in archive.namelist():
-            if member.endswith(name):
-                return archive.open(member)
-        raise Mistake(f"{path}: there is no {name} in it")
+        return open_zipped(path, name)
     folder = path if path.is_dir() else path.parent
     if path.is_file() and path.name not in FILES.values():
         raise Mistake(f"{path}: neither a zip nor {' or '.join(FILES.values())}")
