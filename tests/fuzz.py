@@ -7,6 +7,8 @@ that the file does not hold. test_fuzz.py runs some of them. A case is known by 
 """
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import random
@@ -22,15 +24,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import data.corpus
+import data.fineweb.prepare
 import data.gpt2.prepare
 import data.llada.prepare
 import data.mdlm.prepare
 import data.roberta.prepare
 import data.text.prepare
+import data.text8.prepare
 import data.wikitext2.prepare
 import sample
 import train
@@ -182,7 +187,8 @@ def bad_checkpoint(good, folder, rng):
 
 
 def corpus(good, folder, rng):
-    shutil.copytree(good / "data" / "book", folder / "data" / "book")
+    name = "wide" if rng.random() < 0.05 else "book"  # a wide one, with ids of 32 bits, takes a while
+    shutil.copytree(good / "data" / name, folder / "data" / "book")
     damage_one(folder / "data" / "book", rng, ["train.bin", "val.bin", "meta.json", "meta.json"])
     data.corpus.DATA = folder / "data"
     flags = ["--eval_only", "--init_from", good / "small.pt", "--data", "book", "--eval_tokens", "64"]
@@ -243,6 +249,42 @@ def archive(good, folder, rng):
     return data.wikitext2.prepare.main, ["--file", folder / "x.zip", "--name", "w"], None
 
 
+def text8(good, folder, rng):
+    """A text of which the sum is known: what is not refused is all of it."""
+    data.corpus.DATA = folder / "data"
+    whole, name = (good / "book.txt").read_bytes(), rng.choice(["text8", "text8.zip"])
+    (folder / name).write_bytes(damage((good / name).read_bytes(), rng))
+
+    def correct():
+        train_split, val, _, _ = data.corpus.load_corpus("t")
+        assert bytes([*train_split, *val]) == whole[:-100]
+
+    sizes = {"train": len(whole) - 200, "val": 100, "test": 100}
+    main = functools.partial(data.text8.prepare.main, sha256=hashlib.sha256(whole).hexdigest(), sizes=sizes)
+    return main, ["--file", folder / name, "--name", "t"], correct
+
+
+def shard(good, folder, rng):
+    data.corpus.DATA = folder / "data"
+    shutil.copytree(good / "shards", folder / "shards")
+    path = folder / "shards" / rng.choice(["fineweb_val_000000.bin", "fineweb_train_000001.bin"])
+    content = path.read_bytes()
+    if rng.random() < 0.5:
+        at = 4 * rng.randrange(3)
+        number = rng.choice([rng.randrange(-(2**31), 2**31), rng.randrange(-9, 999), 2**31 - 1, -(2**31)])
+        content = content[:at] + number.to_bytes(4, "little", signed=True) + content[at + 4 :]
+    path.write_bytes(damage(content, rng) if rng.random() < 0.7 else content)
+
+    def correct():
+        for split, file in (("val", "fineweb_val_000000.bin"), ("train", "fineweb_train_000001.bin")):
+            ids = np.fromfile(folder / "data" / "f" / f"{split}.bin", "<u2")
+            assert ids.tobytes() == (folder / "shards" / file).read_bytes()[1024:]
+        data.corpus.load_corpus("f")
+
+    flags = ["--dir", folder / "shards", "--name", "f", "--tokenizer", good / "start.pt"]
+    return data.fineweb.prepare.main, flags, correct
+
+
 def text(good, folder, rng):
     data.corpus.DATA = folder / "data"
     (folder / "x.txt").write_bytes(damage((good / "book.txt").read_bytes(), rng))
@@ -260,11 +302,20 @@ READERS = {
     "llada": weights("llada", data.llada.prepare),
     "prompt": prompt,
     "archive": archive,
+    "text8": text8,
+    "shard": shard,
     "text": text,
 }
 
 
 # --- cases ---------------------------------------------------------------------------------------
+
+
+def write_shard(path, ids):
+    """A file of FineWeb's form: 256 numbers, of which three say what it is, and 16 bits for each token."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
 
 
 def make_good(good):
@@ -285,12 +336,21 @@ def make_good(good):
     shutil.copy(good / "out" / "ckpt.pt", good / "small.pt")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16}
     save_checkpoint(good / "blocks.pt", Transformer(ModelConfig(**shape, block_len=4)), ByteTokenizer())
-    tokens = [chr(i) for i in range(256)] + ["in", "the"]
-    bpe = BPETokenizer(tokens, r" ?\w+|\s+|[^\s\w]+")
+    tokens, pattern = [chr(i) for i in range(256)] + ["in", "the"], r" ?\w+|\s+|[^\s\w]+"
+    bpe = BPETokenizer(tokens, pattern)
     config = ModelConfig(bpe.vocab_size, bpe.mask_id, **shape)
     save_checkpoint(good / "bpe.pt", Transformer(config), bpe)
     post = {"norm": "post", "position": "learned", "qk_norm": False, "conv": 0, "tied": True}
     save_checkpoint(good / "post.pt", Transformer(ModelConfig(**shape, **post)), ByteTokenizer())
+    special = {"<|endoftext|>": len(tokens), "<mask>": len(tokens) + 1}
+    config = ModelConfig(len(tokens) + 2, len(tokens) + 1, **shape)
+    save_checkpoint(good / "start.pt", Transformer(config), BPETokenizer(tokens, pattern, special=special))
+    (good / "shards").mkdir()
+    for name in ("val_000000", "train_000001"):
+        write_shard(good / "shards" / f"fineweb_{name}.bin", [len(tokens), *bpe.encode(lines[:600])])
+    wide = BPETokenizer([*tokens, *(f"\xff{i}" for i in range(2**16))], pattern)
+    with contextlib.redirect_stdout(None):
+        data.corpus.write_corpus("wide", [("train", lines), ("val", lines)], wide, "book.txt")
     for kind, write in (("gpt2", write_gpt2), ("roberta", write_roberta), ("bert", write_bert)):
         model = write(good / kind) if kind == "bert" else write(good / kind, MERGES)
         save_weights(good / kind, model.state_dict())
@@ -300,6 +360,9 @@ def make_good(good):
     with zipfile.ZipFile(good / "wiki.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for name in ("wiki.train.raw", "wiki.valid.raw"):
             file.writestr(name, lines)
+    shutil.copy(good / "book.txt", good / "text8")
+    with zipfile.ZipFile(good / "text8.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("text8", lines)
 
 
 def run(main, arguments):

@@ -1035,6 +1035,9 @@ PREPARE_MISTAKES = [
     ("text8", ["--file", "none"], "No such file"),
     ("text8", ["--file", "good", "--name", "new"], "text8 has 100,000,000 bytes, and this has fewer"),
     ("enwik8", ["--file", "good", "--test"], "enwik8 has 100,000,000 bytes, and this has fewer"),
+    ("fineweb", ["--tokenizer", "klingon"], "bytes, gpt2"),
+    ("fineweb", ["--tokenizer", "bytes", "--dir", "none"], "no <|endoftext|>"),
+    ("fineweb", ["--shards", "0"], "at least 1"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""text8 and enwik8: what is in them, where they are cut, and that they are theirs or not there."""
+"""text8, enwik8 and FineWeb: what is in them, where they are cut, and that they are theirs or not there."""
 
 import hashlib
 import http.server
@@ -15,13 +15,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_roberta
+import tiktoken
 import torch
+from fuzz import MERGES, write_shard
+from test_gpt2 import write_gpt2
+from test_roberta import save_weights
 
 import data.corpus
+import data.fineweb.prepare as fineweb
+import data.gpt2.prepare as gpt2_prepare
 import data.hub
 import data.text8.prepare as text8
 import train
 from data.corpus import id_type, load_corpus, unigram_nats, write_corpus, write_tokens
+from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
 from data.tokenizer import BPETokenizer, ByteTokenizer
 from model import load_checkpoint
@@ -37,7 +44,7 @@ run, mistake = test_roberta.run, test_roberta.mistake
 def data_folder(tmp_path, monkeypatch):
     """Corpora are written to a folder of the test's own."""
     (tmp_path / "data").mkdir()
-    for module in (data.corpus, text8):
+    for module in (data.corpus, text8, fineweb):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
@@ -183,6 +190,128 @@ def test_a_hundred_million_bytes_are_cut_at_90_and_95(run, tmp_path):
         train_split, val, _, _ = load_corpus("enwik8-test" if flags else "enwik8")
         assert train_split.astype(np.uint8).tobytes() == text[:90_000_000]
         assert val.astype(np.uint8).tobytes() == text[cut : cut + 5_000_000]
+
+
+# --- FineWeb -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2(run, tmp_path):
+    """A checkpoint of a small GPT-2."""
+    folder = tmp_path / "gpt2"
+    model = write_gpt2(folder, MERGES)
+    save_weights(folder, model.state_dict())
+    run(folder, "--out", tmp_path / "gpt2.pt", main=gpt2_prepare.main)
+    return tmp_path / "gpt2.pt"
+
+
+TEXTS = {"val_000000": "in the beginning", "train_000001": "naïve — 漢字 " * 50, "train_000002": "the third"}
+
+
+@pytest.fixture
+def shards(gpt2, tmp_path):
+    """A folder of small shards, one document each."""
+    tokenizer, folder = load_checkpoint(gpt2)[1], tmp_path / "shards"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        write_shard(folder / f"fineweb_{name}.bin", [tokenizer.first(START), *tokenizer.encode(text)])
+    return folder
+
+
+def test_fineweb_is_the_tokens_of_its_shards(gpt2, shards, run):
+    run("--dir", shards, "--shards", "2", "--tokenizer", gpt2, main=fineweb.main)
+    train_split, val, tokenizer, meta = load_corpus("fineweb")
+    start = tokenizer.first(START)
+    documents = {name: [start, *tokenizer.encode(text)] for name, text in TEXTS.items()}
+    assert val.tolist() == documents["val_000000"]
+    assert train_split.tolist() == documents["train_000001"] + documents["train_000002"]
+    assert tokenizer.decode(val.tolist()) == TEXTS["val_000000"]
+    assert meta["val"]["bytes"] == len(TEXTS["val_000000"])
+    assert meta["train"]["bytes"] == len((TEXTS["train_000001"] + TEXTS["train_000002"]).encode())
+    assert meta["occurrences"] == np.bincount(train_split, minlength=tokenizer.vocab_size).tolist()
+    assert meta["occurrences"][start] == 2
+
+
+def test_a_long_shard_is_read_in_pieces_and_kept_whole(gpt2, shards, run):
+    ids = np.arange(3_000_000) % 250
+    write_shard(shards / "fineweb_train_000001.bin", ids)
+    run("--dir", shards, "--tokenizer", gpt2, main=fineweb.main)
+    train_split, _, tokenizer, meta = load_corpus("fineweb")
+    assert np.array_equal(train_split, ids)
+    assert meta["train"]["bytes"] == sum(len(tokenizer.bytes_of[i]) for i in range(250)) * 12_000
+
+
+def test_a_gpt2_goes_on_with_fineweb(gpt2, shards, run, tmp_path):
+    run("--dir", shards, "--tokenizer", gpt2, main=fineweb.main)
+    flags = f"--init_from {gpt2} --data fineweb --out_dir {tmp_path}/out --max_iters 2 --block_size 8"
+    run(*flags.split(), "--dtype", "float32", main=train.main)
+    assert read_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
+
+
+def test_gpt2_s_tokenizer_of_tiktoken_is_that_of_its_files(gpt2, monkeypatch):
+    """Whatever the checkpoint of data/gpt2 is trained on has the same tokens, and the same state."""
+    theirs = load_checkpoint(gpt2)[1]
+    ranks = {piece: i for i, piece in theirs.bytes_of.items() if i not in theirs.special_ids}
+    special = {START: theirs.first(START)}
+    assert sorted(ranks.values()) == [*range(special[START])]
+    fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    assert fineweb.gpt2_tokenizer().state == theirs.state
+
+
+HEADERS = {
+    "a file without content": (b"", "not a shard"),
+    "half a header": (np.array([20240520, 1, 4], "<i4").tobytes(), "1,032"),
+    "wrong magic": (np.array([20240801, 1, 4] + [0] * 253, "<i4").tobytes() + bytes(8), "20240520, 1"),
+    "wrong version": (np.array([20240520, 7, 4] + [0] * 253, "<i4").tobytes() + bytes(8), "20240520, 1"),
+    "more tokens": (np.array([20240520, 1, 5] + [0] * 253, "<i4").tobytes() + bytes(8), "5 tokens"),
+    "fewer tokens": (np.array([20240520, 1, 3] + [0] * 253, "<i4").tobytes() + bytes(8), "3 tokens"),
+    "half a token": (np.array([20240520, 1, 4] + [0] * 253, "<i4").tobytes() + bytes(7), "1,031 bytes"),
+    "negative": (np.array([20240520, 1, -500], "<i4").tobytes() + bytes(12), "-500 tokens"),
+    "all": (np.array([20240520, 1, 2**31 - 1] + [0] * 253, "<i4").tobytes() + bytes(8), "2,147,483,647"),
+    "no tokens": (np.array([20240520, 1, 0] + [0] * 253, "<i4").tobytes(), "its train split is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_promises_what_the_file_does_not_hold_is_refused(kind, gpt2, shards, mistake):
+    content, reason = HEADERS[kind]
+    (shards / "fineweb_train_000001.bin").write_bytes(content)
+    assert reason in mistake("--dir", shards, "--tokenizer", gpt2, main=fineweb.main)
+
+
+def test_fineweb_mistakes_leave_nothing(gpt2, shards, mistake, tmp_path):
+    flags = ["--dir", shards, "--tokenizer", gpt2]
+    main = fineweb.main
+    mask_id = load_checkpoint(gpt2)[1].mask_id
+    for wrong in (mask_id, mask_id + 1, 65535):
+        write_shard(shards / "fineweb_train_000002.bin", [1, wrong, 2])
+        sentence = mistake(*flags, "--shards", "2", main=main)
+        assert f"it has a token {wrong}, and the last is {mask_id - 1}" in sentence
+    assert "no fineweb_train_000003.bin" in mistake(*flags, "--shards", "3", main=main)
+    assert "no fineweb_val_000000.bin" in mistake("--dir", tmp_path / "none", "--tokenizer", gpt2, main=main)
+    assert "no fineweb_val_000000.bin" in mistake("--dir", gpt2, "--tokenizer", gpt2, main=main)
+    assert f"no {START}" in mistake("--dir", shards, "--tokenizer", "bytes", main=main)
+    assert "at most 103" in mistake(*flags, "--shards", "104", main=main)
+    (shards / "fineweb_val_000000.bin").unlink()
+    (shards / "fineweb_val_000000.bin").mkdir()
+    assert "Is a directory" in mistake(*flags, main=main)
+
+
+def test_a_shard_that_is_there_is_not_fetched_again(served, gpt2, shards, run, tmp_path, data_folder):
+    folder = tmp_path / "www" / "datasets" / "kjj0" / "fineweb10B-gpt2" / "resolve" / "main"
+    folder.parent.mkdir(parents=True)
+    shards.rename(folder)
+    names = [f"fineweb_{name}.bin" for name in TEXTS]
+    run("--tokenizer", gpt2, main=fineweb.main)
+    assert served[1] == names[:2]
+    run("--tokenizer", gpt2, "--shards", "2", main=fineweb.main)
+    assert served[1] == names
+    assert len(load_corpus("fineweb")[0]) > 0
+    (folder / names[2]).unlink()
+    (data_folder / "fineweb" / names[2]).unlink()
+    with pytest.raises(Mistake, match="--dir takes"):
+        run("--tokenizer", gpt2, "--shards", "2", main=fineweb.main)
 
 
 # --- many tokens ---------------------------------------------------------------------------------
