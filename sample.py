@@ -9,6 +9,7 @@ An autoregressive model calls `.append(token)`; this one calls `.setitem(i, toke
     python sample.py --prompt "Good morrow, my <mask*3:9>." --order confidence
     python sample.py --length 2000 --order entropy --save run.html
     python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # append and set
+    python sample.py --ckpt out-sums/ckpt.pt --chat    # a conversation, a line of stdin for each turn
 """
 
 import functools
@@ -25,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.canvas.chat import chat_of, converse
 from data.canvas.history import History, inert
 from data.canvas.picture import save_histories
-from data.canvas.prompt import MOST, make_canvases, read_text
+from data.canvas.prompt import MOST, make_canvases, read_text, shown_of
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
 from data.run.fast import Cache, in_parts
@@ -46,6 +48,7 @@ class SampleConfig:
     prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
     prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
     suffix: str = flag("", "text that stands after the hole")
+    chat: bool = flag(False, "a prompt, or else each line of stdin, is a message; its reply alone is printed")
     length: int | None = flag(None, "tokens of the canvas (block_size, or the prompt's)", least=1, most=MOST)
     steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=MOST)
     order: list[Literal[ORDERS]] = flag(("random",), "what is set first; or several orders to compare")
@@ -513,12 +516,16 @@ class Plan(NamedTuple):
 
 
 def make_plans(config, given, prompts, loaded):
-    """The Plan of each checkpoint and order."""
+    """The Plan of each checkpoint and order. prompts: texts; with --chat the messages before each reply."""
     W = min(model.config.block_size for model, _, _ in loaded)
     all_causal = all(model.config.K == 1 for model, _, _ in loaded)
     by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
     for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
-        choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
+        if config.chat:
+            chat = chat_of(path, checkpoint, tokenizer)
+            choices = [[chat.canvas(messages, config.length or W)] for messages in prompts]
+        else:
+            choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
         longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
         for flags in flags_for(config, given, path, model, token_nats, longest, all_causal):
             name = ", ".join([path] * by_path + [flags["order"]] * by_order)
@@ -526,8 +533,9 @@ def make_plans(config, given, prompts, loaded):
 
 
 class Written(NamedTuple):
-    """The texts that a plan made, and what it took."""
+    """The texts that a plan of this name made, and what it took."""
 
+    name: str
     texts: list[str]
     histories: list
     summary: str
@@ -537,7 +545,7 @@ def write_all(plan, config, watch):
     """Write num_samples texts for each prompt: Written. Of a prompt's canvases the one that fits best is
     filled.
     """
-    _, model, tokenizer, choices, flags = plan
+    name, model, tokenizer, choices, flags = plan
     passes, began = [], time.perf_counter()
     hook = model.register_forward_hook(lambda *_: passes.append(1))
     rows, done = [], {}  # rows: (number, ids, seed) of each text
@@ -556,8 +564,10 @@ def write_all(plan, config, watch):
     hook.remove()
     n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
     summary = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
-    ids, histories = zip(*(done[number] for number in range(len(rows))))
-    return Written([tokenizer.decode(row) for row in ids], histories, summary)
+    ids, histories = zip(*(done[number] for number, _, _ in rows))
+    ends = model.config.end_ids
+    shown = [shown_of(new, old, tokenizer.mask_id, ends, config.chat) for new, (_, old, _) in zip(ids, rows)]
+    return Written(name, [tokenizer.decode(row) for row in shown], histories, summary)
 
 
 def score(path, model, tokenizer, flags):
@@ -576,10 +586,30 @@ def score(path, model, tokenizer, flags):
     print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
 
 
+def write_and_print(config, given, prompts, loaded, judge):
+    """Write what each plan makes of the prompts, and print it: what was Written by each."""
+    plans, results = list(make_plans(config, given, prompts, loaded)), []
+    with Watch([plan.name for plan in plans]) if config.watch else nullcontext() as watch:
+        for plan in plans:
+            results.append(write_all(plan, config, watch))
+            if watch:
+                watch.next()
+    for name, texts, _, summary in results:
+        for number, text in enumerate(texts, 1):
+            if len(texts) > 1:
+                print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
+            print(inert(text) if sys.stdout.isatty() else text, flush=True)
+        if judge:
+            judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
+            summary += f"; under {config.judge} {judged} nats per byte"
+        print(f"{name}: {summary}", file=sys.stderr)
+    return results
+
+
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
     config = SampleConfig(**given)
-    prompts = [*config.prompt, *map(read_text, config.prompt_file)] or [""]
+    prompts = [*config.prompt, *map(read_text, config.prompt_file)]
     check_writing(config, given, prompts)
     config.ckpt = config.ckpt or [default_checkpoint()]
     device = pick_device(config.device)
@@ -588,28 +618,26 @@ def main():
     judge = None if config.judge is None else load_checkpoint(config.judge, device, keep)
     if judge and judge[1].bos_id is not None:
         raise Mistake(f"--judge {config.judge}: not a model whose lines begin with a token of their own")
-    plans = list(make_plans(config, given, prompts, loaded))
-    names = [plan.name for plan in plans]
+    rounds = []  # one, or as many as a conversation has
+
+    def answer(prompts):
+        rounds.append(write_and_print(config, given, prompts, loaded, judge))
+        return rounds[-1][0].texts[0]
+
     with torch.no_grad(), autocast(device, config.dtype):
         if config.score is not None:
-            return score(config.score, *loaded[0][:2], plans[0].flags)
-        results = []
-        with Watch(names) if config.watch else nullcontext() as watch:
-            for plan in plans:
-                results.append(write_all(plan, config, watch))
-                if watch:
-                    watch.next()
-        for name, (texts, _, summary) in zip(names, results):
-            for number, text in enumerate(texts, 1):
-                if len(texts) > 1:
-                    print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-                print(inert(text) if sys.stdout.isatty() else text, flush=True)
-            if judge:
-                judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
-                summary += f"; under {config.judge} {judged} nats per byte"
-            print(f"{name}: {summary}", file=sys.stderr)
-    if config.save is not None:
-        save_histories(config.save, list(zip(*(result.histories for result in results))), names)
+            (plan,) = make_plans(config, given, [""], loaded)
+            return score(config.score, plan.model, plan.tokenizer, plan.flags)
+        if config.chat and not prompts:
+            (path,), ((_, tokenizer, checkpoint),) = config.ckpt, loaded
+            converse(chat_of(path, checkpoint, tokenizer), lambda messages: answer([messages]))
+        elif config.chat:
+            answer([[{"role": "user", "content": text}] for text in prompts])
+        else:
+            answer(prompts or [""])
+    if config.save is not None and rounds:
+        texts = [text for results in rounds for text in zip(*(result.histories for result in results))]
+        save_histories(config.save, texts, [result.name for result in rounds[0]])
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from data.canvas.chat import Chat
 from data.canvas.history import inert
-from data.canvas.prompt import make_canvases
-from data.corpus import load_corpus, unigram_nats
+from data.canvas.prompt import make_canvases, shown_of
+from data.corpus import load_corpus, n_windows, unigram_nats, windows_at
 from data.run.errors import Mistake, command, signals
 from data.run.fast import cross_entropy
 from data.run.files import alone_in
@@ -40,7 +41,7 @@ from data.run.flags import Attention, Level, Span, flag, parse
 from data.run.machine import device_of, pick_device, send
 from data.run.processes import rank, size, together, total, whole
 from data.run.report import Report
-from data.run.settings import SHAPE, attention_fields, check_training, check_unused, settle
+from data.run.settings import SHAPE, attention_fields, check_training, check_unused, settle, with_examples
 from data.run.training import Run
 from model import ModelConfig, Transformer
 from sample import denoise
@@ -63,7 +64,7 @@ class TrainConfig:
     spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
     visible: float = flag(0.0, "share of the tokens seen that have a loss, half replaced", least=0, below=1)
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
-    prompt_len: Span = flag(Span(0, 16), "tokens at the start that stay, N or M:N; 0 for --eval_only")
+    prompt_len: Span = flag(Span(0, 16), "tokens at the start that stay, N or M:N; 0 for --eval_only, chats")
     # model
     n_layer: int = flag(4, "layers", least=1)
     n_head: int = flag(2, "attention heads", least=1)
@@ -217,12 +218,12 @@ def draw_batch(split, config, generator, model_config, token_nats=None, level=No
     B, T = config.batch_size, config.block_size
     K = min(model_config.K, T)
     n = B * T // K  # blocks
-    starts = torch.randint(len(split) - T + 1, (B, 1), generator=generator)
-    x0 = torch.from_numpy(split[starts.numpy() + np.arange(T)].astype(np.int64))
+    places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
+    x0, own_prompt = map(torch.from_numpy, windows_at(split, places.numpy(), T))  # (B, T), (B, 1)
     one = draw_levels(level, 1, generator)  # (1, 1)
     t = one.expand(n, 1) if config.one_level else block_levels(level, B, n // B, generator)  # (n, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
-    maskable = which_maskable(x0, prompt_len, model_config.special_ids)
+    maskable = which_maskable(x0, own_prompt + prompt_len, model_config.special_ids)
     u = torch.rand(x0.shape, generator=generator)
     blocks = x0.view(n, K), maskable.view(n, K), t, u.view(n, K)
     information = relative_information(blocks[0], token_nats) if config.spindle else 0.0
@@ -389,54 +390,60 @@ def train(run, batches):
 
 
 def windows(split, T, n_tokens):
-    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64."""
-    count = max(1, min(n_tokens, len(split)) // T)
-    starts = np.linspace(0, len(split) - T, count).astype(np.int64)
-    return torch.from_numpy(split[starts[:, None] + np.arange(T)].astype(np.int64))
-
-
-def evaluate(run, tokens, counts, **flags):
-    """The Bound of tokens (N, T), in nats per maskable token; and in bits per byte of their split, were all
-    its text as likely. counts: how many tokens and bytes the split has.
+    """About n_tokens of a split, as windows of T tokens spaced evenly and not overlapping: (N, T) int64; and
+    how many of each are a prompt of its own, (N, 1).
     """
+    count = max(1, min(n_tokens, len(split)) // T)
+    places = np.linspace(0, n_windows(split, T) - 1, count).astype(np.int64)[:, None]
+    return tuple(map(torch.from_numpy, windows_at(split, places, T)))
+
+
+def evaluate(run, tokens, own_prompt, counts, prompt_len, **flags):
+    """The Bound of windows, in nats per maskable token; and in bits per byte of their split, were all its
+    text as likely. counts: how many tokens the split has, and bytes, which of examples are those of replies.
+    """
+    flags |= {"prompt_len": own_prompt + prompt_len, "seed": run.config.seed}
     with run.precision:
-        bound = nelbo(run.model, tokens, seed=run.config.seed, **flags)
-    text_share = which_maskable(tokens, 0, run.model.config.special_ids).float().mean().item()
+        bound = nelbo(run.model, tokens, **flags)
+    text_share = which_maskable(tokens, own_prompt, run.model.config.special_ids).float().mean().item()
     return bound, bound * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
 
 
-def bound_name(K, prompt_len=0, slant=0.0, level=UNIFORM):
-    name = "NELBO" if K > 1 else "negative log-likelihood"
+def bound_name(K, prompt_len=0, slant=0.0, level=UNIFORM, of_replies=False):
+    name = ("NELBO" if K > 1 else "negative log-likelihood") + (" of replies" if of_replies else "")
     settings = [f"level {level}" if level.kind != "uniform" else "", f"slant {slant:g}" if slant else ""]
     settings += [f"after a prompt of {prompt_len}" if prompt_len else ""]
     return f"{name} ({', '.join(filter(None, settings))})" if any(settings) else name
 
 
-def sample(run, tokenizer):
-    """A short text written from an empty canvas, safe to show."""
-    T = run.config.block_size
+def sample(run, tokenizer, prompt):
+    """A short text, safe to show, from a canvas that is empty but for the prompt (n,) of an example."""
+    T, config = run.config.block_size, run.model.config
     (ids,) = make_canvases("", suffix="", length=T, tokenizer=tokenizer, block_size=T)
+    ids[: len(prompt)] = prompt.tolist()
     canvas = torch.tensor([ids])  # (1, T)
     run.model.eval()
     with run.precision:
         *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
     run.model.train()
-    return inert(tokenizer.decode(canvas[0].tolist()))
+    return inert(tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids)))
 
 
 def print_bound(run, val_split, counts):
     """Print the bound of a split, or of --eval_tokens of it, with its standard error."""
     config = run.config
-    tokens = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
+    tokens, own_prompt = windows(val_split, config.block_size, config.eval_tokens or len(val_split))
     K = run.model.config.K
     # Two for 256 windows, to show the error; what is exact has none.
     draws = 1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))
     flags = {"level": config.level, "slant": config.slant, "prompt_len": config.prompt_len.low}
-    bound, bits = evaluate(run, tokens, counts, draws=draws, **flags)
+    bound, bits = evaluate(run, tokens, own_prompt, counts, draws=draws, **flags)
+    name, n_prompt = bound_name(K, **flags, of_replies=own_prompt.any()), own_prompt.sum().item()
     error = "exact" if K == 1 else f"standard error {bound.error:.4f}"
     print(
-        f"{config.data}: {bound_name(K, **flags)} {bound:.4f} nats per token ({error}), {bits:.4f} bits per "
-        f"byte, perplexity {math.exp(bound):.3f}; {tokens.numel():,} validation tokens, {draws} draws"
+        f"{config.data}: {name} {bound:.4f} nats per token ({error}), {bits:.4f} bits per "
+        f"byte, perplexity {math.exp(bound):.3f}; {tokens.numel() - n_prompt:,} validation tokens, "
+        f"{draws} draws"
     )
 
 
@@ -470,20 +477,23 @@ def main():
     if config.compile:
         model.compile()
     token_nats = torch.from_numpy(unigram_nats(meta, train_split, tokenizer.vocab_size))
-    run = Run(config, model, device, meta, token_nats)
+    template = meta.get("chat") or (checkpoint or {}).get("chat")
+    if "chat" in meta:
+        config = with_examples(config, model.config, Chat(template, tokenizer))
+    run = Run(config, model, device, meta, token_nats, template)
     if config.eval_only:
         return print_bound(run, val_split, meta["val"])
     if config.init_from == "resume":
         run.restore(checkpoint)
     else:
         check_unused(config.out_dir)
-    val_tokens = windows(val_split, config.block_size, config.eval_tokens or 2**16)
+    val_tokens, val_prompts = windows(val_split, config.block_size, config.eval_tokens or 2**16)
     report = Report(
         run,
         Path(config.out_dir),
-        bound_name(model.config.K, **run.bound_flags),
-        lambda: evaluate(run, val_tokens, meta["val"], **run.bound_flags),
-        lambda: sample(run, tokenizer),
+        bound_name(model.config.K, **run.bound_flags, of_replies="chat" in meta),
+        lambda: evaluate(run, val_tokens, val_prompts, meta["val"], **run.bound_flags),
+        lambda: sample(run, tokenizer, val_tokens[0, : val_prompts[0]]),
         lambda nats: run.save(tokenizer, nats),
     )
     parameters = sum(p.numel() for p in model.parameters())

@@ -4,6 +4,9 @@ An id is a uint16, or a uint32 where the tokenizer has more tokens than that can
 
 meta.json has the tokenizer and the source; of each split how many tokens and bytes it has, and its
 sha256; and how often each token occurs in the training split.
+
+A split is running text, or else examples: prompts with their replies. Then meta.json has the chat template,
+and train.rows and val.rows say where each example begins and how many of its tokens are prompt, as int64.
 """
 
 import hashlib
@@ -17,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from data.canvas.chat import Chat
 from data.run.errors import Mistake
 from data.run.files import replacing
 from data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
@@ -46,38 +50,45 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
     return write_tokens(name, encoded(), tokenizer, source)
 
 
-def write_tokens(name, pieces, tokenizer, source):
-    """Write data/NAME from pieces that are read one at a time: (split, array of ids, bytes of their text).
+def write_tokens(name, pieces, tokenizer, source, template=None):
+    """Write data/NAME from pieces that are read one at a time: (split, ids, bytes of their text). With a chat
+    template each is an example, (split, ids, bytes of the reply, how many of the ids are prompt).
 
-    The files take their names at the end, meta.json last; on an error none does. Returns its dict.
-    Mistake if data/ can have no folder of that name.
+    The files take their names at the end, meta.json last; on an error none does. Returns its dict. Mistake
+    if data/ can have no folder of that name.
     """
     if name in ("", ".", "..") or Path(name).name != name:
         raise Mistake(f"--name {name}: a corpus is one folder of data/, so no path but a name is needed")
-    folder = DATA / name
+    folder, files = DATA / name, {}
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
+    rows = {split: [] for split in SPLITS}
     occurrences = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    endings = ("bin", "rows") if template else ("bin",)
     with ExitStack() as stack:
-        meta_file, *bins = [
-            stack.enter_context(replacing(folder / file)) for file in ("meta.json", "train.bin", "val.bin")
-        ]
-        files = dict(zip(SPLITS, bins))
-        for split, ids, n_bytes in pieces:
-            ids = ids.astype(id_type(tokenizer), copy=False)
-            files[split].write(ids)
+        for file in ("meta.json", *(f"{split}.{ending}" for ending in endings for split in SPLITS)):
+            files[file] = stack.enter_context(replacing(folder / file))
+        for split, ids, n_bytes, *n_prompt in pieces:
+            ids = np.asarray(ids, id_type(tokenizer))
+            files[f"{split}.bin"].write(ids)
             digests[split].update(ids)
+            rows[split] += [(counts[split]["tokens"], *n_prompt)] if template else []
             counts[split]["tokens"] += len(ids)
             counts[split]["bytes"] += n_bytes
             if split == "train":
                 np.add.at(occurrences, ids, 1)
         for split in SPLITS:
-            if counts[split]["tokens"] == 0:
+            if 0 in counts[split].values():
                 raise Mistake(f"{source}: too little text, its {split} split is empty")
             counts[split]["sha256"] = digests[split].hexdigest()
+            if template:
+                index = np.array(rows[split], dtype=np.int64)
+                files[f"{split}.rows"].write(index)
+                counts[split] |= {"examples": len(index), "rows": hashlib.sha256(index).hexdigest()}
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state}
+        meta |= {"chat": template} if template else {}
         meta |= {"occurrences": occurrences.tolist()}
-        meta_file.write(json.dumps(meta, indent=1).encode())
+        files["meta.json"].write(json.dumps(meta, indent=1).encode())
     tokens = ", ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
     print(f"{folder}: {tokens} tokens")
     return meta
@@ -108,9 +119,11 @@ def read_pieces(path, size=1 << 20):
 
 
 def load_corpus(name, block_size=1):
-    """The corpus data/NAME as (train, val, tokenizer, meta); train and val are memory-mapped.
+    """The corpus data/NAME as (train, val, tokenizer, meta); train and val are memory-mapped, or Examples,
+    whose `tokens` in meta are those of windows of block_size.
 
-    The default corpus is made when it is missing. Mistake if a split has fewer tokens than block_size.
+    The default corpus is made when it is missing. Mistake if a split has fewer tokens than block_size, or an
+    example more.
     """
     folder = DATA / name
     if name == "python" and not (folder / "meta.json").exists():
@@ -133,16 +146,74 @@ def load_corpus(name, block_size=1):
         intact &= len(occurrences) == tokenizer.vocab_size
         intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
         intact &= min(meta[split]["bytes"] for split in SPLITS) > 0
+        if "chat" in meta:
+            indices = [read_rows(folder / f"{split}.rows", meta[split]) for split in SPLITS]
+            intact &= "occurrences" in meta
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FileNotFoundError):
         intact = False
     if not intact:
         raise Mistake(f"{folder}: not a whole corpus; prepare it again")
     check_tokens(folder, meta, tokenizer)
+    if "chat" in meta:
+        end_id = Chat(meta["chat"], tokenizer).end_id
+        train, val = (Examples(*both, end_id, block_size) for both in zip((train, val), indices))
+        if (longest := max(train.lengths.max(), val.lengths.max())) > block_size:
+            longest = f"an example of {longest} tokens; --block_size {longest} is the least that will do"
+            raise Mistake(f"--data {name}: --block_size {block_size} is too small for {longest}")
+        for split, examples in zip(SPLITS, (train, val)):
+            meta[split]["tokens"] = len(examples)
     for split, tokens in zip(SPLITS, (train, val)):
         if len(tokens) < block_size:
             shortage = f"{len(tokens)} tokens, fewer than one --block_size of {block_size}"
             raise Mistake(f"--data {name}: its {split} split has {shortage}; a smaller one will do")
     return train, val, tokenizer, meta
+
+
+def read_rows(path, counts):
+    """The index of a split's examples, (N, 2) int64 in memory. ValueError if it is none for such counts."""
+    n, size = counts["examples"], os.path.getsize(path)
+    if type(n) is not int or n < 1 or size != 16 * n:
+        raise ValueError
+    content = path.read_bytes()
+    rows = np.frombuffer(content, np.int64).reshape(n, 2)
+    ends = np.append(rows[1:, 0], counts["tokens"])
+    fits = rows[0, 0] == 0 and (rows[:, 0] < ends).all() and (rows[:, 1] >= 0).all()
+    # A prompt ends before its example does; and no difference overflows, since the beginnings rise from 0.
+    if not fits or (rows[:, 1] >= ends - rows[:, 0]).any():
+        raise ValueError
+    if hashlib.sha256(content).hexdigest() != counts["rows"]:
+        raise ValueError
+    return rows
+
+
+class Examples:
+    """A split of prompts with their replies, each a window of T tokens; what ends a text fills the rest."""
+
+    def __init__(self, tokens, rows, end_id, T):
+        self.tokens, self.end_id, self.T = tokens, end_id, T
+        self.starts, self.prompts = rows.T  # (N,) each
+        self.lengths = np.diff(self.starts, append=len(tokens))  # (N,)
+
+    def __len__(self):
+        """Tokens of all windows."""
+        return len(self.starts) * self.T
+
+
+def n_windows(split, T):
+    """How many windows of T tokens a split has: one for each example, or of a text one from each token on."""
+    return len(split.starts) if isinstance(split, Examples) else len(split) - T + 1
+
+
+def windows_at(split, places, T):
+    """Windows by their numbers, places (B, 1): tokens (B, T), and how many of each are its prompt, (B, 1), 0
+    of running text; int64.
+    """
+    i = np.arange(T)
+    if not isinstance(split, Examples):
+        return split[places + i].astype(np.int64), np.zeros_like(places)
+    tokens = split.tokens[np.minimum(split.starts[places] + i, len(split.tokens) - 1)]
+    x0 = np.where(i < split.lengths[places], tokens, split.end_id)
+    return x0.astype(np.int64), split.prompts[places]
 
 
 def check_tokens(folder, meta, tokenizer):
@@ -186,12 +257,18 @@ def unigram_nats(meta, train, vocab_size):
 
 def tokenizer_by_name(name):
     """`bytes`; `gpt2`, whose merges tiktoken downloads once and keeps; or that of a checkpoint's path."""
+    return tokenizer_and_template(name)[0]
+
+
+def tokenizer_and_template(name):
+    """The tokenizer of that name, and the chat template of its checkpoint, or None."""
     if name == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer(), None
     if name.endswith(".pt") or os.path.isfile(name):
         from data.run.checkpoint import read_checkpoint  # torch takes a second to load; only this needs it
 
-        return tokenizer_from_state(read_checkpoint(name)["tokenizer"])
+        checkpoint = read_checkpoint(name)
+        return tokenizer_from_state(checkpoint["tokenizer"]), checkpoint.get("chat")
     if name != "gpt2":
         raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
     try:
@@ -199,4 +276,4 @@ def tokenizer_by_name(name):
     except OSError as error:  # what requests raises is an OSError
         raise Mistake(f"--tokenizer gpt2: tiktoken cannot download its merges ({error})") from None
     merges = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    return BPETokenizer([token.decode("latin-1") for token in merges], encoding._pat_str)
+    return BPETokenizer([token.decode("latin-1") for token in merges], encoding._pat_str), None

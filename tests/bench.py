@@ -231,7 +231,7 @@ def bound_rows(device):
     """The rows of --bound, of the model that `python train.py` has left in out/: error, variance, speed."""
     model, _, _ = load_checkpoint(ROOT / "out" / "ckpt.pt", device)
     _, val, _, _ = load_corpus("python", 256)
-    tokens = windows(val, 256, 2**18)  # (1024, 256)
+    tokens, _ = windows(val, 256, 2**18)  # (1024, 256)
     with autocast(device):
         error = nelbo(model, tokens, draws=8).error * 2**0.5  # that of half as many tokens
         yield "standard error of the bound", f"{error:.4f} nats per token", f"{4 * tokens.numel():,} tokens"

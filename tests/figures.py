@@ -5,6 +5,7 @@
     python tests/figures.py parallel    # what it costs to set several tokens at once
     python tests/figures.py orders      # forward passes against the quality of the text
     python tests/figures.py lengths     # how often the length of a hole is found
+    python tests/figures.py answers     # questions answered rightly, by order and forward passes
     python tests/figures.py dial        # from append to set: the bound for each attention
     python tests/figures.py speed       # the same models: quality of the text against tokens per second
     python tests/figures.py post        # the post's comparison: RoBERTa's loop and GPT-2's
@@ -36,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from data.canvas.prompt import MOST
-from data.corpus import DATA, SPLITS, load_corpus, write_corpus
+from data.canvas.prompt import MOST, shown_of
+from data.corpus import DATA, SPLITS, load_corpus, windows_at, write_corpus
 from data.hmm.prepare import text_nats
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
@@ -49,7 +50,7 @@ from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = (
-    *("levels", "limit", "parallel", "orders", "lengths", "dial", "speed", "post"),
+    *("levels", "limit", "parallel", "orders", "lengths", "answers", "dial", "speed", "post"),
     *("recipe", "repeat", "changes", "counts"),
 )
 EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figures were drawn
@@ -59,7 +60,7 @@ EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figu
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
     seeds: int = flag(1, "levels, recipe, dial on Shakespeare: models of each kind to train", least=1)
-    texts: int = flag(32, "orders, lengths, dial, speed, counts: texts for each point", least=1)
+    texts: int = flag(32, "orders, lengths, answers, dial, speed, counts: texts for each point", least=1)
     processes: int = flag(1, "that train a model together, under torchrun", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
@@ -153,7 +154,7 @@ def levels(config, device):
     shown = (0.15, 0.4, 0.6, 0.8, 1.0)
     print("| method | seed | NELBO |", " | ".join(f"t = {t}" for t in shown), "|")
     _, val, _, _ = load_corpus("shakespeare", 256)
-    tokens = windows(val, 256, len(val))
+    tokens, _ = windows(val, 256, len(val))
     for number, (name, flags) in enumerate(METHODS.items()):
         losses = []
         for seed in range(config.seeds):
@@ -187,7 +188,7 @@ def limit(config, device):
     panel, save = plot(config.save)
     path = train("out-hmm", HMM)
     _, val, _, _ = load_corpus("hmm")
-    tokens = windows(val, 64, len(val))
+    tokens, _ = windows(val, 64, len(val))
     entropy = text_nats(tokens).mean()
     model, _, _ = load_checkpoint(path, device)
     with autocast(device):
@@ -208,7 +209,7 @@ def parallel(config, device):
     token_error, sequence_error, save = plot(config.save, 2)
     model, _, _ = load_checkpoint(train("out-hmm", HMM), device)
     _, val, _, _ = load_corpus("hmm")
-    real = text_nats(windows(val, 64, 64 * 512), FLOOR).mean()
+    real = text_nats(windows(val, 64, 64 * 512)[0], FLOOR).mean()
     ks = [1, 2, 4, 8, 16, 32, 64]
     print("| order | tokens a step | nats per token | impossible |")
     for order in ("random", "confidence"):
@@ -260,7 +261,7 @@ def orders(config, device):
     *panels, save = plot(config.save, 2)
     titles = "NELBO under the judge, nats per byte", "entropy of byte pairs, bits"
     with autocast(device):
-        real = quality(windows(val, T, config.texts * T))
+        real = quality(windows(val, T, config.texts * T)[0])
         print("| text of the corpus | | {:.3f} | {:.2f} |".format(*real))
         token_nats = checkpoint.get("token_nats")
         for marker, order in zip("osD^vPX*", ORDERS):
@@ -316,6 +317,51 @@ def lengths(config, device):
     print(f"| the spans | | | {np.mean(sizes < 6):.0%} |")
 
 
+# --- prompts and answers -------------------------------------------------------------------------
+
+SUMS = "--data sums --block_size 48 --batch_size 128 --level uniform --widen 0 --evals 4"
+ANSWERING = "random", "confidence", "margin", "entropy", "left", "threshold"
+
+
+def answers(config, device):
+    """The share of held-out questions that are answered exactly, at temperature 0: sums, and words backwards.
+    A step counts for a question if it sets something there.
+    """
+    *panels, save = plot(config.save, 2)
+    model, tokenizer, _ = load_checkpoint(train("out-sums", SUMS), device)
+    T, mask_id, ends = model.config.block_size, tokenizer.mask_id, model.config.end_ids
+    _, val, _, _ = load_corpus("sums", T)
+    x0, prompt_len = map(torch.from_numpy, windows_at(val, np.arange(2 * config.texts)[:, None], T))
+    canvas = x0.masked_fill(torch.arange(T) >= prompt_len, mask_id)
+    is_word = np.array(["Reverse" in tokenizer.decode(row) for row in x0.tolist()])
+
+    def replies(ids):
+        return [shown_of(*pair, mask_id, ends, True) for pair in zip(ids.tolist(), canvas.tolist())]
+
+    print("| order | steps | sums: passes | exact | words: passes | exact |")
+    for marker, order in zip("osD^vP", ANSWERING):
+        points = []
+        for choice in TAUS if order == "threshold" else (1, 2, 4, 8, 16):
+            flags = {"tau": choice, "steps": None} if order == "threshold" else {"steps": choice}
+            before, passes = canvas, np.zeros(len(canvas))
+            with autocast(device):
+                for after in denoise(model, canvas, order=order, temperature=0.0, **flags):
+                    passes += (after != before).any(1).numpy()
+                    before = after
+            exact = np.array([ours == right for ours, right in zip(replies(before), replies(x0))])
+            points.append([(passes[kind].mean(), exact[kind].mean()) for kind in (~is_word, is_word)])
+            row = " | ".join(f"{n:.1f} | {share:.1%}" for n, share in points[-1])
+            print(f"| {order} | {choice} | {row} |", flush=True)
+        for panel, line in zip(panels, zip(*points)):
+            panel.plot(*zip(*line), marker=marker, markersize=5, label=order)
+    for panel, title in zip(panels, ("sums", "words backwards")):
+        panel.set(xscale="log", xlabel="forward passes", title=f"{title}: answered exactly", ylim=(0, 1.02))
+        panel.set_xticks([1, 2, 4, 8, 16], labels=map(str, [1, 2, 4, 8, 16]))
+        panel.minorticks_off()
+    panels[0].legend(fontsize="small")
+    save()
+
+
 # --- from append to set --------------------------------------------------------------------------
 
 ATTENTIONS = "causal", "block:4", "block:16", "block:64", "canvas"
@@ -339,7 +385,7 @@ def dial(config, device):
     print("|", " | ".join(header), "|")
     for corpus, curve in zip(MINUTES, curves):
         _, val, _, _ = load_corpus(corpus, 256)
-        tokens, some = windows(val, 256, len(val)), windows(val, 256, 256 * config.texts)
+        (tokens, _), (some, _) = windows(val, 256, len(val)), windows(val, 256, 256 * config.texts)
         seeds = range(config.seeds if corpus == "shakespeare" else 1)
         paths = {name: [on_the_dial(corpus, name, seed) for seed in seeds] for name in ATTENTIONS}
         logs = {name: [log_of(path) for path in paths[name]] for name in ATTENTIONS}
@@ -409,7 +455,7 @@ def speed(config, device):
         return float(nelbo(judge, texts)), pair_entropy(texts)
 
     with autocast(device):
-        real = quality(windows(val, T, config.texts * T))
+        real = quality(windows(val, T, config.texts * T)[0])
         header = "attention", "way", "passes", "nats per byte", "bits per pair", "tokens/s at batch 1"
         print("|", " | ".join(header), "| at", config.texts, "|")
         print("| text of the corpus | | | {:.3f} | {:.2f} | | |".format(*real))
@@ -510,7 +556,7 @@ def recipe(config, device):
     """The bound after five minutes of one core: of the default, and with each part taken away."""
     panel, save = plot(config.save)
     _, val, _, _ = load_corpus("shakespeare", 256)
-    tokens, bounds = windows(val, 256, len(val)), {}
+    tokens, bounds = windows(val, 256, len(val))[0], {}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs, side by side
     n_cores = torch.get_num_threads() if device.type == "cpu" else 1
 
@@ -608,7 +654,7 @@ def apply(change, folder):
 
 def changes(config, device):
     """2,000 steps of tiny Shakespeare by the project as it is, and with each of the README's changes."""
-    text = windows(load_corpus("shakespeare")[1], 256, 8192).flatten().tolist()
+    text = windows(load_corpus("shakespeare")[1], 256, 8192)[0].flatten().tolist()
 
     def run(folder, command):
         arguments = [sys.executable, *command.split(), "--device", str(device)]
@@ -665,7 +711,7 @@ def counts(config, device):
     print("| text | words that the training text has | characters copied |")
     ways = (T // 2, "random", 0.7), (T, "random", 0.5), (32, "random", 0.7), (T, "confidence", 0.9)
     for way in (None, *ways, (None, "threshold", 1.0)):
-        name, tokens = "of the validation split", windows(val, T, T * config.texts)
+        name, tokens = "of the validation split", windows(val, T, T * config.texts)[0]
         if way:
             steps, order, temperature = way
             name = f"`--order {order}{f' --steps {steps}' if steps else ''} --temperature {temperature}`"

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data.chat.prepare
 import data.corpus
 import data.fineweb.prepare
 import data.gpt2.prepare
@@ -39,6 +40,7 @@ import data.text8.prepare
 import data.wikitext2.prepare
 import sample
 import train
+from data.canvas.chat import BYTES
 from data.run.checkpoint import byte_sum, save_checkpoint, tensors
 from data.run.errors import command
 from data.run.flags import flag, parse
@@ -195,6 +197,53 @@ def corpus(good, folder, rng):
     return train.main, flags, None
 
 
+def examples(good, folder, rng):
+    """A corpus of prompts and answers; half of those whose index differs say that it should."""
+    talk = Path(shutil.copytree(good / "data" / "talk", folder / "data" / "talk"))
+    damage_one(talk, rng, ["train.bin", "val.rows", "train.rows", "meta.json", "meta.json"])
+    if rng.random() < 0.5:
+        with contextlib.suppress(Exception):
+            meta = json.loads((talk / "meta.json").read_text())
+            for split in ("train", "val"):
+                rows = (talk / f"{split}.rows").read_bytes()
+                meta[split] |= {"examples": len(rows) // 16, "rows": hashlib.sha256(rows).hexdigest()}
+            (talk / "meta.json").write_text(json.dumps(meta))
+    data.corpus.DATA = folder / "data"
+    flags = ["--eval_only", "--init_from", good / "talk.pt", "--data", "talk", "--eval_tokens", "64"]
+    return train.main, flags, None
+
+
+def jsonl(good, folder, rng):
+    data.corpus.DATA = folder / "data"
+    content = (good / "talk.jsonl").read_bytes()
+    if rng.random() < 0.5:
+        lines = content.splitlines()
+        number = rng.randrange(len(lines))
+        lines[number] = json.dumps(change(json.loads(lines[number]), rng)).encode()
+        content = b"\n".join(lines)
+    else:
+        content = damage(content, rng)
+    (folder / "x.jsonl").write_bytes(content)
+    more = rng.choice([[], ["--tokenizer", good / "talk.pt"], ["--val", folder / "x.jsonl"]])
+    return data.chat.prepare.main, [folder / "x.jsonl", "--name", "t", *more], None
+
+
+def chat(good, folder, rng):
+    """A checkpoint with a template of a stranger's choice, and what is said to it."""
+    content = torch.load(good / "talk.pt", weights_only=True)
+    content.pop("sums")
+    part = rng.choice(["chat", "chat", "config", None])
+    if part:
+        content[part] = change(content[part], rng)
+    torch.save(content, folder / "x.pt")
+    parts = ["Hi", " ", "\x03", "\x01user\x02", "{role}", "{content}", "<mask>", "<mask*9>", "\udcff", "\n"]
+    said = "".join(rng.choices(parts, k=rng.randrange(5)))
+    (folder / "x.txt").write_bytes(said.encode("utf-8", "surrogateescape"))
+    given = rng.choice([["--prompt", said], ["--prompt_file", folder / "x.txt"]])
+    flags = ["--ckpt", folder / "x.pt", "--chat", "--steps", "2", "--dtype", "float32"]
+    return sample.main, [*flags, *rng.choice([[], ["--order", "threshold"]]), *given], None
+
+
 def weights(kind, module):
     """The reader of a folder with the files of a model."""
 
@@ -295,6 +344,9 @@ READERS = {
     "damaged_checkpoint": damaged_checkpoint,
     "bad_checkpoint": bad_checkpoint,
     "corpus": corpus,
+    "examples": examples,
+    "jsonl": jsonl,
+    "chat": chat,
     "gpt2": weights("gpt2", data.gpt2.prepare),
     "roberta": weights("roberta", data.roberta.prepare),
     "bert": weights("bert", data.roberta.prepare),
@@ -333,9 +385,14 @@ def make_good(good):
         flags = "--data book --n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_iters 2"
         flags += f" --eval_tokens 64 --evals 1 --prompt_len 0 --dtype float32 --out_dir {good}/out"
         assert run(train.main, flags.split()) == (0, "")
+        turn = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]'
+        (good / "talk.jsonl").write_text(f'{{"messages": {turn}}}\n{turn}\n' * 10)
+        data.chat.prepare.prepare(good / "talk.jsonl", None, "talk", ByteTokenizer())
     shutil.copy(good / "out" / "ckpt.pt", good / "small.pt")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16}
     save_checkpoint(good / "blocks.pt", Transformer(ModelConfig(**shape, block_len=4)), ByteTokenizer())
+    talks = {**shape, "block_size": 48, "special_ids": (256,), "end_ids": (3,)}
+    save_checkpoint(good / "talk.pt", Transformer(ModelConfig(**talks)), ByteTokenizer(), chat=BYTES)
     tokens, pattern = [chr(i) for i in range(256)] + ["in", "the"], r" ?\w+|\s+|[^\s\w]+"
     bpe = BPETokenizer(tokens, pattern)
     config = ModelConfig(bpe.vocab_size, bpe.mask_id, **shape)

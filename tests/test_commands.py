@@ -226,7 +226,7 @@ def test_what_follows_the_shortest_prompt_chooses_the_checkpoint(tmp_path, monke
     model, _, checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
     val = data.corpus.load_corpus("book")[1]
     with autocast(torch.device("cpu")):
-        bound = train.nelbo(model, train.windows(val, 32, 512), slant=1.0, prompt_len=4)
+        bound = train.nelbo(model, train.windows(val, 32, 512)[0], slant=1.0, prompt_len=4)
     assert float(checkpoint["best"]) == pytest.approx(bound)
     assert printed == pytest.approx(bound, abs=6e-4)
     assert (checkpoint["train"]["level"], checkpoint["train"]["prompt_len"]) == ("uniform", "4:8")
@@ -503,7 +503,7 @@ def test_a_causal_run_masks_nothing_and_reports_its_likelihood(world, monkeypatc
         flags = f"--seed {seed} --prompt_len {prompt_len} --dtype float32"
         run_train(monkeypatch, f"--eval_only --init_from gpt/ckpt.pt {flags}")
         after = " (after a prompt of 8)" if prompt_len else ""
-        exact = train.nelbo(model, train.windows(val, 32, len(val)), prompt_len=prompt_len)
+        exact = train.nelbo(model, train.windows(val, 32, len(val))[0], prompt_len=prompt_len)
         printed = capsys.readouterr().out
         assert f"negative log-likelihood{after} {exact:.4f} nats per token (exact)" in printed
     # Not all of these windows start where one of sample.py does, so compare those that do.

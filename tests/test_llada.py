@@ -16,6 +16,8 @@ import data.llada.prepare as prepare
 import data.text.prepare as text_prepare
 import sample
 import train
+from data.canvas.chat import Chat
+from data.run.checkpoint import save_checkpoint
 from model import ModelConfig, Transformer, load_checkpoint
 
 # The fixtures of the other converter's tests, here of this one.
@@ -300,24 +302,41 @@ def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original
     assert capsys.readouterr().out.startswith("own: NELBO")
 
 
-def test_the_template_is_that_of_the_reference(original, their_tokenizer, llada):
-    """As text: the turns of a conversation, and what opens the reply."""
+def test_a_conversation_is_that_of_the_reference_token_for_token(their_tokenizer, llada):
+    """Its turns, and what opens the reply."""
     settings = prepare.read_config(llada / "config.json")
     tokenizer = data.hub.read_tokenizer_json(llada, settings["embedding_size"], settings["mask_token_id"])
-    chat, unused = prepare.read_chat(llada, tokenizer)
+    template, unused = prepare.read_chat(llada, tokenizer)
+    assert unused == []
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=their_tokenizer, bos_token="<|startoftext|>"
     )
     theirs.chat_template = TEMPLATE
-    messages = [("user", " What is 2 + 2? "), ("assistant", "4."), ("user", "And 3?\n")]
-    expected = theirs.apply_chat_template(
-        [{"role": role, "content": content} for role, content in messages],
-        tokenize=False,
-        add_generation_prompt=True,
+    turns = [("user", " What is 2 + 2? "), ("assistant", "4."), ("user", "And 3?\n")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert Chat(template, tokenizer).prompt(messages) == expected
+
+
+def test_chat_prints_the_reply_alone_up_to_the_end_of_its_turn(llada, original, run, tmp_path, capsys):
+    run(llada, "--out", tmp_path / "llada.pt")
+    model, tokenizer, checkpoint = load_checkpoint(tmp_path / "llada.pt")
+    capsys.readouterr()
+    flags = "--ckpt", tmp_path / "llada.pt", "--chat", "--prompt", "a", "--order", "left", "--seed", 3
+    run(*flags, "--temperature", 0.3, "--dtype", "float32", main=sample.main)
+    reply = capsys.readouterr().out.removesuffix("\n")
+    canvas = torch.tensor(
+        [Chat(checkpoint["chat"], tokenizer).canvas([{"role": "user", "content": "a"}], 24)]
     )
-    turns = [chat["turn"].format(role=role, content=content.strip()) for role, content in messages]
-    ours = chat["opening"] + "".join(turns) + chat["turn"].partition("{content}")[0].format(role="assistant")
-    assert (ours, unused) == (expected, [])
+    n = int((canvas != tokenizer.mask_id).sum())
+    *_, canvas = sample.denoise(model, canvas, order="left", seeds=[3], temperature=0.3)
+    ids = canvas[0, n:].tolist()
+    ends = [i for i, token in enumerate(ids) if token in model.config.end_ids]
+    assert reply == tokenizer.decode(ids[: ends[0]] if ends else ids)
+    model.config.end_ids = tuple({*range(model.config.vocab_size)} - {*model.config.special_ids})
+    save_checkpoint(tmp_path / "ends.pt", model, tokenizer, chat=checkpoint["chat"])
+    run("--ckpt", tmp_path / "ends.pt", *flags[2:], main=sample.main)
+    assert capsys.readouterr().out == "\n"  # whatever is written ends it
 
 
 def test_another_template_is_not_used_and_that_is_said(llada, run, tmp_path, capsys):

@@ -11,6 +11,7 @@ from toys import make_book
 import data.corpus
 import sample
 import train
+from data.canvas.chat import BYTES
 from data.run.checkpoint import save_checkpoint
 from data.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
@@ -69,12 +70,14 @@ NEEDS = {
     "tau": {"order": "threshold"},
     "guidance": {"prompt": "a"},
     "score": {"order": "left"},
+    "chat": {"prompt": "a"},
 }
 SAMPLE = {
     "ckpt": ["canvas.pt", "blocks.pt", "causal.pt", "canvas.pt causal.pt"],
     "prompt": ["a", "a<mask*3>b", "a<mask*1:2>"],
     "prompt_file": ["book.txt"],
     "suffix": ["end"],
+    "chat": [True],
     "length": ["20", "70"],
     "steps": ["1", "4"],
     "order": [*sample.ORDERS, "random left"],
@@ -107,7 +110,7 @@ def world(tmp_path_factory):
     kinds = {"canvas": {}, "blocks": {"block_len": 8}, "causal": {"block_len": 1, "shift_id": 256, "conv": 0}}
     for name, more in kinds.items():
         model, nats = Transformer(ModelConfig(**shape, **more)), torch.ones(257)
-        save_checkpoint(folder / f"{name}.pt", model, ByteTokenizer(), token_nats=nats)
+        save_checkpoint(folder / f"{name}.pt", model, ByteTokenizer(), token_nats=nats, chat=BYTES)
     yield folder
     torch.set_num_threads(n_threads)
 

@@ -225,7 +225,7 @@ def test_fineweb_is_the_tokens_of_its_shards(gpt2, shards, run):
     documents = {name: [start, *tokenizer.encode(text)] for name, text in TEXTS.items()}
     assert val.tolist() == documents["val_000000"]
     assert train_split.tolist() == documents["train_000001"] + documents["train_000002"]
-    assert tokenizer.decode(val.tolist()) == TEXTS["val_000000"]
+    assert tokenizer.decode(val.tolist()) == "\n" + TEXTS["val_000000"]
     assert meta["val"]["bytes"] == len(TEXTS["val_000000"])
     assert meta["train"]["bytes"] == len((TEXTS["train_000001"] + TEXTS["train_000002"]).encode())
     assert meta["occurrences"] == np.bincount(train_split, minlength=tokenizer.vocab_size).tolist()

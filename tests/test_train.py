@@ -481,10 +481,11 @@ def test_a_share_of_the_visible_has_a_loss_and_half_of_it_is_replaced():
 
 
 def test_windows_cover_the_split_once():
-    tokens = windows(np.arange(103, dtype=np.uint16), 10, 10**9)
+    tokens, prompt_len = windows(np.arange(103, dtype=np.uint16), 10, 10**9)
     assert tokens.shape == (10, 10)
     assert len(tokens.unique()) == 100
-    assert windows(np.arange(103, dtype=np.uint16), 10, 35).shape == (3, 10)
+    assert prompt_len.tolist() == [[0]] * 10  # no text has a prompt of its own
+    assert windows(np.arange(103, dtype=np.uint16), 10, 35)[0].shape == (3, 10)
 
 
 # --- learning ------------------------------------------------------------------------------------

@@ -71,6 +71,15 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
     return canvases
 
 
+def shown_of(ids, canvas, mask_id, end_ids, reply=False):
+    """What is shown of ids, which filled a canvas: what is before the first end that was written; of a reply,
+    what comes after the prompt.
+    """
+    written = [i for i, token in enumerate(canvas) if token == mask_id]
+    end = next((i for i in written if ids[i] in end_ids), len(ids))
+    return ids[written[0] if reply else 0 : end]
+
+
 def read_text(path):
     """The UTF-8 text of a file, or of stdin for -."""
     try:

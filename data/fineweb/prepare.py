@@ -59,6 +59,7 @@ def check_header(path):
 def read_shard(path, tokenizer):
     """(ids, bytes of their text) of a shard, a piece at a time."""
     lengths = np.array([len(tokenizer.bytes_of[i]) for i in range(tokenizer.vocab_size)])
+    lengths[list(tokenizer.special_ids)] = 0  # whatever is shown for them
     with open(path, "rb") as file:
         file.seek(HEADER)
         while piece := file.read(2**21):

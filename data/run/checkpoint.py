@@ -136,9 +136,11 @@ def check_config(config, checkpoint):
         value = getattr(config, name)
         if not fits(kind, value) or (type(value) in (int, float) and not 0 <= value <= 10**7):
             raise ValueError(f"its {name} is no value for that")
-    ids = config.mask_id, *config.special_ids
-    if not all(0 <= i < config.vocab_size for i in ids):
-        raise ValueError("mask_id and special_ids are not of its vocabulary")
+    not_text = {config.mask_id, *config.special_ids}
+    if not all(0 <= i < config.vocab_size for i in (*not_text, *config.end_ids)):
+        raise ValueError("mask_id, special_ids and end_ids are not of its vocabulary")
+    if not_text & {*config.end_ids}:
+        raise ValueError("its end_ids are learned, and so no special_ids")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
     heads = config.n_head * (2 if config.position == "rope" else 1)  # rope turns channels in pairs
     fit = heads and config.n_embd % heads == 0 and config.conv_right < max(1, config.conv)

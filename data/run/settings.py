@@ -117,6 +117,16 @@ def without_noise(config, given):
     return dataclasses.replace(config, level=Level("fixed", 1.0), weight="mean")
 
 
+def with_examples(config, model_config, chat):
+    """The config for a corpus of examples, which have prompts of their own, by its Chat. What ends a text
+    there the model, whose config is changed, learns from now on.
+    """
+    ends = {*model_config.end_ids, *chat.end_ids}
+    model_config.end_ids = tuple(sorted(ends))
+    model_config.special_ids = tuple(i for i in model_config.special_ids if i not in ends)
+    return dataclasses.replace(config, prompt_len=Span(0, 0))
+
+
 def check_training(config):
     """Raise Mistake for flags that cannot work together, before anything is written."""
     if config.open_steps and (config.init_from == "scratch" or config.eval_only):
@@ -166,7 +176,9 @@ def check_unused(out_dir):
 
 
 def check_writing(config, given, prompts):
-    """Raise Mistake for flags that cannot work together, before a model is loaded."""
+    """Raise Mistake for flags that cannot work together, before a model is loaded. prompts: texts; none is an
+    empty one, and with --chat a conversation on stdin.
+    """
     goes_with_score = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
     wrong = [name for name in given if name not in goes_with_score]
     if config.score is not None and wrong:
@@ -177,13 +189,27 @@ def check_writing(config, given, prompts):
         raise Mistake(f"--score: under one order at a time, and --order names {len(config.order)}")
     if set(config.order) == {"threshold"} and config.steps is not None:
         raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
-    check_prompts(prompts, config.suffix, config.length or MOST)
+    if config.chat:
+        check_chat(config, given, prompts)
+    else:
+        check_prompts(prompts or [""], config.suffix, config.length or MOST)
     if config.revise and "remask" in config.order:
         raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
-    if config.guidance and not all(MASK_TAG.sub("", text) or config.suffix for text in prompts):
+    prompted = all(MASK_TAG.sub("", text) or config.suffix for text in prompts or [""])
+    if config.guidance and not (prompted or config.chat):
         raise Mistake("--guidance: it needs a --prompt to heed")
     if config.save is not None:
         check_path(config.save)
+
+
+def check_chat(config, given, prompts):
+    """Raise Mistake for what does not go with --chat."""
+    for name in ("suffix", "judge"):
+        if given.get(name):
+            raise Mistake(f"--{name} {given[name]}: not with --chat, which writes replies alone")
+    several = len(config.ckpt) > 1 or len(config.order) > 1 or config.num_samples > 1
+    if several and not prompts:
+        raise Mistake("--chat: a conversation is with one --ckpt, in one --order, of one sample at a time")
 
 
 def default_checkpoint():

@@ -12,7 +12,7 @@ from data.run.errors import command
 from data.run.flags import argument, parse
 from model import load_checkpoint
 
-KEPT = "train", "bound", "token_nats", "step", "minutes"  # beside what it takes to sample
+KEPT = "train", "bound", "token_nats", "chat", "step", "minutes"  # beside what it takes to sample
 
 
 @dataclass

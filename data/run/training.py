@@ -23,8 +23,10 @@ from data.run.processes import average, gathered, piece_of, rank, size, spread
 class Run:
     """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
 
-    def __init__(self, config, model, device, meta=None, token_nats=None):
-        """meta: that of the corpus (data/corpus.py); without one, epochs have no length."""
+    def __init__(self, config, model, device, meta=None, token_nats=None, template=None):
+        """meta: that of the corpus (data/corpus.py); without one, epochs have no length. template: how the
+        model chats (data/canvas/chat.py).
+        """
         self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
         if config.grad_checkpoint:  # each layer is computed again for its gradient, and so not kept
             for layer in model.blocks:
@@ -39,6 +41,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
         self.corpus = [meta[split].get("sha256") for split in SPLITS] if meta else []
+        self.corpus += [meta[split]["rows"] for split in SPLITS if "rows" in meta[split]] if meta else []
+        self.template = template
         self.step, self.minutes, self.best = 0, 0.0, math.inf
         # Of the bound that its noise trains for, whose lowest value, best, chooses ckpt.pt.
         self.bound_flags = {"prompt_len": config.prompt_len.low, "slant": config.slant}
@@ -51,6 +55,7 @@ class Run:
             "random": {"batches": self.generator.get_state()},
             "bound": self.bound_flags,
             "corpus": self.corpus,
+            **({"chat": self.template} if self.template else {}),
             **{name: getattr(self, name) for name in ("step", "minutes", "best", "token_nats")},
         }
 
