@@ -1261,7 +1261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         command(train.main)
     assert ended.value.code == 2
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 8" in sentence  # a device is waited for where something is shown
+    assert re.search("step [78]:", sentence)  # found where it is shown: at the end, or after half a second
     assert "last.pt" in sentence
     step, model, _ = weights(tmp_path / "last.pt")
     assert step == 4
