@@ -152,6 +152,7 @@ ODD = {
     "blocks of 4": settings_of("bd3lm", length=24, block_size=4, cross_attn=True, adaln=True),
     "blocks of 6, not told the level": settings_of("bd3lm", length=24, block_size=6, adaln=False),
     "one block, as it is pretrained": settings_of("bd3lm", length=24, block_size=24, adaln=False),
+    "no blocks at all": settings_of("bd3lm", length=24, block_size=4, cross_attn=False),
 }
 REAL = {
     "mdlm-owt": settings_of(width=768, layers=12, heads=12, length=1024, vocab_size=50258),
@@ -163,7 +164,8 @@ REAL = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_logits_of_odd_shapes_are_those_of_the_reference(name, tmp_path):
-    settings, K = ODD[name], ODD[name].get("block_size", 24)
+    settings = ODD[name]
+    K = settings.get("block_size", 24) if settings.get("cross_attn", True) else 24
     tensors = random_tensors(settings, settings.get("adaln", True))
     model = in_memory(settings, tensors, tmp_path)
     blocks = K < 24

@@ -54,7 +54,8 @@ DEFAULTS = {
     "n_blocks": 12,
     "n_heads": 12,
     "dropout": 0.1,
-    "block_size": 1024,  # BD3-LM's alone
+    "block_size": 1,  # this and what follows are BD3-LM's alone
+    "cross_attn": True,  # False: all see all, whatever block_size is
     "adaln": True,
 }
 # What our model cannot be, besides these.
@@ -72,7 +73,8 @@ def read_config(path):
 
 def our_config(theirs, tokenizer, tied):
     """The ModelConfig of their config."""
-    whole = theirs["model_type"] == "mdlm" or theirs["block_size"] >= theirs["model_length"]
+    whole = theirs["model_type"] == "mdlm" or not theirs["cross_attn"]
+    whole |= theirs["block_size"] >= theirs["model_length"]
     return ModelConfig(
         vocab_size=theirs["vocab_size"],
         mask_id=tokenizer.mask_id,
