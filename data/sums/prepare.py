@@ -1,7 +1,7 @@
 """Questions with one right answer, made by a seed: sums with carries, and words to write backwards.
 
-    What is 487 + 956?     1443
-    Reverse: qlwhtz        zthwlq
+    What is 48769 + 956?     49725
+    Reverse: qlwhtz          zthwlq
 
 Each is there once: a sum not with its terms exchanged either, nor a word backwards. So no question that the
 last tenth asks, which validates, is answered in the rest.
@@ -22,7 +22,7 @@ from data.run.files import replacing
 from data.run.flags import flag, parse
 from data.tokenizer import ByteTokenizer
 
-LARGEST, LETTERS = 999, (3, 8)  # of the terms, and in a word, from .. to
+DIGITS, LETTERS = 6, (3, 12)  # of a term at most; of a word, from .. to
 
 
 @dataclass
@@ -37,7 +37,7 @@ def questions(n, seed):
     rng, seen = random.Random(seed), set()
     while len(seen) < n:
         if len(seen) % 2 == 0:
-            a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
+            a, b = (rng.randrange(10 ** rng.randint(1, DIGITS)) for _ in "ab")
             same, question, answer = (min(a, b), max(a, b)), f"What is {a} + {b}?", str(a + b)
         else:
             word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(*LETTERS)))
