@@ -240,7 +240,7 @@ def chat(good, folder, rng):
     said = "".join(rng.choices(parts, k=rng.randrange(5)))
     (folder / "x.txt").write_bytes(said.encode("utf-8", "surrogateescape"))
     given = rng.choice([["--prompt", said], ["--prompt_file", folder / "x.txt"]])
-    flags = ["--ckpt", folder / "x.pt", "--chat", "--steps", "2", "--dtype", "float32"]
+    flags = ["--ckpt", folder / "x.pt", "--chat", "--length", "48", "--steps", "2", "--dtype", "float32"]
     return sample.main, [*flags, *rng.choice([[], ["--order", "threshold"]]), *given], None
 
 

@@ -372,7 +372,7 @@ def test_a_run_on_examples_resumes_to_the_bit_and_leaves_what_a_chat_needs(squar
     call(monkeypatch, train.main, "--init_from resume --out_dir out".split())
     ours, whole = (load_checkpoint(f"{folder}/last.pt") for folder in ("out", "whole"))
     assert all(map(torch.equal, ours[2]["model"].values(), whole[2]["model"].values()))
-    assert ours[2]["chat"] == BYTES
+    assert (ours[2]["chat"], ours[2]["train"]["prompt_len"]) == (BYTES, "0")
     assert (ours[0].config.end_ids, ours[0].config.special_ids) == ((3,), (256,))
     call(monkeypatch, slim.main, ["out/last.pt", "small.pt"])
     assert read_checkpoint("small.pt")["chat"] == BYTES
@@ -530,9 +530,9 @@ def test_a_text_ends_at_its_end_without_a_chat_too(parrot, monkeypatch, capsys):
 
 
 def test_the_questions_are_right_each_once_and_of_a_seed(monkeypatch):
-    pairs = list(data.sums.prepare.questions(2000, seed=0))
-    assert pairs == list(data.sums.prepare.questions(2000, seed=0))
-    assert pairs != list(data.sums.prepare.questions(2000, seed=1))
+    pairs = list(data.sums.prepare.questions(20_000, seed=0))
+    assert pairs == list(data.sums.prepare.questions(20_000, seed=0))
+    assert pairs != list(data.sums.prepare.questions(20_000, seed=1))
     same = set()
     for question, answer in pairs:
         if question.startswith("What is "):
@@ -543,7 +543,7 @@ def test_the_questions_are_right_each_once_and_of_a_seed(monkeypatch):
             word = question.removeprefix("Reverse: ")
             assert answer == word[::-1]
             same.add(min(word, answer))
-    assert len(same) == 2000  # so none of those held out is learned, the other way round either
+    assert len(same) == 20_000  # so none of those held out is learned, the other way round either
 
 
 def test_the_made_corpus_holds_out_its_last_tenth(monkeypatch):
