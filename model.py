@@ -81,7 +81,7 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 ACTIVATIONS["gelu_tanh"] = functools.partial(F.gelu, approximate="tanh")
 
 
-def layer_norm(width, config):
+def norm_of(width, config):
     if config.rms:
         return nn.RMSNorm(width, config.norm_eps)
     return nn.LayerNorm(width, config.norm_eps, bias=config.bias)
@@ -147,8 +147,8 @@ class Attention(nn.Module):
         self.key = Linear(config.n_embd, width, config.bias)
         self.value = Linear(config.n_embd, width, config.bias)
         self.out = Linear(config.n_embd, config.n_embd, config.bias)
-        self.query_norm = layer_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
-        self.key_norm = layer_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
+        self.query_norm = norm_of(self.head_dim, config) if config.qk_norm else nn.Identity()
+        self.key_norm = norm_of(self.head_dim, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x, sight):
         q, k, v = self.query(x[:, sight.first :]), self.key(x), self.value(x)
@@ -216,9 +216,9 @@ class Layer(nn.Module):
         self.pre = config.norm == "pre"
         self.convolution = Convolution(config) if config.conv else None
         self.attention = Attention(config)
-        self.attention_norm = layer_norm(config.n_embd, config)
+        self.attention_norm = norm_of(config.n_embd, config)
         self.mlp = MLP(config)
-        self.mlp_norm = layer_norm(config.n_embd, config)
+        self.mlp_norm = norm_of(config.n_embd, config)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, sight):
@@ -246,11 +246,11 @@ class Transformer(nn.Module):
             self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.n_layer))  # by GPT-2's name
-        self.embedding_norm = nn.Identity() if pre else layer_norm(config.n_embd, config)
-        self.final_norm = layer_norm(config.n_embd, config) if pre else nn.Identity()
+        self.embedding_norm = nn.Identity() if pre else norm_of(config.n_embd, config)
+        self.final_norm = norm_of(config.n_embd, config) if pre else nn.Identity()
         if config.head_activation:
             self.transform = Linear(config.n_embd, config.n_embd, config.bias)
-            self.transform_norm = layer_norm(config.n_embd, config)
+            self.transform_norm = norm_of(config.n_embd, config)
         self.head = Linear(config.n_embd, config.vocab_size, config.bias and config.head_bias)
         self.tie()
         self.apply(self.init_weights)
@@ -344,9 +344,9 @@ class Transformer(nn.Module):
 def load_checkpoint(path, device="cpu", keep=None, **changes):
     """Read what save_checkpoint wrote: (model in eval mode, tokenizer, the whole dict).
 
-    keep: a dtype; weights that are all of it stay so, and on a CPU in the file, whereas others become
-    float32. changes: fields of the config to be set otherwise, such as dropout. Raises Mistake when it is not
-    a checkpoint of ours.
+    keep: a dtype; if the matrices in the file are of it, they stay so, on a CPU even in the file; else all
+    become float32. changes: fields of the config to be set otherwise, such as dropout. Raises Mistake when it
+    is not a checkpoint of ours.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -361,5 +361,6 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
             raise ValueError("its tokenizer is another model's")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
-    dtype = keep if {weight.dtype for weight in model.parameters()} == {keep} else torch.float32
+    matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}
+    dtype = keep if matrices == {keep} else torch.float32
     return model.to(device, dtype).eval(), tokenizer, checkpoint

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.canvas.chat import chat_of, converse
+from data.canvas.chat import chat_of, converse, reply_length
 from data.canvas.history import History, inert
 from data.canvas.picture import save_histories
 from data.canvas.prompt import MOST, make_canvases, read_text, shown_of
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
-from data.run.fast import Cache, in_parts
+from data.run.fast import Cache, in_parts, rows_at_once
 from data.run.flags import flag, parse
 from data.run.machine import autocast, device_of, pick_device, send
 from data.run.settings import check_writing, default_checkpoint, flags_for
@@ -66,7 +66,9 @@ class SampleConfig:
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "write how it filled: a page, run.html, or an animated picture, run.svg")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of the matrix products, and of weights that the file has in it"
+    )
 
 
 # --- the loop: look, choose, take, set -----------------------------------------------------------
@@ -443,12 +445,12 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0, where=None):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def negative_log_likelihood(model, tokens, steps=None, batch_size=32, **flags):
+def negative_log_likelihood(model, tokens, steps=None, **flags):
     """Minus the log of the probability with which the sampler writes tokens (N,) at temperature 1, in nats,
     in windows of block_size that are independent of each other. flags: as denoise has them.
     """
     W = model.config.block_size
-    whole = len(tokens) // W * W
+    whole, batch_size = len(tokens) // W * W, rows_at_once(32, W, model.config.vocab_size)
     batches = [*tokens[:whole].view(-1, W).split(batch_size), tokens[None, whole:]]
     nats = 0.0
     for x0 in tqdm(batches, unit="batch", leave=False):
@@ -522,8 +524,8 @@ def make_plans(config, given, prompts, loaded):
     by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
     for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
         if config.chat:
-            chat = chat_of(path, checkpoint, tokenizer)
-            choices = [[chat.canvas(messages, config.length or W)] for messages in prompts]
+            chat, length = chat_of(path, checkpoint, tokenizer), config.length or reply_length(checkpoint, W)
+            choices = [[chat.canvas(messages, length)] for messages in prompts]
         else:
             choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
         longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
@@ -566,8 +568,11 @@ def write_all(plan, config, watch):
     summary = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
     ids, histories = zip(*(done[number] for number, _, _ in rows))
     ends = model.config.end_ids
-    shown = [shown_of(new, old, tokenizer.mask_id, ends, config.chat) for new, (_, old, _) in zip(ids, rows)]
-    return Written(name, [tokenizer.decode(row) for row in shown], histories, summary)
+    texts = []
+    for new, (_, old, _) in zip(ids, rows):
+        start = old.index(tokenizer.mask_id) if config.chat else 0  # the reply alone
+        texts.append(tokenizer.decode(shown_of(new, old, tokenizer.mask_id, ends, start)))
+    return Written(name, texts, histories, summary)
 
 
 def score(path, model, tokenizer, flags):
@@ -628,16 +633,18 @@ def main():
         if config.score is not None:
             (plan,) = make_plans(config, given, [""], loaded)
             return score(config.score, plan.model, plan.tokenizer, plan.flags)
-        if config.chat and not prompts:
-            (path,), ((_, tokenizer, checkpoint),) = config.ckpt, loaded
-            converse(chat_of(path, checkpoint, tokenizer), lambda messages: answer([messages]))
-        elif config.chat:
-            answer([[{"role": "user", "content": text}] for text in prompts])
-        else:
-            answer(prompts or [""])
-    if config.save is not None and rounds:
-        texts = [text for results in rounds for text in zip(*(result.histories for result in results))]
-        save_histories(config.save, texts, [result.name for result in rounds[0]])
+        try:
+            if not config.chat:
+                answer(prompts or [""])
+            elif prompts:
+                answer([[{"role": "user", "content": text}] for text in prompts])
+            else:
+                (path,), ((_, tokenizer, checkpoint),) = config.ckpt, loaded
+                converse(chat_of(path, checkpoint, tokenizer), lambda messages: answer([messages]))
+        finally:  # a conversation may end in a mistake
+            if config.save is not None and rounds:
+                texts = [text for results in rounds for text in zip(*(each.histories for each in results))]
+                save_histories(config.save, texts, [result.name for result in rounds[0]])
 
 
 if __name__ == "__main__":

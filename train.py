@@ -35,7 +35,7 @@ from data.canvas.history import inert
 from data.canvas.prompt import make_canvases, shown_of
 from data.corpus import load_corpus, n_windows, unigram_nats, windows_at
 from data.run.errors import Mistake, command, signals
-from data.run.fast import cross_entropy
+from data.run.fast import cross_entropy, rows_at_once
 from data.run.files import alone_in
 from data.run.flags import Attention, Level, Span, flag, parse
 from data.run.machine import device_of, pick_device, send
@@ -96,7 +96,9 @@ class TrainConfig:
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the matrix products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of the matrix products; with --eval_only of weights that the file has in it, too"
+    )
     compile: bool = flag(False, "torch.compile the model")
     shard: bool = flag(False, "under torchrun: a piece of each tensor in each process")
     seed: int = flag(0, "of weights, batches, levels and masks", least=0, most=2**32)
@@ -288,7 +290,7 @@ def slanted_holes(x0, maskable, t, mask_id, generator, slant):
 
 @torch.no_grad()
 def sequence_bounds(
-    model, tokens, prompt_len=0, draws=1, batch_size=64, seed=0, level=UNIFORM, slant=0.0, strata=STRATA
+    model, tokens, prompt_len=0, draws=1, batch_size=None, seed=0, level=UNIFORM, slant=0.0, strata=STRATA
 ):
     """Estimate the NELBO of each sequence of tokens (N, T) int64, without bias: nats (draws, N); and
     n_maskable (N,), how many of its tokens may be holes.
@@ -304,7 +306,7 @@ def sequence_bounds(
         holes_of = functools.partial(slanted_holes, slant=slant)
     generator = torch.Generator().manual_seed(seed)
     (N, T), config, device = tokens.shape, model.config, device_of(model)
-    K = min(config.K, T)
+    K, batch_size = min(config.K, T), batch_size or rows_at_once(64, T, config.vocab_size)
     if T % K:
         raise ValueError(f"{T} tokens: not a number of blocks of {K}; cut the text to a multiple")
     maskable = which_maskable(tokens, prompt_len, config.special_ids)  # (N, T)
@@ -461,7 +463,8 @@ def compile_ahead(run, draw, report):
 
 
 def main():
-    config, model, tokenizer, checkpoint = settle(parse(TrainConfig, __doc__.splitlines()[0]), TrainConfig)
+    given = parse(TrainConfig, __doc__.splitlines()[0])
+    config, model, tokenizer, checkpoint = settle(given, TrainConfig)
     check_training(config)
     device = pick_device(config.device)
     train_split, val_split, corpus_tokenizer, meta = load_corpus(config.data, config.block_size)
@@ -479,7 +482,7 @@ def main():
     token_nats = torch.from_numpy(unigram_nats(meta, train_split, tokenizer.vocab_size))
     template = meta.get("chat") or (checkpoint or {}).get("chat")
     if "chat" in meta:
-        config = with_examples(config, model.config, Chat(template, tokenizer))
+        config = with_examples(config, given, model.config, Chat(template, tokenizer))
     run = Run(config, model, device, meta, token_nats, template)
     if config.eval_only:
         return print_bound(run, val_split, meta["val"])

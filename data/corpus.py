@@ -34,6 +34,16 @@ def id_type(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
+def check_name(name, own=None):
+    """Raise Mistake if data/ can have no folder of that name, or with own, the one that a script has itself
+    (or ""), if it is another that is the project's.
+    """
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise Mistake(f"--name {name}: a corpus is one folder of data/, so no path but a name is needed")
+    if own is not None and name != own and any((DATA / name).glob("*.py")):
+        raise Mistake(f"--name {name}: data/{name} is this project's own folder; choose another name")
+
+
 def write_corpus(name, pieces, tokenizer, source, encode=None):
     """Write data/NAME, as write_tokens does, from pieces of text, (split, text) pairs that are read one at a
     time. encode: text to ids (the tokenizer's encode).
@@ -57,8 +67,7 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
     The files take their names at the end, meta.json last; on an error none does. Returns its dict. Mistake
     if data/ can have no folder of that name.
     """
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise Mistake(f"--name {name}: a corpus is one folder of data/, so no path but a name is needed")
+    check_name(name)
     folder, files = DATA / name, {}
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
@@ -84,7 +93,7 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
             if template:
                 index = np.array(rows[split], dtype=np.int64)
                 files[f"{split}.rows"].write(index)
-                counts[split] |= {"examples": len(index), "rows": hashlib.sha256(index).hexdigest()}
+                counts[split] |= {"examples": len(index), "rows_sha256": hashlib.sha256(index).hexdigest()}
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state}
         meta |= {"chat": template} if template else {}
         meta |= {"occurrences": occurrences.tolist()}
@@ -178,7 +187,7 @@ def read_rows(path, counts):
     # A prompt ends before its example does; no difference overflows, since they rise from 0 on.
     if not fits or (rows[:, 1] >= ends - rows[:, 0]).any():
         raise ValueError
-    if hashlib.sha256(content).hexdigest() != counts["rows"]:
+    if hashlib.sha256(content).hexdigest() != counts["rows_sha256"]:
         raise ValueError
     return rows
 
@@ -265,7 +274,10 @@ def tokenizer_and_template(name):
         from data.run.checkpoint import read_checkpoint  # torch takes a second to load; only this needs it
 
         checkpoint = read_checkpoint(name)
-        return tokenizer_from_state(checkpoint["tokenizer"]), checkpoint.get("chat")
+        try:
+            return tokenizer_from_state(checkpoint["tokenizer"]), checkpoint.get("chat")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Mistake(f"{name}: it has no tokenizer of ours ({str(error)[:200]})") from None
     if name != "gpt2":
         raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
     try:

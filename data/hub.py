@@ -2,8 +2,8 @@
 
 What is wrong with one is said in a sentence (Mistake) that names it. A source of weights, such as
 data/roberta, is a table of names and a page of settings, and this is all else that turns these files into a
-checkpoint of ours, and a checkpoint into these files. Weights are mapped, not read, and keep their dtype: a
-model may be larger than memory.
+checkpoint of ours, and a checkpoint into these files. Weights are mapped, not read, and where nothing but
+names differs they stay so, in their dtype: a model may be larger than memory.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.run.checkpoint import check_archive, check_layout, save, save_checkpoint
+from data.run.checkpoint import check_archive, check_config, check_layout, save, save_checkpoint
 from data.run.errors import Mistake
 from data.run.files import download, replacing
 from data.tokenizer import BPETokenizer
@@ -41,6 +41,10 @@ def prepare(config, home, repositories, convert):
     elif not folder.is_dir():
         raise Mistake(f"{folder}: no such folder, and not one of {', '.join(repositories)}")
     model, tokenizer, unused, more = convert(folder)
+    try:
+        check_config(model.config, {"model": model.state_dict()})
+    except ValueError as error:
+        raise Mistake(f"{folder / 'config.json'}: no model can be made of it ({error})") from None
     out = Path(config.out or home / f"{folder.resolve().name}.pt")
     save_checkpoint(out, model, tokenizer, **more)
     for what in unused:
@@ -70,14 +74,13 @@ def fetch(wanted, folder):
     """Download files of the hub, and the shards that an index among them names, to a folder, but for those
     that are there; the folder.
     """
-    wanted = list(wanted)
-    for repository, name in wanted:  # it grows
+    for repository, name in wanted:
         if not (folder / name).exists():
             url = f"{HUB}/{repository}/resolve/main/{name}"
             most = MOST_TEXT if name.endswith((".json", ".txt")) else 2**34
             download(url, folder / name, instead="the folder of a copy can be named instead", most=most)
         if name.endswith(".index.json"):
-            wanted += files(repository, *sorted({*shards(folder / name).values()}))
+            fetch(files(repository, *sorted({*shards(folder / name).values()})), folder)
     return folder
 
 
@@ -94,10 +97,11 @@ def read_text(path):
 
 def read_json(path):
     """The dict in a JSON file."""
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(text)
         return {**content}
-    except (json.JSONDecodeError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         raise Mistake(f"{path}: truncated, or not what JSON should hold here") from None
 
 
@@ -289,8 +293,7 @@ def tie(found, embedding, head, may_tie):
     """Whether the head's matrix is the embedding, by these names of theirs; a file may then leave it out, and
     it is put there.
     """
-    same = head not in found or (embedding in found and torch.equal(found[embedding], found[head]))
-    tied = may_tie and same
+    tied = may_tie and (head not in found or torch.equal(found.get(embedding, found[head]), found[head]))
     if tied and embedding in found:
         found[head] = found[embedding]
     return tied
@@ -440,15 +443,18 @@ def read_tokenizer_json(folder, n_rows, mask_id):
         settings = [model.get(name) for name in ("dropout", "unk_token", "continuing_subword_prefix")]
         pattern = words_of(theirs["pre_tokenizer"])
         whole = not (any(settings) or theirs.get("normalizer") or model.get("end_of_word_suffix"))
-    except (LookupError, TypeError, AttributeError):
-        raise Mistake(f"{path}: it is not what a tokenizer.json of byte-level BPE is") from None
+        names = [*ids, *added, "" if pattern is None else pattern]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise Mistake(f"{path}: it is not what a tokenizer.json of byte-level BPE is")
     if model.get("type") != "BPE" or pattern is None or not whole:
         raise Mistake(f"{path}: only byte-level BPE that changes no text can be represented")
     symbols = byte_symbols()
     tokens = list(dict.fromkeys([*symbols, *merges]))
     byte_of = {symbol: chr(byte) for byte, symbol in enumerate(symbols)}
-    if missing := [token for token in tokens if token not in ids]:
-        raise Mistake(f"{path}: its vocabulary has no {missing[0]!r}, {len(missing)} such in all")
+    if missing := [token for token in tokens if token not in ids or not {*token} <= byte_of.keys()]:
+        raise Mistake(f"{path}: its vocabulary has no {missing[0]!r} of bytes, {len(missing)} such in all")
     text = set(tokens)
     special = {name: i for name, i in ids.items() if name not in text} | added
     special = {MEANT.get(name, name): i for name, i in special.items() if i != mask_id} | {"<mask>": mask_id}
@@ -459,12 +465,15 @@ def read_tokenizer_json(folder, n_rows, mask_id):
         raise Mistake(f"{path}: {len(taken):,} tokens are too few for {n_rows:,} rows")
     special |= {f"<unused {i}>": i for i in sorted({*range(n_rows)} - {*taken})}
     latin = ["".join(map(byte_of.get, token)) for token in tokens]
-    return BPETokenizer(latin, pattern, [ids[token] for token in tokens], special)
+    try:
+        return BPETokenizer(latin, pattern, [ids[token] for token in tokens], special)
+    except ValueError as error:
+        raise Mistake(f"{path}: {pattern[:80]!r} cuts no text into words ({str(error)[:80]})") from None
 
 
 MOST_UNUSED = 2**12  # rows of a table without a token, which round its size up
 # Names that mean something in our other vocabularies, what opens a line and what closes it.
-MEANT = {name: f"<|{name.strip('<[/]>')}|>" for name in ("<s>", "</s>", "<eos>", "[CLS]", "[SEP]", "<cls>")}
+MEANT = {name: f"<|{name.strip('<[]>')}|>" for name in ("<s>", "</s>", "<eos>", "[CLS]", "[SEP]", "<cls>")}
 
 
 def words_of(pre_tokenizer):

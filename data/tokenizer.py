@@ -55,13 +55,14 @@ class ByteLevelTokenizer(Tokenizer):
 
     def pieces(self, ids):
         """What each token adds to the text, list[str]; a character of several tokens comes with the last,
-        and bytes that are not UTF-8, which a sample can hold, become U+FFFD. Ends of a text in a row are one.
+        and bytes that are not UTF-8, which a sample can hold, become U+FFFD. A row of `<|endoftext|>` is one.
         """
         pieces, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
         for before, i, following in zip([None, *ids], ids, [*ids[1:], self.mask_id]):
             # Nothing waits for the other half of a character across a token that is not text.
             piece = decoder.decode(self.bytes_of[i], final=following in self.shown or i in self.shown)
-            pieces.append("" if i == before and self.shown.get(i) == "\n" else piece)
+            again = i == before and self.special.get("<|endoftext|>") == i
+            pieces.append("" if again else piece)
         return pieces
 
 

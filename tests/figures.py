@@ -336,7 +336,8 @@ def answers(config, device):
     is_word = np.array(["Reverse" in tokenizer.decode(row) for row in x0.tolist()])
 
     def replies(ids):
-        return [shown_of(*pair, mask_id, ends, True) for pair in zip(ids.tolist(), canvas.tolist())]
+        pairs = zip(ids.tolist(), canvas.tolist(), prompt_len.flatten().tolist())
+        return [shown_of(new, old, mask_id, ends, start) for new, old, start in pairs]
 
     print("| order | steps | sums: passes | exact | words: passes | exact |")
     for marker, order in zip("osD^vP", ANSWERING):

@@ -206,7 +206,7 @@ def examples(good, folder, rng):
             meta = json.loads((talk / "meta.json").read_text())
             for split in ("train", "val"):
                 rows = (talk / f"{split}.rows").read_bytes()
-                meta[split] |= {"examples": len(rows) // 16, "rows": hashlib.sha256(rows).hexdigest()}
+                meta[split] |= {"examples": len(rows) // 16, "rows_sha256": hashlib.sha256(rows).hexdigest()}
             (talk / "meta.json").write_text(json.dumps(meta))
     data.corpus.DATA = folder / "data"
     flags = ["--eval_only", "--init_from", good / "talk.pt", "--data", "talk", "--eval_tokens", "64"]

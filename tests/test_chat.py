@@ -253,7 +253,7 @@ def test_an_index_that_does_not_fit_its_tokens_is_refused(squares, data_folder):
 
     def refused(rows):
         rows.tofile(path)
-        meta["train"]["rows"] = data.corpus.hashlib.sha256(rows).hexdigest()  # as a stranger would
+        meta["train"]["rows_sha256"] = data.corpus.hashlib.sha256(rows).hexdigest()  # as a stranger would
         meta_path.write_text(json.dumps(meta))
         with pytest.raises(Mistake, match="not a whole corpus"):
             load_corpus("squares", 64)
@@ -384,7 +384,7 @@ def test_another_index_is_another_corpus_for_a_run(squares, tmp_path, monkeypatc
     rows[1] -= 1
     rows.tofile("data/squares/train.rows")
     meta = json.loads((tmp_path / "data/squares/meta.json").read_text())
-    meta["train"]["rows"] = data.corpus.hashlib.sha256(rows).hexdigest()
+    meta["train"]["rows_sha256"] = data.corpus.hashlib.sha256(rows).hexdigest()
     (tmp_path / "data/squares/meta.json").write_text(json.dumps(meta))
     with pytest.raises(Mistake, match="another text"):
         call(monkeypatch, train.main, "--init_from resume --max_iters 4".split())
@@ -420,9 +420,11 @@ def test_what_is_shown_ends_at_the_first_end_that_was_written():
     ids = [3, 0, 5, 1, 6, 3, 7]
     assert shown_of(ids, canvas, 9, (3,)) == [3, 0, 5, 1, 6]
     assert shown_of(ids, canvas, 9, ()) == ids
-    assert shown_of(ids, [3, 0, 5, 1, 9, 9, 9], 9, (3,), reply=True) == [6]
-    assert shown_of([3, 0, 3], [3, 0, 9], 9, (3,), reply=True) == []
+    assert shown_of(ids, canvas, 9, (3,), start=4) == [6]
+    assert shown_of([3, 0, 3], [3, 0, 9], 9, (3,), start=2) == []
     assert shown_of([3, 0], [3, 0], 9, (3,)) == [3, 0]
+    assert shown_of([3, 0, 3, 1], [9, 9, 9, 1], 9, (3,)) == [3, 0, 3, 1]  # the prompt's own end is kept
+    assert shown_of([3, 0], [9, 9], 9, (3,)) == []
 
 
 class Parrot(Transformer):

@@ -290,7 +290,8 @@ def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original
     assert model.config.end_ids == ends
     assert not set(ends) & set(model.config.special_ids)
     assert checkpoint["chat"]["opening"] == "<|startoftext|>"
-    run("--ckpt", tmp_path / "llada.pt", "--prompt", "def", main=sample.main)
+    run("--ckpt", tmp_path / "llada.pt", "--prompt", "def", "--watch", main=sample.main)
+    assert capsys.readouterr().out
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
     run(
         "--ckpt", tmp_path / "llada.pt", "--score", tmp_path / "text.txt", "--order", "left", main=sample.main
@@ -373,6 +374,10 @@ BROKEN = {
     "rows without tokens": ({"embedding_size": 10**9}, "too few"),
     "tokens without rows": ({"embedding_size": 64}, "numbers below 64"),
     "another model": ({"model_type": "llama"}, "only llada"),
+    "a base that rotates nothing": ({"rope_theta": 0}, "no model can be made"),
+    "more positions than we take": ({"max_sequence_length": 10**8}, "no model can be made"),
+    "an end that is the mask": ({"eos_token_id": 1460}, "no model can be made"),
+    "an eps without end": ({"rms_norm_eps": float("inf")}, "no model can be made"),
 }
 
 
@@ -390,7 +395,8 @@ def alter(llada, **changes):
 
 def test_tokenizers_that_are_none_of_ours_are_refused_in_a_sentence(llada, mistake, tmp_path):
     whole = json.loads((llada / "tokenizer.json").read_text())
-    split, letters = whole["pre_tokenizer"]["pretokenizers"]
+    (split, letters), vocab = whole["pre_tokenizer"]["pretokenizers"], whole["model"]["vocab"]
+    bad, number = ({**split, "pattern": {"Regex": regex}} for regex in ("(a", 5))
     for changes, names in (
         ({"model": {**whole["model"], "type": "Unigram"}}, "byte-level BPE"),
         ({"normalizer": {"type": "NFKC"}}, "byte-level BPE"),
@@ -398,6 +404,17 @@ def test_tokenizers_that_are_none_of_ours_are_refused_in_a_sentence(llada, mista
         ({"pre_tokenizer": {"type": "Whitespace"}}, "byte-level BPE"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, split, letters]}}, "byte-level BPE"),
         ({"pre_tokenizer": None}, "is not what"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "is not what"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [number, letters]}}, "is not what"),
+        ({"added_tokens": [{"content": 5, "id": 5}]}, "is not what"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [bad, letters]}},
+            "cuts no text into words",
+        ),
+        (
+            {"model": {**whole["model"], "merges": [["日", "本"]], "vocab": {**vocab, "日本": 9999}}},
+            "no '日本' of bytes",
+        ),
         ({"model": {**whole["model"], "merges": [["q", "q"], *whole["model"]["merges"]]}}, "has no 'qq'"),
         ({"added_tokens": [{"content": "<|mdm_mask|>", "id": 5}]}, "different numbers"),
     ):

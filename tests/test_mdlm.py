@@ -207,18 +207,19 @@ def mdlm(merges, tmp_path):
     return tmp_path / "model", *write_files(tmp_path / "model", settings_of(), None, merges[:200])
 
 
-def test_files_become_a_checkpoint_that_samples_scores_and_shows(mdlm, run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"kind": "bd3lm", "block_size": 4}], ids=["mdlm", "bd3lm"])
+def test_files_become_a_checkpoint_that_samples_scores_and_shows(more, merges, run, tmp_path, capsys):
     """Each command, with no flag that names the model."""
-    folder, settings, tensors = mdlm
+    folder = tmp_path / "model"
+    settings, tensors = write_files(folder, settings_of(**more), None, merges[:200])
     run(folder, "--out", tmp_path / "mdlm.pt")
-    assert "12,345" not in capsys.readouterr().out
     model, tokenizer, _ = load_checkpoint(tmp_path / "mdlm.pt")
-    assert largest_difference(model, tensors, settings, [24]) < 1e-4
+    assert largest_difference(model, tensors, settings, [24], more.get("block_size")) < 1e-4
     mask_id = settings["vocab_size"] - 1
     assert (model.config.mask_id, model.config.special_ids) == (mask_id, (mask_id,))
-    run("--ckpt", tmp_path / "mdlm.pt", "--prompt", "def", main=sample.main)
-    written = capsys.readouterr()
-    assert written.out.startswith("def")
+    capsys.readouterr()
+    run("--ckpt", tmp_path / "mdlm.pt", "--prompt", "def", "--watch", main=sample.main)
+    assert capsys.readouterr().out.startswith("def")
     (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
     run("--ckpt", tmp_path / "mdlm.pt", "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
     assert "nats per token" in capsys.readouterr().out
@@ -240,6 +241,14 @@ def test_the_end_of_a_text_is_written_and_read_as_a_new_line(mdlm, run, tmp_path
     assert (canvas == end).all()
     one = tokenizer.encode("one")
     assert tokenizer.decode([*one, end, end, *one, end]) == "one\none\n"
+
+
+def test_half_precision_files_stay_so(mdlm, run, tmp_path):
+    folder, _, tensors = mdlm
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    run(folder, "--out", tmp_path / "mdlm.pt")
+    model = load_checkpoint(tmp_path / "mdlm.pt", keep=torch.bfloat16)[0]
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
 BROKEN = {

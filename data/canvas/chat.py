@@ -42,11 +42,11 @@ class Chat:
         try:
             names = sorted(filter(None, tokenizer.special), key=len, reverse=True)  # of two the longer
             self.names = re.compile(f"({'|'.join(map(re.escape, names))})")
-            self.read(**template)
+            self.parse(**template)
         except (TypeError, AttributeError, ValueError) as error:
             raise Mistake(f"the chat template is not one of this tokenizer's ({str(error)[:200]})") from None
 
-    def read(self, opening, turn, end):
+    def parse(self, opening, turn, end):
         whole, (head, _, closing) = self.cut(turn), turn.partition("{content}")
         for field in ("{role}", "{content}"):
             if turn.count(field) != 1 or sum(field in part for part in whole if type(part) is str) != 1:
@@ -123,6 +123,13 @@ def chat_of(path, checkpoint, tokenizer):
         return Chat(checkpoint["chat"], tokenizer)
     except Mistake as mistake:
         raise Mistake(f"{path}: {mistake}") from None
+
+
+def reply_length(checkpoint, W):
+    """Tokens of a prompt with its reply: those that a model was trained with, or else the W that it sees."""
+    trained = checkpoint.get("train")
+    length = trained.get("block_size") if isinstance(trained, dict) else None
+    return length if type(length) is int and 0 < length < W else W
 
 
 def converse(chat, answer):

@@ -71,13 +71,13 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
     return canvases
 
 
-def shown_of(ids, canvas, mask_id, end_ids, reply=False):
-    """What is shown of ids, which filled a canvas: what is before the first end that was written; of a reply,
-    what comes after the prompt.
+def shown_of(ids, canvas, mask_id, end_ids, start=0):
+    """What is shown, from start on, of ids, which filled a canvas: what comes before an end that was written
+    after all of the prompt.
     """
-    written = [i for i, token in enumerate(canvas) if token == mask_id]
-    end = next((i for i in written if ids[i] in end_ids), len(ids))
-    return ids[written[0] if reply else 0 : end]
+    last = max((i for i, token in enumerate(canvas) if token != mask_id), default=-1)
+    end = next((i for i in range(last + 1, len(ids)) if ids[i] in end_ids), len(ids))
+    return ids[start:end]
 
 
 def read_text(path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.canvas.chat import Chat, template_for
-from data.corpus import DATA, tokenizer_and_template, write_tokens
+from data.corpus import check_name, tokenizer_and_template, write_tokens
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 
@@ -80,8 +80,7 @@ def prepare(path, val, name, tokenizer, template=None):
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name = Path(config.path).resolve().stem if config.name is None else config.name
-    if name and any((DATA / name).glob("*.py")):
-        raise Mistake(f"--name {name}: data/{name} is this project's own folder; choose another name")
+    check_name(name, own="")
     prepare(config.path, config.val, name, *tokenizer_and_template(config.tokenizer))
     command = shlex.join(["python", "train.py", "--data", name, "--out_dir", f"out-{name}"])
     print(f"`{command}` trains on it")

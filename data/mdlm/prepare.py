@@ -153,7 +153,7 @@ def our_tensors(found, names, n_level):
     """Tensors by our names of those found by theirs: scales and shifts go into the norms, gates into the
     matrices ahead of them, and a bias that they lack is 0.
     """
-    zeros, ours = torch.zeros(len(found["output_layer.norm_final.weight"])), {}
+    zeros = torch.zeros(len(found["output_layer.norm_final.weight"]))
 
     def linear(name, x):
         return F.linear(x, found[f"{name}.weight"].float(), found[f"{name}.bias"].float())
@@ -166,23 +166,22 @@ def our_tensors(found, names, n_level):
         level = F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", at_0.float()))))
         return linear(f"{place or 'output_layer.'}adaLN_modulation", level).chunk(6 if place else 2)
 
-    def fold_norm(name, shift, scale):
-        ours[f"{name}.weight"] = found[their_name(f"{name}.weight")] * (1 + scale)
-        ours[f"{name}.bias"] = shift.clone()
+    def folded(name, factor, bias):
+        """A weight (C, ..) times the factor (C,), in the dtype of the file, and the bias, of our name."""
+        weight = found[their_name(f"{name}.weight")]
+        factor = factor.view(-1, *[1] * (weight.ndim - 1))
+        return {f"{name}.weight": (factor * weight).type_as(weight), f"{name}.bias": bias.type_as(weight)}
 
-    def fold_matrix(name, gate):
-        ours[f"{name}.weight"] = gate[:, None] * found[their_name(f"{name}.weight")]
-        ours[f"{name}.bias"] = gate * found.get(their_name(f"{name}.bias"), zeros)
-
+    shift, scale = modulated("")
+    ours = folded("final_norm", 1 + scale, shift)
     for place in sorted({name[: name.index(".", 7) + 1] for name in names if name.startswith("blocks.")}):
         vectors = modulated(place)
         for (norm, matrix), (shift, scale, gate) in zip(HALVES, (vectors[:3], vectors[3:])):
-            fold_norm(place + norm, shift, scale)
-            fold_matrix(place + matrix, gate)
+            ours |= folded(place + norm, 1 + scale, shift)
+            ours |= folded(place + matrix, gate, gate * found.get(their_name(f"{place}{matrix}.bias"), zeros))
         for part, matrix in zip(("query", "key", "value"), found[f"{place}attn_qkv.weight"].chunk(3)):
             ours[f"{place}attention.{part}.weight"] = matrix.clone()
-            ours[f"{place}attention.{part}.bias"] = zeros.clone()
-    fold_norm("final_norm", *modulated(""))
+            ours[f"{place}attention.{part}.bias"] = zeros.type_as(matrix)
     return {name: ours[name] if name in ours else found[their_name(name)] for name in names}
 
 

@@ -96,6 +96,11 @@ def rows_at(where, first, T):
     return len(b), F.pad(b * (T - first) + t, (0, -len(b) % multiple))
 
 
+def rows_at_once(most, T, V):
+    """How many rows of T positions, `most` at most, may be read at once, if all logits may be asked for."""
+    return max(1, min(most, 2**29 // (T * V)))
+
+
 def rows_at_a_time(logits):
     """How many rows of logits (N, V) to copy at a time, so that there is no float copy of them all."""
     return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])

@@ -117,10 +117,13 @@ def without_noise(config, given):
     return dataclasses.replace(config, level=Level("fixed", 1.0), weight="mean")
 
 
-def with_examples(config, model_config, chat):
+def with_examples(config, given, model_config, chat):
     """The config for a corpus of examples, which have prompts of their own, by its Chat. What ends a text
     there the model, whose config is changed, learns from now on.
     """
+    if given.get("prompt_len", Span(0, 0)) != Span(0, 0):
+        own = f"the examples of --data {config.data} have prompts of their own"
+        raise Mistake(f"--prompt_len {given['prompt_len']}: {own}")
     ends = {*model_config.end_ids, *chat.end_ids}
     model_config.end_ids = tuple(sorted(ends))
     model_config.special_ids = tuple(i for i in model_config.special_ids if i not in ends)

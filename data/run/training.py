@@ -41,7 +41,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of batches, levels and holes
         self.corpus = [meta[split].get("sha256") for split in SPLITS] if meta else []
-        self.corpus += [meta[split]["rows"] for split in SPLITS if "rows" in meta[split]] if meta else []
+        if meta and "chat" in meta:
+            self.corpus += [meta[split]["rows_sha256"] for split in SPLITS]
         self.template = template
         self.step, self.minutes, self.best = 0, 0.0, math.inf
         # Of the bound that its noise trains for, whose lowest value, best, chooses ckpt.pt.

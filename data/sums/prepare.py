@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.chat.prepare import prepare
-from data.corpus import DATA
+from data.corpus import DATA, check_name
 from data.run.errors import command
 from data.run.files import replacing
 from data.run.flags import flag, parse
@@ -49,6 +49,7 @@ def questions(n, seed):
 
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
+    check_name(config.name, own="sums")
     path = DATA / config.name / "questions.jsonl"
     with replacing(path) as file:
         for question, answer in questions(config.examples, config.seed):

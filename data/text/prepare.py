@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import DATA, read_pieces, split_at, tokenizer_by_name, write_corpus
+from data.corpus import check_name, read_pieces, split_at, tokenizer_by_name, write_corpus
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 
@@ -54,8 +54,7 @@ def prepare(path, name, tokenizer):
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name = Path(config.path).resolve().stem if config.name is None else config.name
-    if name and any((DATA / name).glob("*.py")):
-        raise Mistake(f"--name {name}: data/{name} is this project's own folder; choose another name")
+    check_name(name, own="")
     prepare(config.path, name, tokenizer_by_name(config.tokenizer))
     command = shlex.join(["python", "train.py", "--data", name, "--out_dir", f"out-{name}"])
     print(f"`{command}` trains on it")
