@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,7 +62,7 @@ QUESTIONS = [said(f"{'long ' * (i % 5)}{i}?", f"{i * i}") for i in range(60)]
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path, monkeypatch):
     """Corpora are written to a folder of the test's own, in which it stands."""
-    for module in (data.corpus, data.sums.prepare, data.chat.prepare):
+    for module in (data.corpus, data.sums.prepare):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "data"
@@ -347,6 +348,48 @@ def test_bits_per_byte_are_those_of_the_replies(squares, monkeypatch, capsys):
     assert f"{n} validation tokens" in printed
     assert bits == pytest.approx(nats * n / meta["val"]["bytes"] / np.log(2), rel=1e-3)
     assert meta["val"]["bytes"] == sum(len(question[1]["content"]) for question in QUESTIONS[-6:])
+
+
+@pytest.mark.parametrize("attention", ["block:8", "causal"])
+def test_examples_are_learned_and_answered_in_blocks_and_from_the_left(
+    attention, squares, monkeypatch, capsys
+):
+    flags = f"--data squares --max_iters 2 --evals 1 {SMALL} --out_dir out --attention {attention}"
+    call(monkeypatch, train.main, flags.split())
+    call(monkeypatch, train.main, "--eval_only --init_from out/ckpt.pt --dtype float32".split())
+    assert "of replies" in capsys.readouterr().out
+    call(monkeypatch, sample.main, ["--ckpt", "out/ckpt.pt", "--chat", "--prompt", "3?"])
+    assert "user" not in capsys.readouterr().out
+
+
+def test_a_prompt_of_the_flag_s_is_refused_where_examples_have_their_own(squares, monkeypatch):
+    with pytest.raises(Mistake, match="--prompt_len 5: the examples"):
+        call(monkeypatch, train.main, f"--data squares --max_iters 2 {SMALL} --prompt_len 5".split())
+
+
+def test_a_chat_is_as_long_as_the_examples_were(squares, monkeypatch):
+    """A model that sees more was not taught what to write there."""
+    long = Transformer(ModelConfig(n_layer=1, n_head=1, n_embd=16, block_size=80, special_ids=(256,)))
+    save_checkpoint("long.pt", long, ByteTokenizer())
+    flags = "--data squares --init_from long.pt --block_size 48 --max_iters 1 --evals 1 --eval_tokens 512"
+    call(monkeypatch, train.main, flags.split())
+    canvases, denoise = [], sample.denoise
+
+    def watched(model, canvas, *args, **more):
+        canvases.append(canvas)
+        return denoise(model, canvas, *args, **more)
+
+    monkeypatch.setattr(sample, "denoise", watched)
+    for more, length in (([], 48), (["--length", "60"], 60)):
+        call(monkeypatch, sample.main, ["--ckpt", "out/ckpt.pt", "--chat", "--prompt", "3?", *more])
+        assert canvases[-1].shape == (1, length)
+
+
+def test_what_a_conversation_has_written_is_saved_though_it_ends_in_a_mistake(parrot, monkeypatch):
+    flags = ["--ckpt", "x.pt", "--chat", "--save", "talk.html", "--order", "left", "--temperature", "0"]
+    with pytest.raises(Mistake, match="a conversation of"):
+        call(monkeypatch, sample.main, flags, b"hello\n" + b"x" * 2000 + b"\n")
+    assert Path("talk.html").exists()
 
 
 def test_the_sample_of_a_run_answers_a_question(squares, monkeypatch, capsys):
