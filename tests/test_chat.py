@@ -367,24 +367,6 @@ def test_a_prompt_of_the_flag_s_is_refused_where_examples_have_their_own(squares
         call(monkeypatch, train.main, f"--data squares --max_iters 2 {SMALL} --prompt_len 5".split())
 
 
-def test_a_chat_is_as_long_as_the_examples_were(squares, monkeypatch):
-    """A model that sees more was not taught what to write there."""
-    long = Transformer(ModelConfig(n_layer=1, n_head=1, n_embd=16, block_size=80, special_ids=(256,)))
-    save_checkpoint("long.pt", long, ByteTokenizer())
-    flags = "--data squares --init_from long.pt --block_size 48 --max_iters 1 --evals 1 --eval_tokens 512"
-    call(monkeypatch, train.main, flags.split())
-    canvases, denoise = [], sample.denoise
-
-    def watched(model, canvas, *args, **more):
-        canvases.append(canvas)
-        return denoise(model, canvas, *args, **more)
-
-    monkeypatch.setattr(sample, "denoise", watched)
-    for more, length in (([], 48), (["--length", "60"], 60)):
-        call(monkeypatch, sample.main, ["--ckpt", "out/ckpt.pt", "--chat", "--prompt", "3?", *more])
-        assert canvases[-1].shape == (1, length)
-
-
 def test_what_a_conversation_has_written_is_saved_though_it_ends_in_a_mistake(parrot, monkeypatch):
     flags = ["--ckpt", "x.pt", "--chat", "--save", "talk.html", "--order", "left", "--temperature", "0"]
     with pytest.raises(Mistake, match="a conversation of"):
@@ -555,6 +537,24 @@ def test_a_reply_is_remembered_without_what_the_template_takes_for_itself(monkey
 def test_what_a_chat_cannot_be_is_refused(flags, reason, parrot, monkeypatch):
     with pytest.raises(Mistake, match=reason):
         call(monkeypatch, sample.main, ["--ckpt", "x.pt", "--chat", *flags.split(" ")], b"hello\n")
+
+
+@pytest.mark.parametrize(
+    ("trained", "length"), [(None, 96), ({}, 96), ({"block_size": 24}, 24), ({"block_size": "9"}, 96)]
+)
+def test_a_chat_s_canvas_is_as_long_as_what_was_learned(trained, length, parrot, monkeypatch):
+    lengths, canvas = [], Chat.canvas
+
+    def watched(self, messages, length):
+        lengths.append(length)
+        return canvas(self, messages, length)
+
+    monkeypatch.setattr(Chat, "canvas", watched)
+    parrot["train"] = trained
+    flags = ["--ckpt", "x.pt", "--chat", "--prompt", "a", "--dtype", "float32"]
+    call(monkeypatch, sample.main, flags)
+    call(monkeypatch, sample.main, [*flags, "--length", "30"])
+    assert lengths == [length, 30]
 
 
 def test_a_model_without_a_template_says_so(parrot, monkeypatch):
