@@ -591,14 +591,19 @@ def score(path, model, tokenizer, flags):
     print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
 
 
-def write_and_print(config, given, prompts, loaded, judge):
-    """Write what each plan makes of the prompts, and print it: what was Written by each."""
-    plans, results = list(make_plans(config, given, prompts, loaded)), []
+def follow(plans, config):
+    """What is Written by each of several plans."""
+    results = []
     with Watch([plan.name for plan in plans]) if config.watch else nullcontext() as watch:
         for plan in plans:
             results.append(write_all(plan, config, watch))
             if watch:
                 watch.next()
+    return results
+
+
+def print_texts(results, config, judge):
+    """Print what was Written: texts on stdout, and the rest on stderr."""
     for name, texts, _, summary in results:
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
@@ -608,7 +613,6 @@ def write_and_print(config, given, prompts, loaded, judge):
             judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
             summary += f"; under {config.judge} {judged} nats per byte"
         print(f"{name}: {summary}", file=sys.stderr)
-    return results
 
 
 def main():
@@ -626,7 +630,8 @@ def main():
     rounds = []  # one, or as many as a conversation has
 
     def answer(prompts):
-        rounds.append(write_and_print(config, given, prompts, loaded, judge))
+        rounds.append(follow(list(make_plans(config, given, prompts, loaded)), config))
+        print_texts(rounds[-1], config, judge)
         return rounds[-1][0].texts[0]
 
     with torch.no_grad(), autocast(device, config.dtype):
