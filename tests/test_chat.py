@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_data import GPT2_PATTERN
+from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import tiny_model
 
 import data.chat.prepare
@@ -22,6 +24,7 @@ from data.canvas.chat import BYTES, Chat, converse, template_for
 from data.canvas.prompt import shown_of
 from data.chat.prepare import prepare
 from data.corpus import Examples, load_corpus, windows_at
+from data.hub import byte_symbols
 from data.run import slim
 from data.run.checkpoint import read_checkpoint, save_checkpoint
 from data.run.errors import Mistake
@@ -83,8 +86,37 @@ def call(monkeypatch, main, flags, stdin=b""):
 # --- the template --------------------------------------------------------------------------------
 
 
-def test_llada_s_template_is_what_its_tokenizer_makes_of_it():
-    """By Hugging Face's rule: the whole is one string, and between special tokens it is encoded as one."""
+# In the shape of LLaDA's own.
+JINJA = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = '<|startoftext|>' + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_llada_s_template_gives_what_transformers_makes_of_it():
+    ours, symbols = bpe(*NAMES), byte_symbols()
+    pieces = ["".join(symbols[ord(c)] for c in token) for token in ours.state["tokens"]]
+    merges = [(symbols[10], symbols[10]), ("H", "e")]
+    theirs = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.add_special_tokens(list(NAMES))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, chat_template=JINJA)
+    chat = Chat(LLADA, ours)
+    system = [{"role": "system", "content": "Be brief.\n"}]
+    for messages in (said(" Hello \n"), said("Hello", "Yes", "\n\nWhy?\n\nHe "), system + said("1 + 1?")):
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert chat.prompt(messages) == expected
+        replied = [*messages, {"role": "assistant", "content": " So it is.\n"}]
+        expected = theirs.apply_chat_template(replied, return_dict=False)
+        header = chat.prompt(messages)[: -len(ours.encode("\n\n"))]  # its newlines and the reply are one text
+        assert expected[: len(header)] == header
+        assert ours.decode(chat.prompt(messages) + chat.reply(" So it is.\n")) == ours.decode(expected)
+
+
+def test_llada_s_template_by_hand():
+    """The whole is one string, and what stands between special tokens is encoded as one."""
     tokenizer = bpe(*NAMES)
     chat, special = Chat(LLADA, tokenizer), tokenizer.special
     start, head, close, eot, end = (special[name] for name in NAMES[:5])
