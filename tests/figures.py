@@ -319,8 +319,8 @@ def lengths(config, device):
 
 # --- prompts and answers -------------------------------------------------------------------------
 
-SUMS = "--data sums --block_size 56 --batch_size 64 --n_embd 128 --n_head 4 --level uniform --widen 0"
-SUMS += " --max_iters 3500 --evals 5 --keep 5"  # ten minutes of two cores of a Xeon with AMX
+SUMS = "--data sums --block_size 48 --batch_size 64 --n_embd 128 --n_head 4 --level uniform --widen 0"
+SUMS += " --max_iters 4000 --evals 5 --keep 5"  # ten minutes of two cores of a Xeon with AMX
 ANSWERING = "random", "confidence", "margin", "entropy", "left", "threshold"
 
 

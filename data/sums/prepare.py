@@ -22,7 +22,7 @@ from data.run.files import replacing
 from data.run.flags import flag, parse
 from data.tokenizer import ByteTokenizer
 
-DIGITS, LETTERS = 6, (3, 12)  # of a term at most; of a word, from .. to
+DIGITS, LETTERS = 5, (3, 10)  # of a term at most; of a word, from .. to
 
 
 @dataclass
