@@ -360,7 +360,7 @@ def answers(config, device):
         panel.set_title(f"after {checkpoint['step']:,} training steps")
         panel.set_xticks([1, 2, 4, 8, 16], labels=map(str, [1, 2, 4, 8, 16]))
         panel.minorticks_off()
-    panels[0].legend(fontsize="small")
+    panels[1].legend(fontsize="small", loc="lower right")
     save()
 
 
