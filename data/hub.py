@@ -12,8 +12,10 @@ import math
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ import torch
 from data.run.checkpoint import check_archive, check_config, check_layout, save, save_checkpoint
 from data.run.errors import Mistake
 from data.run.files import download, replacing
+from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer
 from model import Transformer
 
@@ -29,12 +32,27 @@ MOST_LAYERS = 1000  # each takes a thousandth of a second to make
 MOST_TEXT = 2**26  # bytes of a text file: as Python's objects it takes several times as much
 
 
-def prepare(config, home, repositories, convert):
-    """Write a checkpoint of the files of config.source, to config.out or else below the folder home.
+def main(description, home, repositories, what, convert, export=None):
+    """The command of a source of weights: write a checkpoint of files of the hub, or of a folder, to --out or
+    else below the folder home; or with --export the files of a checkpoint, if there is an export.
 
-    repositories: the files, as `files` gives them, of each name that it knows. convert(folder) -> (model,
-    tokenizer, list of what is not used, dict of what the checkpoint has besides).
+    repositories: the files, as `files` gives them, of each name that it knows; what: of which files a folder
+    is. convert(folder) -> (model, tokenizer, list of what is not used, dict of what the checkpoint has
+    besides); export(path, folder).
     """
+    names, out = list(repositories), f"checkpoint to write (default: data/{home.name}/NAME.pt)"
+    source = f"{', '.join(names)}; a folder with {what}" + "; a checkpoint to --export" * (export is not None)
+    flags = [("source", str, argument(source, default=names[0])), ("out", str | None, flag(None, out))]
+    if export:
+        help = "folder to write the checkpoint's model to, in such files"
+        flags += [("export", str | None, flag(None, help))]
+    config_class = dataclasses.make_dataclass("PrepareConfig", flags)
+    config = config_class(**parse(config_class, description))
+    if export and config.export:
+        if config.out:
+            raise Mistake("--export: it writes a folder; --out is for a checkpoint")
+        known = config.source in repositories
+        return export(home / f"{config.source}.pt" if known else Path(config.source), Path(config.export))
     folder = Path(config.source)
     if config.source in repositories:
         folder = fetch(repositories[config.source], home / config.source)
@@ -47,17 +65,10 @@ def prepare(config, home, repositories, convert):
         raise Mistake(f"{folder / 'config.json'}: no model can be made of it ({error})") from None
     out = Path(config.out or home / f"{folder.resolve().name}.pt")
     save_checkpoint(out, model, tokenizer, **more)
-    for what in unused:
-        print(f"not used: {what}")
+    for name in unused:
+        print(f"not used: {name}")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{out}: {parameters:,} parameters, {tokenizer.vocab_size:,} tokens")
-
-
-def checkpoint_to_export(config, home, repositories):
-    """The path of the checkpoint that config.source names, for config.export."""
-    if config.out:
-        raise Mistake("--export: it writes a folder; --out is for a checkpoint")
-    return home / f"{config.source}.pt" if config.source in repositories else Path(config.source)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -299,8 +310,18 @@ def tie(found, embedding, head, may_tie):
     return tied
 
 
-def renaming(their_name):
-    """What `convert` needs of that name, where only names differ."""
+class Spelling(NamedTuple):
+    """How a source of weights calls its tensors, and cuts them."""
+
+    plain_name: Callable  # a key of a file in the one spelling of what follows
+    tables: tuple  # the embedding's name, and that of the head's matrix
+    unused: re.Pattern  # of the plain names of what may be left over
+    their_tensors: Callable  # tensors by our names -> by theirs, of the shapes that they have in a file
+    our_tensors: Callable  # (tensors by their names, our names) -> by ours
+
+
+def only_names(plain_name, tables, unused, their_name):
+    """The Spelling of a source whose tensors are ours but for their names, their_name(ours)."""
 
     def their_tensors(ours):
         return {their_name(name): tensor for name, tensor in ours.items()}
@@ -308,24 +329,21 @@ def renaming(their_name):
     def our_tensors(found, names):
         return {name: found[their_name(name)] for name in names}
 
-    return {"their_tensors": their_tensors, "our_tensors": our_tensors}
+    return Spelling(plain_name, tables, unused, their_tensors, our_tensors)
 
 
-def convert(tensors, path, plain_name, tables, may_tie, our_config, their_tensors, our_tensors, unused):
+def convert(tensors, path, spelling, our_config, may_tie):
     """Our model with the tensors of a file, and the names of those that it has no use for.
 
-    plain_name: a key of the file in the one spelling of the rest. tables: what it calls the embedding and the
-    head's matrix; may_tie: whether they may be one. our_config(tied) -> ModelConfig. their_tensors(dict of
-    ours) -> theirs, of the same shapes as in the file; our_tensors(theirs, our names) -> ours. unused: a
-    pattern of the plain names of what may be left over.
+    our_config(tied) -> ModelConfig; may_tie: whether the embedding may be the head's matrix.
     """
-    found = by_plain_name(tensors, plain_name, path)
-    tied = tie(found, *tables, may_tie)
+    found = by_plain_name(tensors, spelling.plain_name, path)
+    tied = tie(found, *spelling.tables, may_tie)
     model = empty_model(our_config(tied), path)
-    expected = their_tensors(model.state_dict())
+    expected = spelling.their_tensors(model.state_dict())
     check_tensors(found, expected, path)
-    skipped = left_over(tensors, plain_name, expected, unused, path)
-    return fill(model, our_tensors(found, model.state_dict())), skipped
+    skipped = left_over(tensors, spelling.plain_name, expected, spelling.unused, path)
+    return fill(model, spelling.our_tensors(found, model.state_dict())), skipped
 
 
 def empty_model(config, path):

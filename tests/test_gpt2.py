@@ -41,6 +41,7 @@ FILES = ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]
 
 # The fixtures of the other converter's tests, here of this one.
 data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
+use = test_roberta.use
 merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
 
 
@@ -332,20 +333,10 @@ def test_a_token_that_is_diffugpt_s_mask_is_written_with_shorter_ones(merges, ru
     assert tokenizer.decode([ids[word]]) == "<mask>"
 
 
-def test_a_diffugpt_samples_scores_and_shows(merges, run, tmp_path, capsys):
-    """Each command, with no flag that names the model."""
+def test_a_diffugpt_samples_scores_and_shows(merges, run, use, tmp_path):
     write_diffugpt(tmp_path / "model", merges[:200], 1)
     run(tmp_path / "model", "--out", tmp_path / "out.pt")
-    capsys.readouterr()
-    run("--ckpt", tmp_path / "out.pt", "--prompt", "def", "--watch", main=sample.main)
-    assert capsys.readouterr().out.startswith("def")
-    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
-    run("--ckpt", tmp_path / "out.pt", "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
-    assert "nats per token" in capsys.readouterr().out
-    run(tmp_path / "text.txt", "--name", "own", "--tokenizer", tmp_path / "out.pt", main=text_prepare.main)
-    capsys.readouterr()
-    run("--init_from", tmp_path / "out.pt", "--eval_only", "--data", "own", main=train.main)
-    assert capsys.readouterr().out.startswith("own: NELBO")
+    use(tmp_path / "out.pt")
 
 
 def test_a_table_of_no_diffugpt_is_refused(merges, mistake, tmp_path):

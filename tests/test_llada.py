@@ -13,15 +13,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 import data.hub
 import data.llada.prepare as prepare
-import data.text.prepare as text_prepare
 import sample
-import train
 from data.canvas.chat import Chat
 from data.run.checkpoint import save_checkpoint
 from model import ModelConfig, Transformer, load_checkpoint
 
 # The fixtures of the other converter's tests, here of this one.
 data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
+use = test_roberta.use
 merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
 
 # How Llama 3 and its like cut text into words, but for single digits.
@@ -281,8 +280,7 @@ def test_gpt2_s_own_cutting_is_known_too(their_tokenizer, original, tmp_path):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original, run, tmp_path, capsys):
-    """Each command, with no flag that names the model."""
+def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original, run, use, tmp_path):
     run(llada, "--out", tmp_path / "llada.pt")
     model, tokenizer, checkpoint = load_checkpoint(tmp_path / "llada.pt")
     assert largest_difference(model, original[1], [24]) < 1e-4
@@ -290,17 +288,7 @@ def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original
     assert model.config.end_ids == ends
     assert not set(ends) & set(model.config.special_ids)
     assert checkpoint["chat"]["opening"] == "<|startoftext|>"
-    run("--ckpt", tmp_path / "llada.pt", "--prompt", "def", "--watch", main=sample.main)
-    assert capsys.readouterr().out
-    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
-    run(
-        "--ckpt", tmp_path / "llada.pt", "--score", tmp_path / "text.txt", "--order", "left", main=sample.main
-    )
-    assert "nats per token" in capsys.readouterr().out
-    run(tmp_path / "text.txt", "--name", "own", "--tokenizer", tmp_path / "llada.pt", main=text_prepare.main)
-    capsys.readouterr()
-    run("--init_from", tmp_path / "llada.pt", "--eval_only", "--data", "own", main=train.main)
-    assert capsys.readouterr().out.startswith("own: NELBO")
+    use(tmp_path / "llada.pt")
 
 
 def test_a_conversation_is_that_of_the_reference_token_for_token(their_tokenizer, llada):

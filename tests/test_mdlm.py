@@ -14,9 +14,7 @@ from test_roberta import edit, write_bpe
 
 import data.hub
 import data.mdlm.prepare as prepare
-import data.text.prepare as text_prepare
 import sample
-import train
 from model import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +22,7 @@ START = "<|endoftext|>"
 
 # The fixtures of the other converter's tests, here of this one.
 data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
+use = test_roberta.use
 merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
 
 
@@ -208,8 +207,7 @@ def mdlm(merges, tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"kind": "bd3lm", "block_size": 4}], ids=["mdlm", "bd3lm"])
-def test_files_become_a_checkpoint_that_samples_scores_and_shows(more, merges, run, tmp_path, capsys):
-    """Each command, with no flag that names the model."""
+def test_files_become_a_checkpoint_that_samples_scores_and_shows(more, merges, run, use, tmp_path):
     folder = tmp_path / "model"
     settings, tensors = write_files(folder, settings_of(**more), None, merges[:200])
     run(folder, "--out", tmp_path / "mdlm.pt")
@@ -217,16 +215,8 @@ def test_files_become_a_checkpoint_that_samples_scores_and_shows(more, merges, r
     assert largest_difference(model, tensors, settings, [24], more.get("block_size")) < 1e-4
     mask_id = settings["vocab_size"] - 1
     assert (model.config.mask_id, model.config.special_ids) == (mask_id, (mask_id,))
-    capsys.readouterr()
-    run("--ckpt", tmp_path / "mdlm.pt", "--prompt", "def", "--watch", main=sample.main)
-    assert capsys.readouterr().out.startswith("def")
-    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
-    run("--ckpt", tmp_path / "mdlm.pt", "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
-    assert "nats per token" in capsys.readouterr().out
-    run(tmp_path / "text.txt", "--name", "own", "--tokenizer", tmp_path / "mdlm.pt", main=text_prepare.main)
-    capsys.readouterr()
-    run("--init_from", tmp_path / "mdlm.pt", "--eval_only", "--data", "own", main=train.main)
-    assert capsys.readouterr().out.startswith("own: NELBO")
+    assert tokenizer.mask_id == mask_id
+    use(tmp_path / "mdlm.pt")
 
 
 def test_the_end_of_a_text_is_written_and_read_as_a_new_line(mdlm, run, tmp_path):

@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import data.corpus
 import data.hub
 import data.roberta.prepare as prepare
+import data.text.prepare as text_prepare
 import data.wikitext2.prepare as wikitext_prepare
 import sample
 import train
@@ -102,6 +103,25 @@ def mistake(run, tmp_path, capsys):
         return captured.err
 
     return mistake
+
+
+@pytest.fixture
+def use(run, tmp_path, capsys):
+    """Call every command with a checkpoint, and with no flag that names its model."""
+
+    def use(path):
+        capsys.readouterr()
+        run("--ckpt", path, "--prompt", "def", "--watch", main=sample.main)
+        assert capsys.readouterr().out.startswith("def")
+        (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
+        run("--ckpt", path, "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
+        assert "nats per token" in capsys.readouterr().out
+        run(tmp_path / "text.txt", "--name", "own", "--tokenizer", path, main=text_prepare.main)
+        capsys.readouterr()
+        run("--init_from", path, "--eval_only", "--data", "own", main=train.main)
+        assert capsys.readouterr().out.startswith("own: NELBO")
+
+    return use
 
 
 def state_of(folder):

@@ -14,7 +14,6 @@ import functools
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import hub
 from data.corpus import DATA
 from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer
 from model import ModelConfig, load_checkpoint
 
@@ -39,16 +37,6 @@ REPOSITORIES = {
 }
 START = "<|endoftext|>"  # ends one text and begins the next
 SMALL_MASK = 10541  # diffugpt-s took a token of GPT-2's for its mask, twelve dashes
-
-
-@dataclass
-class PrepareConfig:
-    source: str = argument(
-        f"{', '.join(REPOSITORIES)}; a folder with the files of a GPT-2; a checkpoint to --export",
-        default="gpt2",
-    )
-    out: str | None = flag(None, "checkpoint to write (default: data/gpt2/NAME.pt)")
-    export: str | None = flag(None, "folder to write the checkpoint's model to, in the files of GPT-2")
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -215,17 +203,16 @@ def with_mask(table):
 def convert(theirs, tokenizer, path, tensors):
     """Our model with their tensors, and the names of those that it has no use for."""
     opened = is_opened(tensors)
-    return hub.convert(
-        {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(plain_name(name))},
-        path,
+    spelling = hub.Spelling(
         plain_name,
-        tables=TABLES,
-        may_tie=theirs["tie_word_embeddings"],
-        our_config=functools.partial(our_config, theirs, tokenizer, opened=opened),
-        their_tensors=functools.partial(their_tensors, opened=opened),
-        our_tensors=functools.partial(our_tensors, opened=opened),
-        unused=UNUSED,
+        TABLES,
+        UNUSED,
+        functools.partial(their_tensors, opened=opened),
+        functools.partial(our_tensors, opened=opened),
     )
+    config = functools.partial(our_config, theirs, tokenizer, opened=opened)
+    tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(plain_name(name))}
+    return hub.convert(tensors, path, spelling, config, theirs["tie_word_embeddings"])
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
@@ -305,11 +292,8 @@ def export(path, folder):
 
 
 def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    home = DATA / "gpt2"
-    if config.export:
-        return export(hub.checkpoint_to_export(config, home, REPOSITORIES), Path(config.export))
-    hub.prepare(config, home, REPOSITORIES, convert_folder)
+    what = "the files of a GPT-2 or DiffuGPT"
+    hub.main(__doc__.splitlines()[0], DATA / "gpt2", REPOSITORIES, what, convert_folder, export)
 
 
 if __name__ == "__main__":

@@ -11,28 +11,18 @@ names: of settings, and of tensors. No tensor is changed, and none is in memory 
 import functools
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import hub
 from data.corpus import DATA
 from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
 from model import ModelConfig
 
 FILES = "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"
 REPOSITORIES = {
     name: hub.files(f"GSAI-ML/{name}", *FILES) for name in ("LLaDA-8B-Base", "LLaDA-8B-Instruct", "LLaDA-1.5")
 }
-
-
-@dataclass
-class PrepareConfig:
-    source: str = argument(
-        f"{', '.join(REPOSITORIES)}; a folder with the files of such a model", default="LLaDA-8B-Base"
-    )
-    out: str | None = flag(None, "checkpoint to write (default: data/llada/NAME.pt)")
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -129,25 +119,24 @@ NAMES = {
     "final_norm": "ln_f",
     "head": "ff_out",  # of the whole network, not of a layer
 }
-UNUSED = re.compile(r"rotary_emb\.")
 
 
 def plain_name(name):
     return name.removeprefix("model.").removeprefix("transformer.")
 
 
+SPELLING = hub.only_names(
+    plain_name,
+    ("wte.weight", "ff_out.weight"),
+    re.compile(r"rotary_emb\."),
+    lambda name: hub.their_name(name, NAMES, "blocks"),
+)
+
+
 def convert(theirs, tokenizer, path, tensors):
     """Our model with their tensors, and the names of those that it has no use for."""
-    return hub.convert(
-        tensors,
-        path,
-        plain_name,
-        tables=("wte.weight", "ff_out.weight"),
-        may_tie=theirs["weight_tying"],
-        our_config=functools.partial(our_config, theirs, tokenizer),
-        **hub.renaming(lambda name: hub.their_name(name, NAMES, "blocks")),
-        unused=UNUSED,
-    )
+    may_tie = theirs["weight_tying"]
+    return hub.convert(tensors, path, SPELLING, functools.partial(our_config, theirs, tokenizer), may_tie)
 
 
 # --- conversations -------------------------------------------------------------------------------
@@ -190,8 +179,8 @@ def convert_folder(folder):
 
 
 def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    hub.prepare(config, DATA / "llada", REPOSITORIES, convert_folder)
+    what = "the files of such a model"
+    hub.main(__doc__.splitlines()[0], DATA / "llada", REPOSITORIES, what, convert_folder)
 
 
 if __name__ == "__main__":

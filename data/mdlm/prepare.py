@@ -13,7 +13,6 @@ import functools
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from data import hub
 from data.corpus import DATA
 from data.gpt2.prepare import read_tokenizer
 from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
 from model import ModelConfig
 
 MODELS = "mdlm-owt", "bd3lm-owt-block_size4", "bd3lm-owt-block_size8", "bd3lm-owt-block_size16"
@@ -33,15 +31,6 @@ REPOSITORIES = {
     name: hub.files(f"kuleshov-group/{name}", "config.json", "model.safetensors") + TOKENS for name in MODELS
 }
 LEVELS = 256  # channels in which a level is told: cosines, which are 1 at level 0, and sines
-
-
-@dataclass
-class PrepareConfig:
-    source: str = argument(
-        f"{', '.join(MODELS)}; a folder with such files and GPT-2's vocab.json and merges.txt",
-        default="mdlm-owt",
-    )
-    out: str | None = flag(None, "checkpoint to write (default: data/mdlm/NAME.pt)")
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -189,17 +178,14 @@ def convert(theirs, tokenizer, path, tensors):
     """Our model with their tensors, and the names of those that it has no use for."""
     told = [tensor for name, tensor in tensors.items() if plain_name(name) == "sigma_map.mlp.0.bias"]
     n_level = max([1, *(tensor.numel() for tensor in told)]) if theirs["adaln"] else 0
-    return hub.convert(
-        tensors,
-        path,
+    spelling = hub.Spelling(
         plain_name,
-        tables=TABLES,
-        may_tie=False,
-        our_config=functools.partial(our_config, theirs, tokenizer),
-        their_tensors=functools.partial(their_tensors, n_level=n_level),
-        our_tensors=functools.partial(our_tensors, n_level=n_level),
-        unused=UNUSED,
+        TABLES,
+        UNUSED,
+        functools.partial(their_tensors, n_level=n_level),
+        functools.partial(our_tensors, n_level=n_level),
     )
+    return hub.convert(tensors, path, spelling, functools.partial(our_config, theirs, tokenizer), False)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -214,8 +200,8 @@ def convert_folder(folder):
 
 
 def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    hub.prepare(config, DATA / "mdlm", REPOSITORIES, convert_folder)
+    what = "such files and GPT-2's vocab.json and merges.txt"
+    hub.main(__doc__.splitlines()[0], DATA / "mdlm", REPOSITORIES, what, convert_folder)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ has them all), so this file is only about names: of files, of settings, and of t
 import functools
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import hub
 from data.corpus import DATA
 from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
 from data.tokenizer import BPETokenizer, WordPieceTokenizer
 from model import ModelConfig, load_checkpoint
 
@@ -28,16 +26,6 @@ REPOSITORIES = {
     "roberta-large": hub.files("FacebookAI/roberta-large", *FILES),
     "distilroberta-base": hub.files("distilbert/distilroberta-base", *FILES),
 }
-
-
-@dataclass
-class PrepareConfig:
-    source: str = argument(
-        f"{', '.join(REPOSITORIES)}; a folder with the files of a RoBERTa or BERT; a checkpoint to --export",
-        default="roberta-base",
-    )
-    out: str | None = flag(None, "checkpoint to write (default: data/roberta/NAME.pt)")
-    export: str | None = flag(None, "folder to write the checkpoint's model to, in the files of RoBERTa")
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -185,16 +173,10 @@ def convert(theirs, tokenizer, path, tensors):
     twice = {name.replace("decoder.bias", "bias") for name in tensors if name.endswith("decoder.bias")}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in twice}
     their = functools.partial(their_name, kind=kind)
-    return hub.convert(
-        tensors,
-        path,
-        plain,
-        tables=(their("token_embedding.weight"), their("head.weight")),
-        may_tie=theirs["tie_word_embeddings"],
-        our_config=functools.partial(our_config, theirs, tokenizer),
-        **hub.renaming(their),
-        unused=UNUSED,
-    )
+    tables = their("token_embedding.weight"), their("head.weight")
+    spelling = hub.only_names(plain, tables, UNUSED, their)
+    config = functools.partial(our_config, theirs, tokenizer)
+    return hub.convert(tensors, path, spelling, config, theirs["tie_word_embeddings"])
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -267,11 +249,8 @@ def export(path, folder):
 
 
 def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    home = DATA / "roberta"
-    if config.export:
-        return export(hub.checkpoint_to_export(config, home, REPOSITORIES), Path(config.export))
-    hub.prepare(config, home, REPOSITORIES, convert_folder)
+    what = "the files of a RoBERTa or BERT"
+    hub.main(__doc__.splitlines()[0], DATA / "roberta", REPOSITORIES, what, convert_folder, export)
 
 
 if __name__ == "__main__":
