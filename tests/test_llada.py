@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import pytest
 import test_roberta
@@ -436,9 +437,11 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
     assert data.hub.read_tensors(write({"w": whole}))["w"].equal(torch.zeros(2))
     empty = {**whole, "shape": [0, 2**40], "data_offsets": [8, 8]}
     assert data.hub.read_tensors(write({"w": empty}))["w"].numel() == 0
+    tracemalloc.start()
     for header, *more in (
         ({"w": {**whole, "shape": [2**40], "data_offsets": [0, 2**42]}},),
         ({"w": {**whole, "shape": [-2], "data_offsets": [8, 0]}},),
+        ({"w": {**whole, "shape": [-1]}},),
         ({"w": {**whole, "shape": [3]}},),
         ({"w": {**whole, "data_offsets": [4, 12]}},),
         ({"w": whole, "again": whole},),
@@ -447,8 +450,12 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
         ({"w": 3},),
         ([],),
         (b"{", b"\0" * 8, 2**60),
+        (b"{", b"\0" * 8, 2**30),
         (b"{" * 10_000,),
         (b"", b"", 0),
     ):
         with pytest.raises(data.hub.Mistake):
             data.hub.read_tensors(write(header, *more))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24

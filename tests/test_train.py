@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Conditionals, all_texts, tiny_model
 
 from data.corpus import unigram_nats
-from data.run.fast import Muon, cross_entropy, orthogonalised
+from data.run.fast import Muon, cross_entropy, orthogonalised, rows_at_once
 from data.run.flags import Level, Span
 from data.run.training import Run
 from model import ModelConfig
-from sample import denoise
+from sample import denoise, negative_log_likelihood
 from train import (
     STRATA,
     TrainConfig,
@@ -170,6 +170,20 @@ def test_nelbo_repeats_itself_and_leaves_the_model_as_it_was():
 def test_nelbo_does_not_depend_on_how_it_is_batched():
     model, texts = tiny_model(), all_texts(3, 3)
     assert nelbo(model, texts, batch_size=1) == pytest.approx(nelbo(model, texts, batch_size=100), rel=1e-5)
+
+
+def test_a_pass_has_no_more_rows_than_its_logits_allow(monkeypatch):
+    """One of LLaDA's 4,096 tokens, each of 126,464, where 64 of a small model's go through at once."""
+    assert rows_at_once(64, 256, 257) == 64
+    assert rows_at_once(64, 256, 50_265) == 41
+    assert rows_at_once(64, 4096, 126_464) == 1
+    model, texts, sizes = tiny_model(), all_texts(3, 3), []
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr("train.rows_at_once", lambda most, T, V: 2)
+    monkeypatch.setattr("sample.rows_at_once", lambda most, T, V: 2)
+    nelbo(model, texts)
+    negative_log_likelihood(model, texts.flatten(), order="left")
+    assert max(sizes) == 2
 
 
 def test_prompt_is_not_counted_by_nelbo():
