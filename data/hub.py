@@ -302,8 +302,10 @@ def tie(found, embedding, head, may_tie):
     """Whether the head's matrix is the embedding, by these names of theirs; a file may then leave it out, and
     it is put there.
     """
-    tied = may_tie and (head not in found or torch.equal(found.get(embedding, found[head]), found[head]))
-    if tied and embedding in found:
+    if not may_tie or embedding not in found:
+        return False
+    tied = head not in found or torch.equal(found[embedding], found[head])
+    if tied:
         found[head] = found[embedding]
     return tied
 
