@@ -297,7 +297,8 @@ def sequence_bounds(
 
     The bound is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1]
     (2406.07524); for level grid:N D3PM's, t one of 1/N .. 1. The same seed gives the same numbers. The
-    draws are independent of each other; strata=1 makes the levels so, too, to compare.
+    draws are independent of each other; strata=1 makes the levels so, too, to compare. batch_size: sequences
+    of a pass; None: 64, or as many as their logits allow.
     """
     if level.kind not in ("uniform", "grid") or (slant and level.kind == "grid"):
         raise ValueError(f"level {level}, slant {slant}: the bound is uniform's, slanted or not, or grid:N's")
