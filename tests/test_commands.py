@@ -1148,6 +1148,22 @@ def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "last.pt", "log.csv"]
 
 
+def test_a_checkpoint_that_a_run_replaces_while_it_is_read_is_read_again(world, tmp_path, monkeypatch):
+    """torch opens it by its name twice, and has the weights of one file in the places of the other."""
+    path, new = shutil.copy(world / "gpt" / "last.pt", tmp_path / "last.pt"), world / "out" / "last.pt"
+    opened, times = torch.UntypedStorage.from_file, []
+
+    def open_late(*arguments):
+        if not times:
+            os.replace(shutil.copy(new, tmp_path / "new.pt"), path)
+        times.append(1)
+        return opened(*arguments)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", open_late)
+    assert_same(read_checkpoint(path)["model"], read_checkpoint(new)["model"])
+    assert len(times) == 3
+
+
 def test_a_bit_that_flips_in_any_tensor_is_found(world, tmp_path):
     """In the weights and in what resuming needs; and a file of an earlier version, without sums, is read."""
     content = (world / "out" / "last.pt").read_bytes()

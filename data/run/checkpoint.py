@@ -68,6 +68,7 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         instead = ", it is a folder" if os.path.isdir(path) else ""
         raise Mistake(f"{path}: there is no such checkpoint{instead}")
+    before = os.stat(path)
     try:
         check_archive(path)
         with warnings.catch_warnings():
@@ -79,6 +80,8 @@ def read_checkpoint(path):
         upgrade(checkpoint)
         _ = checkpoint["tokenizer"]
     except Exception as error:  # torch raises a different one for every way to be no checkpoint
+        if not os.path.samestat(before, os.stat(path)):  # a run has saved meanwhile: it was half of each
+            return read_checkpoint(path)
         raise Mistake(f"{path}: damaged, or not a checkpoint ({type(error).__name__})") from None
     if not_finite:
         raise Mistake(f"{path}: {not_finite[0]} has values that are not finite")
