@@ -40,6 +40,7 @@ class ModelConfig:
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # not text: train.py never masks them, sample.py never writes them
     end_ids: tuple[int, ...] = ()  # end a text: learned and written, and nothing after one is shown
+    kinds: tuple[tuple[int, int, int], ...] = ()  # what may stand where, as the tokenizer says; (): anything
     block_len: int = 0  # K, tokens of a block; 0: the canvas is one. sample.py's --block_len may be shorter
     shift_id: int | None = None  # what stands before a text that is read with a shift; None: no shift
     conv: int = 5  # neighbours that a layer's convolution mixes, the token itself included; 0: none
@@ -132,6 +133,16 @@ def sees(positions, n_clean, n_cached, K):
     keys = torch.cat((torch.arange(n_cached, device=device), positions)) // K
     keys_noisy, own = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
     return (keys < own) & ~keys_noisy | (keys == own) & ~(keys_noisy ^ noisy[:, None])  # inductor fails at ==
+
+
+def may_stand(kinds, positions, V):
+    """Which of V tokens may stand at positions (N,), by a tokenizer's kinds: (N, V) bool."""
+    ids, positions = torch.arange(V, device=positions.device), positions[:, None]
+    allowed, start = torch.zeros_like(positions, dtype=torch.bool), 0
+    for n, first, end in kinds:
+        here = (positions >= start) & (positions < start + n)
+        allowed, start = allowed | here & (ids >= first) & (ids < end), start + n
+    return allowed
 
 
 # --- the layers ----------------------------------------------------------------------------------
@@ -282,15 +293,20 @@ class Transformer(nn.Module):
             x = x + self.type_embedding.weight[0]
         return self.dropout(self.embedding_norm(x))
 
-    def unembed(self, x):
-        """Logits (..., V) of the last layer's vectors (..., C)."""
+    def unembed(self, x, positions):
+        """Logits (..., V) of the last layer's vectors (..., C), whose positions in the canvas are (N,) for
+        (N, C), and (T,) for (B, T, C); minus infinity for what may not stand there.
+        """
         x = self.final_norm(x)
         if self.config.head_activation:
             x = self.transform_norm(ACTIVATIONS[self.config.head_activation](self.transform(x)))
         bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
         is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
         # SUBS, without one more pass over the logits: no hole is filled with a hole.
-        return linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
+        logits = linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
+        if not self.config.kinds:
+            return logits
+        return logits.masked_fill(~may_stand(self.config.kinds, positions, len(bias)), -torch.inf)
 
     def sight(self, n_clean, n, cache, device):
         """The Sight of a pass over n_clean positions of a clean half and then n after those of the cache; and
@@ -335,10 +351,11 @@ class Transformer(nn.Module):
         x = last(x, sight)[:, : T - held]  # (B, T - held, C), without what a shift reads at T
         if cache:
             cache.length = T if self.gpt else cache.final
+        positions = torch.arange(held, T, device=idx.device)
         if where is None:
-            return self.unembed(x)
+            return self.unembed(x, positions)
         n, rows = rows_at(where, held, T)
-        return self.unembed(x.flatten(0, 1).index_select(0, rows))[:n]
+        return self.unembed(x.flatten(0, 1).index_select(0, rows), positions[rows % (T - held)])[:n]
 
 
 def load_checkpoint(path, device="cpu", keep=None, **changes):
@@ -357,7 +374,8 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
         model.load_state_dict(checkpoint["model"], assign=True)
         model.tie()
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        if (tokenizer.vocab_size, tokenizer.mask_id) != (config.vocab_size, config.mask_id):
+        own, said = ((x.vocab_size, x.mask_id, x.kinds) for x in (tokenizer, config))
+        if own != said:
             raise ValueError("its tokenizer is another model's")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.canvas.chat import chat_of, converse, reply_length
-from data.canvas.history import History, inert
+from data.canvas.history import History
 from data.canvas.picture import save_histories
-from data.canvas.prompt import MOST, make_canvases, read_text, shown_of
+from data.canvas.pixels import shown
+from data.canvas.prompt import MOST, make_canvases, read_text, shown_of, standing
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
 from data.run.fast import Cache, in_parts, rows_at_once
@@ -228,7 +229,8 @@ def look_at(model, canvas, prompt, window, block, guidance=0.0, cache=None):
         logits = model(text, where=place, cache=cache)
         if guidance:
             logits, unguided = logits.float().chunk(2)
-            logits = logits + guidance * (logits - unguided)
+            guided = logits + guidance * (logits - unguided)
+            logits = guided.where(logits > -torch.inf, logits)  # what cannot stand there stays so
         return logits.index_fill_(1, not_text, -torch.inf)
 
     return look
@@ -538,6 +540,7 @@ class Written(NamedTuple):
     """The texts that a plan of this name made, and what it took."""
 
     name: str
+    tokenizer: object
     texts: list[str]
     histories: list
     summary: str
@@ -572,7 +575,7 @@ def write_all(plan, config, watch):
     for new, (_, old, _) in zip(ids, rows):
         start = old.index(tokenizer.mask_id) if config.chat else 0  # the reply alone
         texts.append(tokenizer.decode(shown_of(new, old, tokenizer.mask_id, ends, start)))
-    return Written(name, texts, histories, summary)
+    return Written(name, tokenizer, texts, histories, summary)
 
 
 def score(path, model, tokenizer, flags):
@@ -585,7 +588,10 @@ def score(path, model, tokenizer, flags):
     text = read_text(path)
     if not text:
         raise Mistake(f"--score {path}: it is empty")
-    tokens = torch.tensor(tokenizer.encode(text))
+    ids = tokenizer.encode(text)
+    if standing(ids, tokenizer, whole=True) != ids:
+        raise Mistake(f"--score {path}: not a whole canvas of the model, of {tokenizer.canvas_len} tokens")
+    tokens = torch.tensor(ids)
     nats, n = negative_log_likelihood(model, tokens, **flags), len(tokens)
     bits = nats / math.log(2) / len(text.encode())
     print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
@@ -604,11 +610,11 @@ def follow(plans, config):
 
 def print_texts(results, config, judge):
     """Print what was Written: texts on stdout, and the rest on stderr."""
-    for name, texts, _, summary in results:
+    for name, tokenizer, texts, _, summary in results:
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
                 print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-            print(inert(text) if sys.stdout.isatty() else text, flush=True)
+            print(shown(text, tokenizer) if sys.stdout.isatty() else text, flush=True)
         if judge:
             judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
             summary += f"; under {config.judge} {judged} nats per byte"
@@ -627,6 +633,8 @@ def main():
     judge = None if config.judge is None else load_checkpoint(config.judge, device, keep)
     if judge and judge[1].bos_id is not None:
         raise Mistake(f"--judge {config.judge}: not a model whose lines begin with a token of their own")
+    if judge and any(tokenizer.kinds != judge[1].kinds for _, tokenizer, _ in loaded):
+        raise Mistake(f"--judge {config.judge}: its canvas is not of the kinds that are written")
     rounds = []  # one, or as many as a conversation has
 
     def answer(prompts):

@@ -32,6 +32,7 @@ import torch
 
 from data.canvas.chat import Chat
 from data.canvas.history import inert
+from data.canvas.pixels import shown
 from data.canvas.prompt import make_canvases, shown_of
 from data.corpus import load_corpus, n_windows, unigram_nats, windows_at
 from data.run.errors import Mistake, command, signals
@@ -203,13 +204,21 @@ def with_visible(x0, xt, holes, maskable, share, model_config, generator):
     kept and half replaced by random ones, as BERT halves its own (1810.04805). Without a loss there a network
     knows nothing of the tokens that it sees, and `--order remask`, which writes them anew, spoils them.
     """
-    special = torch.tensor([model_config.mask_id, *model_config.special_ids])
-    ids = torch.arange(model_config.vocab_size)
-    ids = ids[torch.isin(ids, special, invert=True)]
     u = torch.rand(x0.shape, generator=generator)
-    words = ids[torch.randint(len(ids), x0.shape, generator=generator)]
+    words = random_tokens(*x0.shape, model_config, generator)
     asked = maskable & ~holes & (u < share)
     return torch.where(asked & (u < share / 2), words, xt), holes | asked
+
+
+def random_tokens(B, T, model_config, generator):
+    """Tokens (B, T), each any of those that may stand at its place, with the same probability."""
+    special = torch.tensor([model_config.mask_id, *model_config.special_ids])
+    places = []
+    for n, first, end in model_config.kinds or ((T, 0, model_config.vocab_size),):
+        ids = torch.arange(first, end)
+        ids = ids[torch.isin(ids, special, invert=True)]
+        places.append(ids[torch.randint(len(ids), (B, n), generator=generator)])
+    return torch.cat(places, 1)
 
 
 def draw_batch(split, config, generator, model_config, token_nats=None, level=None):
@@ -429,7 +438,8 @@ def sample(run, tokenizer, prompt):
     with run.precision:
         *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
     run.model.train()
-    return inert(tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids)))
+    text = tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids))
+    return shown(text, tokenizer) if sys.stdout.isatty() else inert(text)
 
 
 def print_bound(run, val_split, counts):
@@ -474,7 +484,7 @@ def main():
         tokenizer = corpus_tokenizer
         shape = {name: getattr(config, name) for name in (*SHAPE, "block_size", "dropout")}
         shape |= attention_fields(config.attention, tokenizer.mask_id)
-        shape["special_ids"] = tokenizer.special_ids
+        shape |= {"special_ids": tokenizer.special_ids, "kinds": tokenizer.kinds}
         model = Transformer(ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape))
     elif tokenizer.state != corpus_tokenizer.state:
         raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")

@@ -5,8 +5,10 @@ An id is a uint16, or a uint32 where the tokenizer has more tokens than that can
 meta.json has the tokenizer and the source; of each split how many tokens and bytes it has, and its
 sha256; and how often each token occurs in the training split.
 
-A split is running text, or else examples: prompts with their replies. Then meta.json has the chat template,
-and train.rows and val.rows say where each example begins and how many of its tokens are prompt, as int64.
+A split is running text; or canvases of as many tokens as "canvas" in meta.json says, whose places say what
+their tokens are (data/tokenizer.py); or examples: prompts with their replies. Then meta.json has the chat
+template, and train.rows and val.rows say where each example begins and how many of its tokens are prompt,
+as int64.
 """
 
 import hashlib
@@ -96,6 +98,7 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
                 counts[split] |= {"examples": len(index), "rows_sha256": hashlib.sha256(index).hexdigest()}
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state}
         meta |= {"chat": template} if template else {}
+        meta |= {"canvas": tokenizer.canvas_len} if tokenizer.kinds else {}
         meta |= {"occurrences": occurrences.tolist()}
         files["meta.json"].write(json.dumps(meta, indent=1).encode())
     tokens = ", ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
@@ -155,6 +158,7 @@ def load_corpus(name, block_size=1):
         intact &= len(occurrences) == tokenizer.vocab_size
         intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
         intact &= min(meta[split]["bytes"] for split in SPLITS) > 0
+        intact &= meta.get("canvas", 0) == tokenizer.canvas_len
         if "chat" in meta:
             indices = [read_rows(folder / f"{split}.rows", meta[split]) for split in SPLITS]
             intact &= "occurrences" in meta
@@ -163,6 +167,8 @@ def load_corpus(name, block_size=1):
     if not intact:
         raise Mistake(f"{folder}: not a whole corpus; prepare it again")
     check_tokens(folder, meta, tokenizer)
+    if tokenizer.kinds:
+        train, val = (canvases(split, tokenizer.canvas_len) for split in (train, val))
     if "chat" in meta:
         end_id = Chat(meta["chat"], tokenizer).end_id
         train, val = (Examples(*both, end_id, block_size) for both in zip((train, val), indices))
@@ -203,6 +209,20 @@ class Examples:
     def __len__(self):
         """Tokens of all windows."""
         return len(self.starts) * self.T
+
+
+def canvas_len(name):
+    """Tokens of a canvas of data/NAME, or 0: if places say nothing there, or it is no corpus."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        T = json.loads((DATA / name / "meta.json").read_text()).get("canvas")
+        return T if type(T) is int and T > 0 else 0
+    return 0
+
+
+def canvases(tokens, T):
+    """A split whose examples are canvases of T tokens, one after the other, that have no prompts."""
+    starts = np.arange(0, len(tokens), T)
+    return Examples(tokens, np.stack((starts, np.zeros_like(starts)), 1), None, T)
 
 
 def n_windows(split, T):

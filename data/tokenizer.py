@@ -18,10 +18,19 @@ from data.run.errors import Mistake
 # What a special token becomes in decoded text; the others become nothing.
 SHOWN = {"<mask>": "<mask>", "[MASK]": "<mask>", "[UNK]": "[UNK]", "<unk>": "<unk>"}
 SHOWN |= {"</s>": "\n", "[SEP]": "\n", "<eos>": "\n", "<|endoftext|>": "\n"}
+# A pixel as a character: its grey in a circle, 0 to 50.
+GREYS = "".join(map(chr, [0x24EA, *range(0x2460, 0x2474), *range(0x3251, 0x3260), *range(0x32B1, 0x32C0)]))
 
 
 class Tokenizer:
-    """What all tokenizers share. special: the ids that are not text, by name."""
+    """What all tokenizers share. special: the ids that are not text, by name.
+
+    kinds: where the place of a token says what it is, (n, first id, id after the last) each: of that kind are
+    the next n tokens of a canvas. With none, any token may stand anywhere.
+    """
+
+    kinds = ()
+    pixels = None  # of a picture: its first token, how many tokens are a row, and the text of each grey
 
     def __init__(self, special, vocab_size):
         self.special, self.vocab_size = special, vocab_size
@@ -30,6 +39,11 @@ class Tokenizer:
         self.mask_id = self.first("<mask>", "[MASK]")
         self.bos_id = self.first("<s>", "[CLS]", "<cls>")  # opens a line; None where lines are only text
         self.eos_id = self.first("</s>", "[SEP]", "<eos>")  # closes it
+
+    @property
+    def canvas_len(self):
+        """Tokens of a canvas whose places have kinds; 0 without."""
+        return sum(n for n, _, _ in self.kinds)
 
     def decode(self, ids):
         return "".join(self.pieces(ids))
@@ -102,6 +116,59 @@ class BPETokenizer(ByteLevelTokenizer):
             if isinstance(error, (KeyboardInterrupt, MemoryError)):
                 raise
             raise Mistake("the tokenizer's pattern does not cut this text into words") from None
+
+
+class PictureTokenizer(ByteLevelTokenizer):
+    """A canvas of two kinds: a caption, in bytes, filled up with spaces; and the pixels of a picture, row by
+    row, a token for each grey that they may have.
+
+    As text the caption is a line, and so is each row, a pixel being one of GREYS. Or a picture is plain PGM.
+    """
+
+    def __init__(self, caption, width, height, greys):
+        """caption: its bytes; width and height: of the picture, in pixels. ValueError if these cannot be."""
+        self.state = {"kind": "picture", "caption": caption, "width": width, "height": height, "greys": greys}
+        self.caption, self.width, self.height = caption, width, height
+        sizes = all(type(n) is int and 1 <= n <= 1000 for n in (caption, width, height, greys))
+        if not (sizes and 2 <= greys <= len(GREYS)):
+            raise ValueError("its picture is of no size")
+        self.greys = GREYS[:greys]
+        pixels = {257 + i: c.encode() for i, c in enumerate(self.greys)}
+        super().__init__({"<mask>": 256}, {i: bytes([i]) for i in range(256)} | pixels)
+        # A caption has bytes of printable text: the end of a line is never one of its own.
+        self.kinds = (caption, 32, 256), (width * height, 257, 257 + greys)
+        self.pixels = {"first": caption, "columns": width, "greys": self.greys}
+
+    def encode(self, text):
+        """Ids of captions and pixels, in which ends of lines say nothing. Mistake for PGM of another size."""
+        if re.match(r"P2\s", text):
+            return self.picture("", self.read_pgm(text))[self.caption :]
+        return [i for c in re.sub(r"[\r\n]", "", text) for i in self.ids_of(c)]
+
+    def ids_of(self, character):
+        grey = self.greys.find(character)
+        return character.encode() if grey < 0 else [257 + grey]
+
+    def read_pgm(self, text):
+        """The pixels of a plain PGM, whose largest number is white: numbers from 0, white, to greys - 1."""
+        words = re.sub("#.*", "", text).split()[1:]
+        if not all(word.isascii() and word.isdecimal() and len(word) < 6 for word in words):
+            raise Mistake("the picture is not plain PGM: after P2 there are numbers alone")
+        width, height, most, *values = map(int, words) if len(words) > 3 else (0, 0, 0)
+        whole = (width, height, len(values)) == (self.width, self.height, width * height)
+        if not whole or not 0 < most >= max(values):
+            size = f"{self.width} x {self.height}"
+            raise Mistake(f"the picture is not plain PGM of {size} pixels, which the model was trained on")
+        return [round((len(self.greys) - 1) * (1 - value / most)) for value in values]
+
+    def decode(self, ids):
+        """The text of a canvas."""
+        pieces, ends = self.pieces(ids), range(self.caption, len(ids), self.width)
+        return "\n".join("".join(pieces[i:j]) for i, j in zip((0, *ends), (*ends, len(ids))))
+
+    def picture(self, caption, pixels):
+        """The ids of a canvas: a caption, and pixels, numbers from 0 to greys - 1, row by row."""
+        return [*caption.encode().ljust(self.caption), *(257 + int(grey) for grey in pixels)]
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -192,13 +259,14 @@ def chinese(c):
 
 def tokenizer_from_state(state):
     """The inverse of `.state`."""
-    kinds = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer}
+    classes = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer}
+    classes["picture"] = PictureTokenizer
     tokens, special = state.get("tokens", []), state.get("special") or {}
     if not all(type(token) is str for token in tokens):
         raise ValueError("its tokens are not texts")
     if state["kind"] == "bpe" and (len({*tokens}) < len(tokens) or not {*map(chr, range(256))} <= {*tokens}):
         raise ValueError("its tokens are not every byte, and others that differ")
-    tokenizer = kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
+    tokenizer = classes[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
     ids = [*(state.get("ids") or range(len(tokens))), *special.values()]
     if state["kind"] == "bpe" and sorted(ids) != [*range(tokenizer.vocab_size)]:
         raise ValueError("its ids are not the numbers from 0 on")

@@ -27,15 +27,17 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """How a canvas filled. start: the text of each token at first. holes: whether each was a hole. steps: for
-    each step a list of [position, text, probability] of what was set; the text is None where it became
-    a hole again, the probability where the same token only looks otherwise, because a later one
-    completed its character. seconds: when each step was done.
+    """How a canvas filled. start: the text of each token at first. holes: whether each was a hole. pixels:
+    which are a picture, as the tokenizer says, or None. steps: for each step a list of [position, text,
+    probability] of what was set; the text is None where it became a hole again, the probability where the
+    same token only looks otherwise, because a later one completed its character. seconds: when each step was
+    done.
     """
 
     def __init__(self, tokenizer, canvas):
         """canvas: token ids."""
         self.tokenizer, self.canvas, self.probability = tokenizer, canvas, [1.0] * len(canvas)
+        self.pixels = tokenizer.pixels
         self.start = self.tokens = tokens_of(tokenizer, canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas[: len(self.start)]]
         self.kinds = ["hole" if hole else "given" for hole in self.holes]

@@ -1,12 +1,14 @@
 """How a canvas filled, as a file: a page to step through, or an animated picture (`--save`)."""
 
 import bisect
+import itertools
 import json
 import os
 from html import escape
 from pathlib import Path
 
 from data.canvas.history import inert, lines_of, visible
+from data.canvas.pixels import share_of_black, split_picture
 from data.run.errors import Mistake
 from data.run.files import replacing
 
@@ -30,7 +32,7 @@ def save_histories(path, texts, names=("",)):
 
 def save_html(path, texts, names):
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    kept = "start", "holes", "steps", "seconds"
+    kept = "start", "holes", "steps", "seconds", "pixels"
     runs = [
         [
             {"name": name} | {field: getattr(history, field) for field in kept}
@@ -49,6 +51,7 @@ SVG_STYLE = """
 text { font: 13px ui-monospace, Menlo, Consolas, monospace; white-space: pre; fill: #24292f }
 rect { fill: #f6f8fa; stroke: #d0d7de } .hole { fill: #a8b1ba } .new { fill: #0969da; font-weight: 600 }
 .given { fill: #1a7f37; font-weight: 600 } .step { fill: #57606a }
+path { shape-rendering: crispEdges } .pixel { fill: #5f87af }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } rect { fill: #161b22; stroke: #30363d } .hole { fill: #57606a }
   .new { fill: #58a6ff } .given { fill: #3fb950 } .step { fill: #8d96a0 }
@@ -67,6 +70,17 @@ def moments(sides, n):
     return [tuple(bisect.bisect_right(history.seconds, time) for history in sides) for time in times]
 
 
+def squares(rows, pixels, x, y):
+    """The rows of a picture as SVG, from x and y on; those side by side that are alike as one."""
+    for top, row in zip(itertools.count(y, 17), rows):
+        left = x
+        for black, run in itertools.groupby(share_of_black(token, pixels) for token in row):
+            width, grey = 17 * len(list(run)), 255 - round(255 * (black or 0))
+            paint = 'class="pixel"' if black is None else f'fill="#{grey:02x}{grey:02x}{grey:02x}"'
+            yield f'<path {paint} d="M{left} {top}h{width}v17h-{width}"/>'
+            left += width
+
+
 def save_svg(path, texts, names):
     """Write an animated picture of how the first text came to be."""
     sides = texts[0]
@@ -79,8 +93,10 @@ def save_svg(path, texts, names):
         rows = []
         for side, step in enumerate(steps):
             x = 12 + side * (24 + round(7.85 * columns))
-            lines = visible(lines_of(*frames[side][step], columns), SVG_LINES)
-            tallest = max(tallest, len(lines))
+            (tokens, kinds), pixels = frames[side][step], sides[side].pixels
+            text, picture = split_picture(tokens, pixels)
+            lines = visible(lines_of(text, kinds, columns), SVG_LINES)
+            tallest = max(tallest, len(lines) + len(picture))
             title = f"step {step} of {len(frames[side]) - 1}"
             if len(sides) > 1:
                 title = f"{names[side]}: {title}, {[0, *sides[side].seconds][step]:.2f} s"
@@ -91,6 +107,7 @@ def save_svg(path, texts, names):
                     f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line
                 )
                 rows.append(f'<text xml:space="preserve" x="{x}" y="{46 + 17 * y}">{spans}</text>')
+            rows += squares(picture, pixels, x, 34 + 17 * len(lines))
         groups.append(f'<g style="animation-delay: {SVG_SECONDS * i - total:.2f}s">{"".join(rows)}</g>')
     width, height = len(sides) * (24 + round(7.85 * columns)), 46 + 17 * tallest
     first, last = (f"{100 * seconds / total:.2f}%" for seconds in (SVG_SECONDS, SVG_REST))

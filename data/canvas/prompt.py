@@ -39,16 +39,35 @@ def check_prompts(prompts, suffix, length):
         raise Mistake("--suffix: holes go into --prompt, which may have several")
 
 
+def standing(ids, tokenizer, whole=False):
+    """ids, with holes ahead of each token that may not stand where it would, up to the next place where it
+    may; whole: and then up to the end of the canvas. Mistake for a token that no place is left for.
+    """
+    places = [range(first, end) for n, first, end in tokenizer.kinds for _ in range(n)]
+    placed = []
+    for i in ids:
+        while i != tokenizer.mask_id and len(placed) < len(places) and i not in places[len(placed)]:
+            placed.append(tokenizer.mask_id)
+        placed.append(i)
+        if places and len(placed) > len(places):
+            piece = "".join(tokenizer.pieces([i]))
+            raise Mistake(f"{piece!r} has no place left on the model's canvas, of {len(places)} tokens")
+    return placed + [tokenizer.mask_id] * (len(places) - len(placed)) * whole
+
+
 def make_canvases(prompt, suffix, length, tokenizer, block_size):
     """The canvases of a prompt, lists of ids, one for every choice of lengths in its ranges.
 
     Its tokens, holes up to `length` tokens in all, and the suffix. Without a length: as many tokens as the
     prompt with its holes has, or block_size if it has none. The canvas begins with the token that opens
     a line, where there is one, and ends with the one that closes it if the end is known: by a suffix, or
-    by holes and no length.
+    by holes and no length. Where places have kinds, the canvas has all of them, and text goes to the next
+    place where it may stand.
     """
     parts = split_prompt(prompt)
-    own = length is None and len(parts) > 1
+    if tokenizer.kinds and length not in (None, tokenizer.canvas_len):
+        raise Mistake(f"--length {length}: the model's canvas has {tokenizer.canvas_len} tokens")
+    own = length is None and len(parts) > 1 and not tokenizer.kinds
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [] if tokenizer.eos_id is None or not (own or suffix) else [tokenizer.eos_id]
     parts = [part if isinstance(part, range) else tokenizer.encode(part) for part in parts]
@@ -65,9 +84,9 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
     for lengths in itertools.product(*ranges):
         sizes = iter(lengths)
         filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(sizes) for part in parts)
-        ids = begin + list(itertools.chain(*filled))
+        ids = standing(begin + list(itertools.chain(*filled)), tokenizer)
         rest = 0 if own else T - len(ids) - len(suffix)
-        canvases.append(ids + [tokenizer.mask_id] * rest + suffix)
+        canvases.append(standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer))
     return canvases
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 
 from data.canvas.history import columns, lines_of, visible
+from data.canvas.pixels import as_text, half_blocks, split_picture
 
 
 class Watch:
@@ -16,7 +17,7 @@ class Watch:
     def __init__(self, names):
         self.moving = sys.stdout.isatty() and sys.stderr.isatty()
         self.n_lines, self.names, self.pane = 0, names, 0
-        self.panes = [([], [], "")] * len(names)
+        self.panes = [([], [], "", None)] * len(names)
 
     def __enter__(self):
         if self.moving:
@@ -46,22 +47,23 @@ class Watch:
         status = f"step {len(history.steps)}, {n_set / max(1, n_holes):.0%} filled, {speed:,.0f} tokens/s"
         status += f" (the first of {n_canvases})" if n_canvases > 1 else ""
         if self.moving:
-            self.panes[self.pane] = history.tokens, kinds, status
+            self.panes[self.pane] = history.tokens, kinds, status, history.pixels
             self.redraw()
         else:
             name = f"{self.names[self.pane]}: " if len(self.names) > 1 else ""
-            self.write(f"--- {name}{status}\n{''.join(history.tokens)}\n")
+            self.write(f"--- {name}{status}\n{as_text(history.tokens, history.pixels)}\n")
 
     def redraw(self):
         width, height = os.get_terminal_size(sys.stderr.fileno())
         width, height = width or 80, height or 24  # some do not know
         width = max(8, (width + 3) // len(self.panes) - 3)  # three columns between two panes
         panes = []
-        for tokens, kinds, status in self.panes:
-            lines = visible(lines_of(tokens, kinds, width), max(1, height - 2))  # below: status and cursor
-            panes.append(
-                [*map(self.coloured, lines), (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))]
-            )
+        for tokens, kinds, status, pixels in self.panes:
+            text, rows = split_picture(tokens, pixels)
+            picture = half_blocks(rows, pixels, width)
+            room = max(1, height - 2 - len(picture))  # below: status and cursor
+            lines = [*map(self.coloured, visible(lines_of(text, kinds, width), room)), *picture]
+            panes.append([*lines, (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))])
         tallest = max(map(len, panes))
         panes = [[*lines[:-1], *[("", 0)] * (tallest - len(lines)), lines[-1]] for lines in panes]
         rows = []

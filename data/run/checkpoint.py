@@ -155,6 +155,8 @@ def check_config(config, checkpoint):
     fit = fit and config.n_head % (config.n_kv_head or config.n_head) == 0 and config.rope_base > 0
     if config.n_layer != len(layers) or not (fit and config.block_size):
         raise ValueError("it is not of the size that it says")
+    if config.kinds and sum(n for n, _, _ in config.kinds) != config.block_size:
+        raise ValueError("its kinds are not of its canvas")
     if config.norm not in ("pre", "post") or config.position not in ("rope", "learned"):
         raise ValueError("its norm or position is none of ours")
     nats = checkpoint.get("token_nats")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from data.canvas.picture import check_path
 from data.canvas.prompt import MASK_TAG, MOST, check_prompts
+from data.corpus import canvas_len
 from data.run.errors import Mistake
 from data.run.flags import Attention, Level, Span, from_plain
 from data.run.processes import size
@@ -55,7 +56,7 @@ def settle(given, config_class):
     """
     config = config_class(**given)
     if config.init_from == "scratch":
-        return without_noise(config, given), None, None, None
+        return with_canvas(without_noise(config, given), given), None, None, None
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     changes = {"dropout": given["dropout"]} if "dropout" in given else {}
@@ -99,7 +100,19 @@ def settle(given, config_class):
         raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
     if config.open_steps and model.config.conv and model.config.conv_right:
         raise Mistake(f"--open_steps {config.open_steps}: the model in {path} has a convolution to the right")
-    return without_noise(config, given), model, tokenizer, checkpoint
+    return with_canvas(without_noise(config, given), given), model, tokenizer, checkpoint
+
+
+def with_canvas(config, given):
+    """The config; but where the corpus has canvases, whose places say what their tokens are, a window is one,
+    and all of it becomes holes.
+    """
+    T = canvas_len(config.data)
+    if not T:
+        return config
+    if given.get("block_size", T) != T:
+        raise Mistake(f"--block_size {given['block_size']}: a canvas of --data {config.data} has {T} tokens")
+    return dataclasses.replace(config, block_size=T, prompt_len=given.get("prompt_len", Span(0, 0)))
 
 
 def without_noise(config, given):

@@ -1,0 +1,453 @@
+"""Text and pictures on one canvas: where the place of a token says what it is."""
+
+import csv
+import functools
+import gzip
+import hashlib
+import json
+import re
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_roberta
+import torch
+from test_commands import assert_same, run_train, sample_text
+
+import data.corpus
+import data.digits.prepare as digits
+import data.mnist.prepare as mnist
+import sample
+import train
+from data.canvas.history import HOLE, History
+from data.canvas.picture import save_histories
+from data.canvas.pixels import half_blocks, shown
+from data.canvas.prompt import make_canvases
+from data.canvas.terminal import Watch
+from data.corpus import load_corpus, windows_at
+from data.run.checkpoint import read_checkpoint
+from data.run.errors import Mistake
+from data.tokenizer import GREYS, PictureTokenizer, tokenizer_from_state
+from model import ModelConfig, Transformer, load_checkpoint
+from sample import ORDERS, Recorded, denoise, read
+from train import loss_of, random_tokens
+
+SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
+TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 bytes, and 3 x 2 pixels of 5 greys
+T = 10
+GPT = {"block_len": 1, "shift_id": 256}
+
+run, mistake = test_roberta.run, test_roberta.mistake
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with the corpus of digits and a model trained on it for two steps."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.corpus, "DATA", folder / "data")
+        patch.setattr(sys, "argv", ["prepare.py"])
+        digits.main()
+        patch.setattr(sys, "argv", f"train.py {SMALL} --max_iters 2 --out_dir {folder}/out".split())
+        train.main()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_world(world, monkeypatch):
+    monkeypatch.setattr(data.corpus, "DATA", world / "data")
+    monkeypatch.chdir(world)
+
+
+def make_model(device="cpu", **config):
+    """A random model of TOKENIZER's canvas, with opinions about everything."""
+    torch.manual_seed(0)
+    config = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": T, "kinds": TOKENIZER.kinds, **config}
+    model = Transformer(ModelConfig(TOKENIZER.vocab_size, TOKENIZER.mask_id, **config))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    return model.eval().to(device)
+
+
+def stands(tokens):
+    """Whether each token of canvases (B, T) is of the kind of its place."""
+    letters, pixels = tokens[:, :4], tokens[:, 4:]
+    return ((letters >= 32) & (letters < 256)).all() and ((pixels >= 257) & (pixels < 262)).all()
+
+
+# --- what may stand where ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "shape", [{}, {"block_len": 5}, {"block_len": 1, "shift_id": 256}, {"shift_id": 256}]
+)
+def test_the_network_gives_nothing_to_what_may_not_stand_at_a_place(shape, device):
+    """And to the rest what it would give without kinds, normalised: in all of a canvas, at holes, and in
+    training, where a block is seen in two halves.
+    """
+    model, plain = make_model(device, **shape), make_model(device, kinds=(), **shape)
+    xt = random_tokens(3, T, model.config, torch.Generator().manual_seed(1)).to(device)
+    holes = (torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.5).to(device)
+    expected = plain(xt.masked_fill(holes, 256)).clone()
+    expected[:, :4, :32] = expected[:, :4, 256:] = expected[:, 4:, :257] = -torch.inf
+    logits = model(xt.masked_fill(holes, 256))
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(model(xt.masked_fill(holes, 256), where=holes), logits[holes])
+    halves = model(xt.masked_fill(holes, 256), where=holes, clean=xt)
+    assert ((halves > -torch.inf) == (logits[holes] > -torch.inf)).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_hole_of_a_picture_is_filled_with_a_letter_whatever_the_order(order, device):
+    """At a temperature at which all that may stand there is drawn alike, with guidance and without."""
+    model = make_model(device)
+    canvas = torch.full((50, T), 256)
+    canvas[:, 1], canvas[:, 5] = ord("a"), 257
+    token_nats = torch.ones(262)
+    for more in ({}, {"guidance": 2.0}, {"revise": 0.3} if order != "remask" else {}):
+        flags = {"steps": 4, "temperature": 1e5, "token_nats": token_nats, **more}
+        *_, text = denoise(model, canvas.to(device), order=order, **flags)
+        assert stands(text.cpu())
+    assert len(text[:, 4].unique()) == 5  # all greys came
+
+
+@torch.no_grad()
+def test_the_probabilities_of_all_pictures_sum_to_one():
+    """Of two pixels, given the rest, as `--score` has them in each order that looks."""
+    model, n = make_model(), 5
+    texts = torch.tensor(TOKENIZER.picture("ab", [0] * 6)).repeat(n * n, 1)
+    texts[:, 4], texts[:, 8] = 257 + torch.arange(n * n) // n, 257 + torch.arange(n * n) % n
+    canvas = texts.clone()
+    canvas[:, [4, 8]] = 256
+    for order in ("left", "confidence", "margin", "entropy"):
+        take = Recorded(functools.partial(read, texts), canvas)
+        *_, _ = denoise(model, canvas, 2, order, take=take)
+        assert take.log_p.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_random_tokens_are_of_their_places_and_of_all_these_alike():
+    config = make_model().config
+    words = random_tokens(20_000, T, config, torch.Generator().manual_seed(0))
+    assert stands(words)
+    assert words[:, 0].unique().tolist() == [*range(32, 256)]
+    shares = words[:, 4:].flatten().bincount(minlength=262)[257:] / 120_000
+    assert shares.tolist() == pytest.approx([0.2] * 5, abs=0.005)
+
+
+# --- text to canvas ------------------------------------------------------------------------------
+
+
+def canvas_of(prompt, suffix="", tokenizer=TOKENIZER):
+    (ids,) = make_canvases(prompt, suffix, None, tokenizer, tokenizer.canvas_len)
+    return ids
+
+
+def test_the_text_of_a_canvas_is_read_as_that_canvas_and_shows_its_rows():
+    ids = TOKENIZER.picture("ab", [0, 1, 2, 3, 4, 0])
+    assert TOKENIZER.decode(ids) == "ab  \n⓪①②\n③④⓪"
+    assert TOKENIZER.encode(TOKENIZER.decode(ids)) == ids == TOKENIZER.encode("ab  \r\n⓪①②③\r\n④⓪\n")
+    assert tokenizer_from_state(json.loads(json.dumps(TOKENIZER.state))).kinds == TOKENIZER.kinds
+    assert len(set(GREYS)) == 51
+    assert GREYS[20] == "⑳"
+    assert GREYS[50] == "㊿"
+    accent = PictureTokenizer(4, 1, 1, 2).picture("é", [1])  # a letter of two bytes
+    assert PictureTokenizer(4, 1, 1, 2).decode(accent) == "é  \n①"
+
+
+def test_text_goes_to_the_next_place_where_it_may_stand_and_all_else_is_holes():
+    holes = [256] * T
+    assert canvas_of("") == holes
+    assert canvas_of("ab") == [*b"ab", *holes[2:]]
+    assert canvas_of("⓪①②") == [*holes[:4], 257, 258, 259, *holes[7:]]  # half a picture, and no caption
+    assert canvas_of("a①") == [ord("a"), *holes[1:4], 258, *holes[5:]]
+    assert canvas_of("a<mask>b<mask>④") == [ord("a"), 256, ord("b"), 256, 261, *holes[5:]]
+    assert canvas_of("<mask*4>\n⓪①②\n③④⓪") == [*holes[:4], 257, 258, 259, 260, 261, 257]
+    assert canvas_of("a", suffix="③④⓪") == [ord("a"), *holes[1:7], 260, 261, 257]
+    assert canvas_of("P2\n# by hand\n3 2 255\n255 191 128 64 0 254") == [*holes[:4], *range(257, 262), 257]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "suffix", "words"),
+    [
+        ("abcde", "", "'e' has no place left on the model's canvas, of 10 tokens"),
+        ("①a", "", "'a' has no place"),
+        ("⓪⓪⓪⓪⓪⓪⓪", "", "'⓪' has no place"),
+        ("<mask*11>", "", "11 tokens with its holes; the canvas has 10"),
+        ("\t", "", "no place"),
+        ("", "a", "'a' has no place"),
+        ("", "⓪a⓪⓪⓪⓪⓪⓪", "'a' has no place"),
+        ("⓪⓪⓪⓪⓪", "⓪⓪", "'⓪' has no place"),
+        ("P2 3 2 255 0 0 0 0 0", "", "not plain PGM of 3 x 2 pixels"),
+        ("P2 3 2 255 0 0 0 0 0 0 0", "", "not plain PGM of 3 x 2 pixels"),
+        ("P2 2 3 255 0 0 0 0 0 0", "", "not plain PGM of 3 x 2 pixels"),
+        ("P2 3 2 4 0 0 0 0 0 5", "", "not plain PGM of 3 x 2 pixels"),
+        ("P2 3 2 0 0 0 0 0 0 0", "", "not plain PGM of 3 x 2 pixels"),
+        ("P2 ", "", "not plain PGM"),
+        ("P2 3 2 255 0 0 -1 0 0 0", "", "numbers alone"),
+        ("P2 3 2 255 0 0 ٣ 0 0 0", "", "numbers alone"),
+    ],
+)
+def test_what_has_no_place_on_the_canvas_is_refused(prompt, suffix, words):
+    with pytest.raises(Mistake, match=re.escape(words)):
+        canvas_of(prompt, suffix)
+
+
+def test_a_canvas_has_all_its_places():
+    with pytest.raises(Mistake, match="--length 9: the model's canvas has 10 tokens"):
+        make_canvases("", "", 9, TOKENIZER, T)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"caption": 0}, {"width": "3"}, {"greys": 52}, {"height": 10**9}, {"width": True}, {"greys": 1}],
+)
+def test_a_state_that_is_no_picture_is_refused(change):
+    with pytest.raises(ValueError, match="no size"):
+        tokenizer_from_state({**TOKENIZER.state, **change})
+
+
+# --- pixels as pixels ----------------------------------------------------------------------------
+
+
+def make_history():
+    """Of a canvas whose caption is given, and whose pixels come one by one, one of them twice."""
+    canvas, done = canvas_of("ab  "), TOKENIZER.picture("ab", [0, 1, 2, 3, 4, 0])
+    history = History(TOKENIZER, canvas)
+    for i in (9, 4, 5, 6, 7, 8):
+        canvas = [*canvas[:i], done[i], *canvas[i + 1 :]]
+        history.add(canvas, [0.5] * T, i / 10)
+        if i == 4:
+            canvas = [*canvas[:4], 256, *canvas[5:]]
+            history.add(canvas, [0.5] * T, 0.4)
+    history.add(done, [0.5] * T, 1.0)
+    return history
+
+
+def test_a_terminal_shows_two_rows_in_a_line_of_half_blocks():
+    (line,) = half_blocks(["⓪②·", "④③⓪"], TOKENIZER.pixels)
+    cells = [(255, 232), (244, 238), (67, 255)]  # white, black, greys; blue is a hole
+    assert line == ("".join(f"\x1b[38;5;{a};48;5;{b}m▀" for a, b in cells) + "\x1b[0m", 3)
+    assert half_blocks(["⓪", "⓪", "④"], TOKENIZER.pixels)[1] == (
+        "\x1b[38;5;232m▀\x1b[0m",
+        1,
+    )  # no row is below
+    assert shown("a\x1b\n⓪②④\n④③⓪", TOKENIZER).splitlines()[0] == "a␛"
+
+
+def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
+    watch, history = Watch(["one"]), make_history()
+    watch.show(history, 1)  # not a terminal
+    assert "ab  \n⓪①②\n③④⓪" in capsys.readouterr().err
+    watch.moving = True
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: (40, 10))
+    watch.show(history, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "\x1b[Kab  "
+    assert lines[1].count("▀") == 3
+    assert "100% filled" in lines[2]
+
+
+def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
+    history = make_history()
+    save_histories(tmp_path / "run.svg", [[history]])
+    svg = (tmp_path / "run.svg").read_text()
+    *_, last = re.findall("<g .*?</g>", svg, re.DOTALL)
+    rows = re.findall(r'fill="#(..)\1\1" d="M(\d+) (\d+)h(\d+)', last)
+    greys = [255 - round(255 * i / 4) for i in (0, 1, 2, 3, 4, 0)]
+    assert [int(grey, 16) for grey, *_ in rows] == greys
+    assert [(int(x), int(y)) for _, x, y, _ in rows] == [
+        (12 + 17 * i, 51 + 17 * j) for j in (0, 1) for i in range(3)
+    ]
+    first = svg[svg.index("<g") :].split("</g>")[0]
+    assert re.findall(r'class="pixel" d="M12 (\d+)h(\d+)', first) == [("51", "51"), ("68", "51")]
+    save_histories(tmp_path / "run.html", [[history]])
+    page = (tmp_path / "run.html").read_text()
+    ((run,),) = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert run["pixels"] == {"first": 4, "columns": 3, "greys": "⓪①②③④"}
+    assert run["start"][4:] == [HOLE] * 6
+    assert run["steps"][2] == [[4, None, None]]
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+def test_the_file_of_digits_is_the_corpus_and_no_hand_is_in_both_splits():
+    """1,797 pictures; of the forms that people filled in, 0 to 9 three times and then a hundred digits in a
+    fixed order, the last three validate.
+    """
+    content = (Path(digits.__file__).with_name("digits.csv.gz")).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == digits.SHA256
+    pictures, labels = digits.read_digits()
+    assert pictures.shape == (1797, 8, 8)
+    assert (pictures.min(), pictures.max()) == (0, 16)
+    text = "".join(map(str, labels))
+    forms = [match.start() - 31 for match in re.finditer("95565098", text)]
+    assert len(forms) == 14
+    assert forms[-3] == digits.FORM
+    assert text[digits.FORM :].startswith("0123456789" * 3 + "0955650989")
+    train_split, val, tokenizer, meta = load_corpus("digits")
+    for split, chosen in ((train_split, slice(None, digits.FORM)), (val, slice(digits.FORM, None))):
+        x0, prompts = windows_at(split, np.arange(len(split.starts))[:, None], 72)
+        assert (x0[:, 8:] - 257 == pictures[chosen].reshape(-1, 64)).all()
+        assert not prompts.any()
+        words = ["".join(map(chr, row)) for row in x0[:, :8]]
+        assert words == [digits.WORDS[digit].ljust(8) for digit in labels[chosen]]
+    assert meta["val"]["tokens"] == 72 * 382
+    assert tokenizer.canvas_len == 72
+
+
+def pixels_of(text):
+    return "".join(text.splitlines()[1:])
+
+
+def test_holes_decide_the_task(world, monkeypatch, capsys):
+    """A word draws, a picture is named, half of one is completed, nothing invents both; as printed, and read
+    again.
+    """
+    flags = ["--ckpt", world / "out" / "last.pt", "--steps", 4]
+    drawn = sample_text([*flags, "--prompt", "three"], monkeypatch, capsys).out
+    assert drawn.startswith("three")
+    assert [len(line) for line in drawn.splitlines()[1:]] == [8] * 8
+    assert set(pixels_of(drawn)) <= set(GREYS[:17])
+    half = pixels_of(drawn)[:32]
+    (world / "half.txt").write_text(half)
+    completed = sample_text([*flags, "--prompt_file", world / "half.txt"], monkeypatch, capsys).out
+    assert pixels_of(completed)[:32] == half
+    (world / "picture.txt").write_text(pixels_of(drawn))
+    named = sample_text([*flags, "--prompt_file", world / "picture.txt"], monkeypatch, capsys).out
+    assert pixels_of(named) == pixels_of(drawn)
+    numbers = " ".join(str(16 - GREYS.index(c)) for c in pixels_of(drawn))
+    (world / "picture.pgm").write_text(f"P2 8 8 16 {numbers}\n")
+    assert sample_text([*flags, "--prompt_file", world / "picture.pgm"], monkeypatch, capsys).out == named
+    suffix = [*flags, "--suffix", half]
+    assert pixels_of(sample_text(suffix, monkeypatch, capsys).out)[32:] == half
+    assert len(pixels_of(sample_text(flags, monkeypatch, capsys).out)) == 64
+    (world / "whole.txt").write_text(f"three   {pixels_of(drawn)}")
+    score = ["--ckpt", world / "out" / "last.pt", "--score", world / "whole.txt", "--order", "left"]
+    assert "72 tokens" in sample_text(score, monkeypatch, capsys).out
+
+
+@pytest.mark.parametrize("attention", ["canvas", "block:8", "causal"])
+def test_a_run_on_pictures_needs_no_flags_and_resumes_to_the_bit(attention, tmp_path, run):
+    flags = f"{SMALL} --attention {attention} --evals 2 --visible 0.1"
+    flags = flags.replace(" --visible 0.1", "") if attention == "causal" else flags
+    for folder in ("whole", "resumed"):
+        run(*f"{flags} --max_iters 4 --out_dir {tmp_path}/{folder} --keep 2".split(), main=train.main)
+    (tmp_path / "resumed" / "step-00000002.pt").replace(tmp_path / "resumed" / "last.pt")
+    run(*f"--init_from resume --out_dir {tmp_path}/resumed".split(), main=train.main)
+    model, tokenizer, checkpoint = load_checkpoint(tmp_path / "whole" / "last.pt")
+    assert (model.config.block_size, model.config.kinds) == (72, tokenizer.kinds)
+    resumed = read_checkpoint(tmp_path / "resumed" / "last.pt")
+    assert_same(resumed["model"], checkpoint["model"])
+    with open(tmp_path / "whole" / "log.csv") as file:
+        assert all(float(row["val_nats_per_token"]) < 5.5 for row in csv.DictReader(file))
+
+
+def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, mistake):
+    out = f"--out_dir {tmp_path}/none"
+    words = mistake(*f"{SMALL} --block_size 64 {out}".split(), main=train.main)
+    assert "--block_size 64: a canvas of --data digits has 72 tokens" in words
+    words = mistake(*f"{SMALL} --attention block:7 {out}".split(), main=train.main)
+    assert "K must divide --block_size 72" in words  # and 9 does, which does not divide the default's 256
+    run_train(monkeypatch, f"{SMALL} --attention block:9 --max_iters 1 --out_dir {tmp_path}/nine")
+    assert not (tmp_path / "none").exists()
+    ckpt = world / "out" / "last.pt"
+    assert "has no place left" in mistake("--ckpt", ckpt, "--prompt", "thirteenth", main=sample.main)
+    assert "--length 64" in mistake("--ckpt", ckpt, "--length", 64, main=sample.main)
+    (tmp_path / "word.txt").write_text("three")
+    words = mistake("--ckpt", ckpt, "--score", tmp_path / "word.txt", "--order", "left", main=sample.main)
+    assert "not a whole canvas of the model, of 72 tokens" in words
+    shakespeare = Path(digits.__file__).parents[1] / "shakespeare" / "ckpt.pt"
+    assert "--judge" in mistake("--ckpt", shakespeare, "--judge", ckpt, main=sample.main)
+
+
+@pytest.mark.parametrize("kinds", [((8, 0, 256),), ((72, 0, 274),), (), ((8, 32, 256), (64, 257, 999))])
+def test_a_checkpoint_whose_kinds_are_not_its_tokenizers_is_refused(kinds, world, tmp_path):
+    content = torch.load(world / "out" / "last.pt", weights_only=True)
+    content["config"]["kinds"] = kinds
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(Mistake, match="not a checkpoint of setitem"):
+        load_checkpoint(tmp_path / "odd.pt")
+
+
+def test_the_bound_counts_captions_and_pixels_alike_under_what_may_stand_there(device):
+    """The loss at each hole is that of a softmax over the kind of its place, by another computation."""
+    model = make_model(device)
+    x0 = random_tokens(2, T, model.config, torch.Generator().manual_seed(0)).to(device)
+    holes = torch.ones_like(x0, dtype=torch.bool)
+    plain = make_model(device, kinds=())
+    logits = plain(x0.masked_fill(holes, 256)).double()
+    letters = logits[:, :4, 32:256].log_softmax(-1).gather(2, x0[:, :4, None] - 32)
+    pixels = logits[:, 4:, 257:].log_softmax(-1).gather(2, x0[:, 4:, None] - 257)
+    expected = -torch.cat((letters, pixels), 1).sum((1, 2))
+    loss = loss_of(model, x0, x0.masked_fill(holes, 256), holes, holes.float())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- MNIST ---------------------------------------------------------------------------------------
+
+
+def idx(array):
+    """An array as a gzipped IDX file."""
+    header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
+    return gzip.compress(header + array.tobytes(), mtime=0)
+
+
+@pytest.fixture
+def small_mnist(tmp_path):
+    """A folder with four files as MNIST's, of few pictures; the files' sums, and what is in them."""
+    rng, files, content = np.random.default_rng(0), {}, {}
+    for split, names in mnist.FILES.items():
+        n = 5 if split == "train" else 3
+        arrays = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
+        content[split], files[split] = arrays, {}
+        for name, array in zip(names, arrays):
+            (tmp_path / name).write_bytes(idx(array))
+            files[split][name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    return tmp_path, files, content
+
+
+def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, capsys):
+    folder, files, content = small_mnist
+    run("--dir", folder, "--name", "few", main=functools.partial(mnist.main, files=files))
+    for split, (pictures, labels) in zip(load_corpus("few"), content.values()):
+        x0, _ = windows_at(split, np.arange(len(labels))[:, None], 792)
+        assert (x0[:, 8:] - 257 == np.round(pictures.reshape(-1, 784) / 255 * 16)).all()
+        assert bytes(x0[0, :8].tolist()).decode().rstrip() == digits.WORDS[labels[0]]
+    flags = SMALL.replace("digits", "few").replace("288", "792")
+    run(*f"{flags} --max_iters 1 --out_dir {folder}/out".split(), main=train.main)
+    lines = sample_text(["--ckpt", folder / "out" / "last.pt", "--steps", 2], monkeypatch, capsys).out.split()
+    assert [len(line) for line in lines[-28:]] == [28] * 28
+
+
+def test_damaged_files_of_mnist_are_refused_and_leave_nothing(small_mnist, mistake, world):
+    folder, files, content = small_mnist
+    pictures, labels = map(Path, (folder / name for name in files["train"]))
+    main = functools.partial(mnist.main, files=files)
+    whole = pictures.read_bytes()
+    arrays = content["train"]
+    odd = {
+        "sha256": whole[:-1] + b"\1",
+        "header": idx(arrays[0][:, :27]),
+        "not a whole": idx(arrays[0])[:-300],
+        "IDX": idx(arrays[1]),
+        "reshape": gzip.compress(gzip.decompress(whole) + b"more", mtime=0),
+        "Not a gzipped": b"no gzip at all",
+        "does not have a digit for each": idx(arrays[0][:-1]),
+    }
+    for words, damaged in odd.items():
+        pictures.write_bytes(damaged)
+        if words != "sha256":
+            files["train"][pictures.name] = hashlib.sha256(damaged).hexdigest()
+        assert words in mistake("--dir", folder, "--name", "none", main=main)
+    pictures.write_bytes(whole)
+    files["train"][pictures.name] = hashlib.sha256(whole).hexdigest()
+    wrong = idx(np.full_like(arrays[1], 10))
+    labels.write_bytes(wrong)
+    files["train"][labels.name] = hashlib.sha256(wrong).hexdigest()
+    assert "does not have a digit for each" in mistake("--dir", folder, "--name", "none", main=main)
+    assert not (world / "data" / "none").exists()
