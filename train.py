@@ -134,8 +134,17 @@ def block_levels(level, B, n, generator):
     return t.gather(1, torch.rand(B, n, generator=generator).argsort(1)).reshape(-1, 1)
 
 
+def kind_levels(level, B, kinds, generator):
+    """Noise levels of the tokens of B canvases: t (B, T), one for each kind of token, whatever others are
+    (2303.06555). So to name a picture is learned as often as to draw it.
+    """
+    of_each = [draw_levels(level, B, generator)[torch.randperm(B, generator=generator)] for _ in kinds]
+    return torch.cat([t.expand(B, n) for t, (n, _, _) in zip(of_each, kinds)], 1)
+
+
 def mask_rates(t, T, slant=0.0, spindle=0.0, information=0.0):
-    """Masking probability of each token at noise level t (B, 1): (B, T), from 0 at t = 0 to 1 at t = 1.
+    """Masking probability of each token at noise levels t, (B, 1) or (B, T): (B, T), from 0 at t = 0 to
+    1 at t = 1.
 
     With neither of these the rate is t, for all. slant w: the right end goes first, and so is written last
     (the idea of AR-Diffusion, 2305.09515, in mask form). spindle: tokens of much information, (B, T), go
@@ -165,8 +174,8 @@ def hole_weights(weight, rates, slant, n_holes, n_maskable):
 def corrupt(x0, maskable, t, u, mask_id, weight="elbo", slant=0.0, spindle=0.0, information=0.0):
     """xt, which is x0 (B, T) with holes; the holes, bool; and what each counts in the loss: (B, T) each.
 
-    maskable (B, T) bool: which tokens may become holes. t (B, 1): noise levels. u (B, T): uniform numbers
-    in [0, 1); a token is a hole when its rate at t has risen above its u.
+    maskable (B, T) bool: which tokens may become holes. t (B, 1) or (B, T): noise levels. u (B, T): uniform
+    numbers in [0, 1); a token is a hole when its rate at t has risen above its u.
     """
     rates = mask_rates(t, x0.shape[1], slant, spindle, information)  # (B, T)
     holes = maskable & (u < rates)  # (B, T)
@@ -233,6 +242,8 @@ def draw_batch(split, config, generator, model_config, token_nats=None, level=No
     x0, own_prompt = map(torch.from_numpy, windows_at(split, places.numpy(), T))  # (B, T), (B, 1)
     one = draw_levels(level, 1, generator)  # (1, 1)
     t = one.expand(n, 1) if config.one_level else block_levels(level, B, n // B, generator)  # (n, 1)
+    if model_config.kinds and n == B and not config.one_level and config.weight == "mean":  # elbo's is one
+        t = kind_levels(level, B, model_config.kinds, generator)  # (B, T)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
     maskable = which_maskable(x0, own_prompt + prompt_len, model_config.special_ids)
     u = torch.rand(x0.shape, generator=generator)

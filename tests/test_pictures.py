@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,14 @@ from data.canvas.picture import save_histories
 from data.canvas.pixels import half_blocks, shown
 from data.canvas.prompt import make_canvases
 from data.canvas.terminal import Watch
-from data.corpus import load_corpus, windows_at
+from data.corpus import canvases, load_corpus, windows_at
 from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
+from data.run.flags import Level, Span
 from data.tokenizer import GREYS, PictureTokenizer, tokenizer_from_state
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, Recorded, denoise, read
-from train import loss_of, random_tokens
+from train import TrainConfig, draw_batch, loss_of, random_tokens
 
 SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
 TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 bytes, and 3 x 2 pixels of 5 greys
@@ -135,6 +137,21 @@ def test_random_tokens_are_of_their_places_and_of_all_these_alike():
     assert words[:, 0].unique().tolist() == [*range(32, 256)]
     shares = words[:, 4:].flatten().bincount(minlength=262)[257:] / 120_000
     assert shares.tolist() == pytest.approx([0.2] * 5, abs=0.005)
+
+
+def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
+    """Of 40,000 canvases: any share of a caption is seen beside any share of a picture. With the weight elbo
+    a canvas has one level, without which there is no bound.
+    """
+    model_config, generator = make_model().config, torch.Generator().manual_seed(0)
+    split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
+    config = TrainConfig(block_size=T, batch_size=40_000, level=Level("uniform"), prompt_len=Span(0, 0))
+    for weight, together in (("mean", 1 / 5 / 7), ("elbo", 1 / 11)):
+        batch = draw_batch(split, replace(config, weight=weight), generator, model_config)
+        letters, pixels = batch[2][:, :4].sum(1), batch[2][:, 4:].sum(1)
+        assert ((letters == 0) & (pixels == 0)).float().mean().item() == pytest.approx(together, abs=0.005)
+        # The number of holes of a kind is uniform either way, as that of a canvas is.
+        assert (letters.bincount() / 40_000).tolist() == pytest.approx([1 / 5] * 5, abs=0.01)
 
 
 # --- text to canvas ------------------------------------------------------------------------------
