@@ -154,14 +154,15 @@ def load_corpus(name, block_size=1):
         train, val = (np.memmap(folder / f"{split}.bin", id_type(tokenizer), "r") for split in SPLITS)
         intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
         occurrences = meta.get("occurrences", [0] * tokenizer.vocab_size)
+        intact &= "occurrences" in meta or not (tokenizer.kinds or "chat" in meta)  # older ones are of text
         numbers = [*occurrences, *(meta[split]["bytes"] for split in SPLITS)]
         intact &= len(occurrences) == tokenizer.vocab_size
         intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
         intact &= min(meta[split]["bytes"] for split in SPLITS) > 0
         intact &= meta.get("canvas", 0) == tokenizer.canvas_len
+        intact &= not any(len(split) % max(1, tokenizer.canvas_len) for split in (train, val))
         if "chat" in meta:
             indices = [read_rows(folder / f"{split}.rows", meta[split]) for split in SPLITS]
-            intact &= "occurrences" in meta
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FileNotFoundError):
         intact = False
     if not intact:
@@ -265,6 +266,11 @@ def check_tokens(folder, meta, tokenizer):
                     raise Mistake(f"{path}: it has tokens that are not its tokenizer's; prepare it again")
         if sha256 not in (None, digest.hexdigest()):
             raise Mistake(f"{path}: its sha256 is not that of meta.json; prepare it again")
+        start, places = 0, np.memmap(path, kind, "r").reshape(-1, max(1, tokenizer.canvas_len))
+        for n, first, end in tokenizer.kinds:
+            here, start = places[:, start : start + n], start + n
+            if here.min() < first or here.max() >= end:
+                raise Mistake(f"{path}: it has tokens that may not stand where they are; prepare it again")
     with suppress(OSError):  # a folder that cannot be written to is read again
         note.write_text(json.dumps(found))
 

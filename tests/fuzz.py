@@ -8,6 +8,7 @@ that the file does not hold. test_fuzz.py runs some of them. A case is known by 
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -34,6 +35,7 @@ import data.fineweb.prepare
 import data.gpt2.prepare
 import data.llada.prepare
 import data.mdlm.prepare
+import data.mnist.prepare
 import data.roberta.prepare
 import data.text.prepare
 import data.text8.prepare
@@ -44,7 +46,7 @@ from data.canvas.chat import BYTES
 from data.run.checkpoint import byte_sum, save_checkpoint, tensors
 from data.run.errors import command
 from data.run.flags import flag, parse
-from data.tokenizer import BPETokenizer, ByteTokenizer
+from data.tokenizer import BPETokenizer, ByteTokenizer, PictureTokenizer
 from model import ModelConfig, Transformer, load_checkpoint
 
 SECONDS = 20  # that a case may take
@@ -172,7 +174,7 @@ def damaged_checkpoint(good, folder, rng):
 
 def bad_checkpoint(good, folder, rng):
     """A whole file with a value of a stranger's choice."""
-    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "post.pt"])
+    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "post.pt", "pictures.pt"])
     content = torch.load(good / name, weights_only=True)
     content.pop("sums", None)
     content = change(content, rng)
@@ -180,7 +182,8 @@ def bad_checkpoint(good, folder, rng):
         if sum(tensor.numel() for tensor in tensors(content)) < 10**7:
             content["sums"] = [byte_sum(tensor) for tensor in tensors(content)]
     torch.save(content, folder / "last.pt")
-    flags = ["--length", "8", "--steps", "2", "--prompt", "in the", "--dtype", "float32"]
+    flags = ["--length", "8"] if name != "pictures.pt" else []
+    flags += ["--steps", "2", "--prompt", "in the", "--dtype", "float32"]
     if rng.random() < 0.6:
         flags += rng.choice([[], ["--order", "information"], ["--save", folder / "x.html"]])
         return sample.main, ["--ckpt", folder / "last.pt", *flags], None
@@ -189,11 +192,13 @@ def bad_checkpoint(good, folder, rng):
 
 
 def corpus(good, folder, rng):
-    name = "wide" if rng.random() < 0.05 else "book"  # a wide one, with ids of 32 bits, takes a while
+    name = rng.choice(["book", "pictures"])
+    name = "wide" if rng.random() < 0.05 else name  # with ids of 32 bits; it takes a while
     shutil.copytree(good / "data" / name, folder / "data" / "book")
     damage_one(folder / "data" / "book", rng, ["train.bin", "val.bin", "meta.json", "meta.json"])
     data.corpus.DATA = folder / "data"
-    flags = ["--eval_only", "--init_from", good / "small.pt", "--data", "book", "--eval_tokens", "64"]
+    model = good / ("pictures.pt" if name == "pictures" else "small.pt")
+    flags = ["--eval_only", "--init_from", model, "--data", "book", "--eval_tokens", "64"]
     return train.main, flags, None
 
 
@@ -280,6 +285,10 @@ def prompt(good, folder, rng):
         "\udcff",
         "<mask:3>",
         "<MASK>",
+        "⓪④",
+        "㊿",
+        "P2 3 2 4 0 1 2 3 4 0",
+        "P2 3 2 0 0",
     ]
     text = "".join(rng.choices(parts, k=rng.randrange(6)))
     (folder / "p.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -288,7 +297,7 @@ def prompt(good, folder, rng):
     )
     more = ["--order", "left"] if given[0] == "--score" else rng.choice([[], ["--save", folder / "x.html"]])
     more += [] if given[0] == "--score" else rng.choice([["--length", "20"], [], ["--suffix", text]])
-    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt"])
+    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "pictures.pt"])
     return sample.main, ["--ckpt", good / name, "--dtype", "float32", *more, *given], None
 
 
@@ -311,6 +320,22 @@ def text8(good, folder, rng):
     sizes = {"train": len(whole) - 200, "val": 100, "test": 100}
     main = functools.partial(data.text8.prepare.main, sha256=hashlib.sha256(whole).hexdigest(), sizes=sizes)
     return main, ["--file", folder / name, "--name", "t"], correct
+
+
+def mnist(good, folder, rng):
+    """Files whose sums are as expected, and what is in them is not."""
+    data.corpus.DATA, sums = folder / "data", {}
+    for split, names in data.mnist.prepare.FILES.items():
+        sums[split] = {}
+        for name in names:
+            content = (good / "mnist" / name).read_bytes()
+            if rng.random() < 0.3:
+                content = gzip.compress(damage(gzip.decompress(content), rng))
+            content = damage(content, rng) if rng.random() < 0.2 else content
+            (folder / name).write_bytes(content)
+            sums[split][name] = hashlib.sha256(content).hexdigest()
+    main = functools.partial(data.mnist.prepare.main, files=sums)
+    return main, ["--dir", folder, "--name", "m"], lambda: data.corpus.load_corpus("m")
 
 
 def shard(good, folder, rng):
@@ -355,6 +380,7 @@ READERS = {
     "prompt": prompt,
     "archive": archive,
     "text8": text8,
+    "mnist": mnist,
     "shard": shard,
     "text": text,
 }
@@ -368,6 +394,23 @@ def write_shard(path, ids):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(ids)
     path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+def write_mnist(folder, n):
+    """Four files of MNIST's form, of n random pictures each; the arrays of each split."""
+    folder.mkdir(exist_ok=True)
+    rng, content = np.random.default_rng(0), {}
+    for split, names in data.mnist.prepare.FILES.items():
+        content[split] = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
+        for name, array in zip(names, content[split]):
+            (folder / name).write_bytes(idx(array))
+    return content
+
+
+def idx(array):
+    """An array as a gzipped IDX file."""
+    header = np.array([0x800 + array.ndim, *array.shape], ">u4")
+    return gzip.compress(header.tobytes() + array.tobytes(), mtime=0)
 
 
 def make_good(good):
@@ -402,6 +445,13 @@ def make_good(good):
     special = {"<|endoftext|>": len(tokens), "<mask>": len(tokens) + 1}
     config = ModelConfig(len(tokens) + 2, len(tokens) + 1, **shape)
     save_checkpoint(good / "start.pt", Transformer(config), BPETokenizer(tokens, pattern, special=special))
+    canvas = PictureTokenizer(4, 3, 2, 5)
+    config = ModelConfig(262, 256, **{**shape, "block_size": 10}, kinds=canvas.kinds)
+    save_checkpoint(good / "pictures.pt", Transformer(config), canvas)
+    pictures = [("train", canvas.picture("ab", [i % 5] * 6), 10) for i in range(20)]
+    with contextlib.redirect_stdout(None):
+        data.corpus.write_tokens("pictures", [*pictures, ("val", *pictures[0][1:])], canvas, "made")
+    write_mnist(good / "mnist", 3)
     (good / "shards").mkdir()
     for name in ("val_000000", "train_000001"):
         write_shard(good / "shards" / f"fineweb_{name}.bin", [len(tokens), *bpe.encode(lines[:600])])

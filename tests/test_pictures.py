@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import re
-import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import test_roberta
 import torch
+from fuzz import idx, write_mnist
 from test_commands import assert_same, run_train, sample_text
 
 import data.corpus
@@ -27,7 +27,7 @@ from data.canvas.picture import save_histories
 from data.canvas.pixels import half_blocks, shown
 from data.canvas.prompt import make_canvases
 from data.canvas.terminal import Watch
-from data.corpus import canvases, load_corpus, windows_at
+from data.corpus import canvases, load_corpus, windows_at, write_tokens
 from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
 from data.run.flags import Level, Span
@@ -382,6 +382,20 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     assert "--judge" in mistake("--ckpt", shakespeare, "--judge", ckpt, main=sample.main)
 
 
+def test_a_corpus_whose_tokens_are_not_of_their_places_is_refused(world, tmp_path, monkeypatch):
+    """And one that ends within a canvas: neither has the sums of a file that was damaged."""
+    monkeypatch.setattr(data.corpus, "DATA", tmp_path)
+    ids = TOKENIZER.picture("ab", [0] * 6)
+    for name, odd, words in (
+        ("letter", [*ids[:9], 32], "may not stand where they are"),
+        ("pixel", [257, *ids[1:]], "may not stand where they are"),
+        ("short", ids[:-1], "not a whole corpus"),
+    ):
+        write_tokens(name, [("train", ids, T), ("val", odd, T)], TOKENIZER, "made")
+        with pytest.raises(Mistake, match=words):
+            load_corpus(name)
+
+
 @pytest.mark.parametrize("kinds", [((8, 0, 256),), ((72, 0, 274),), (), ((8, 32, 256), (64, 257, 999))])
 def test_a_checkpoint_whose_kinds_are_not_its_tokenizers_is_refused(kinds, world, tmp_path):
     content = torch.load(world / "out" / "last.pt", weights_only=True)
@@ -408,24 +422,13 @@ def test_the_bound_counts_captions_and_pixels_alike_under_what_may_stand_there(d
 # --- MNIST ---------------------------------------------------------------------------------------
 
 
-def idx(array):
-    """An array as a gzipped IDX file."""
-    header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
-    return gzip.compress(header + array.tobytes(), mtime=0)
-
-
 @pytest.fixture
 def small_mnist(tmp_path):
     """A folder with four files as MNIST's, of few pictures; the files' sums, and what is in them."""
-    rng, files, content = np.random.default_rng(0), {}, {}
+    content, sums = write_mnist(tmp_path, 4), {}
     for split, names in mnist.FILES.items():
-        n = 5 if split == "train" else 3
-        arrays = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
-        content[split], files[split] = arrays, {}
-        for name, array in zip(names, arrays):
-            (tmp_path / name).write_bytes(idx(array))
-            files[split][name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    return tmp_path, files, content
+        sums[split] = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
+    return tmp_path, sums, content
 
 
 def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, capsys):
