@@ -88,6 +88,8 @@ def save_svg(path, texts, names):
     n = min(SVG_FRAMES - 1, max(len(history.steps) for history in sides))
     total = SVG_SECONDS * n + SVG_REST
     columns = SVG_WIDTH if len(sides) == 1 else SVG_WIDTH * 2 // 3
+    if all(side.pixels for side in sides):  # 17 pixels of a screen for each, and of text 7.85
+        columns = max(36, *(17 * side.pixels["columns"] // 7 for side in sides))
     groups, tallest = [], 0
     for i, steps in enumerate(moments(sides, n)):
         rows = []
