@@ -135,14 +135,10 @@ def sees(positions, n_clean, n_cached, K):
     return (keys < own) & ~keys_noisy | (keys == own) & ~(keys_noisy ^ noisy[:, None])  # inductor fails at ==
 
 
-def may_stand(kinds, positions, V):
-    """Which of V tokens may stand at positions (N,), by a tokenizer's kinds: (N, V) bool."""
-    ids, positions = torch.arange(V, device=positions.device), positions[:, None]
-    allowed, start = torch.zeros_like(positions, dtype=torch.bool), 0
-    for n, first, end in kinds:
-        here = (positions >= start) & (positions < start + n)
-        allowed, start = allowed | here & (ids >= first) & (ids < end), start + n
-    return allowed
+def may_stand(kinds, V, device):
+    """Which of V tokens may stand at each place of a canvas, by a tokenizer's kinds: (T, V) bool."""
+    ids = torch.arange(V, device=device)
+    return torch.cat([((ids >= first) & (ids < end)).expand(n, V) for n, first, end in kinds])
 
 
 # --- the layers ----------------------------------------------------------------------------------
@@ -294,8 +290,8 @@ class Transformer(nn.Module):
         return self.dropout(self.embedding_norm(x))
 
     def unembed(self, x, positions):
-        """Logits (..., V) of the last layer's vectors (..., C), whose positions in the canvas are (N,) for
-        (N, C), and (T,) for (B, T, C); minus infinity for what may not stand there.
+        """Logits (..., V) of the last layer's vectors, (N, C) or (B, N, C), at positions (N,) of the canvas;
+        minus infinity for what may not stand there.
         """
         x = self.final_norm(x)
         if self.config.head_activation:
@@ -306,7 +302,7 @@ class Transformer(nn.Module):
         logits = linear(x, self.head.weight, bias.masked_fill(is_mask, -torch.inf))
         if not self.config.kinds:
             return logits
-        return logits.masked_fill(~may_stand(self.config.kinds, positions, len(bias)), -torch.inf)
+        return logits.masked_fill(~may_stand(self.config.kinds, len(bias), x.device)[positions], -torch.inf)
 
     def sight(self, n_clean, n, cache, device):
         """The Sight of a pass over n_clean positions of a clean half and then n after those of the cache; and

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data.canvas.chat import chat_of, converse, reply_length
 from data.canvas.history import History
 from data.canvas.picture import save_histories
-from data.canvas.pixels import shown
+from data.canvas.pixels import as_shown
 from data.canvas.prompt import MOST, make_canvases, read_text, shown_of, standing
 from data.canvas.terminal import Watch
 from data.run.errors import Mistake, command
@@ -483,7 +483,7 @@ def nats_per_byte(judge, tokenizer, text):
     are one token, goes from the left.
     """
     nats = negative_log_likelihood(judge, torch.tensor(tokenizer.encode(text)), MOST, order="confidence")
-    return nats / max(1, len(text.encode()))
+    return nats / max(1, tokenizer.n_bytes(text))
 
 
 def write(model, tokenizer, canvas, seeds, flags, config, watch):
@@ -521,7 +521,7 @@ class Plan(NamedTuple):
 
 def make_plans(config, given, prompts, loaded):
     """The Plan of each checkpoint and order. prompts: texts; with --chat the messages before each reply."""
-    W = min(model.config.block_size for model, _, _ in loaded)
+    W = min((model.config.block_size for model, _, _ in loaded if not model.config.kinds), default=0)
     all_causal = all(model.config.K == 1 for model, _, _ in loaded)
     by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
     for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
@@ -530,8 +530,8 @@ def make_plans(config, given, prompts, loaded):
             choices = [[chat.canvas(messages, length)] for messages in prompts]
         else:
             choices = [make_canvases(text, config.suffix, config.length, tokenizer, W) for text in prompts]
-        longest, token_nats = max(len(ids) for each in choices for ids in each), checkpoint.get("token_nats")
-        for flags in flags_for(config, given, path, model, token_nats, longest, all_causal):
+        canvases, token_nats = [ids for each in choices for ids in each], checkpoint.get("token_nats")
+        for flags in flags_for(config, given, path, model, token_nats, canvases, all_causal):
             name = ", ".join([path] * by_path + [flags["order"]] * by_order)
             yield Plan(name, model, tokenizer, choices, flags)
 
@@ -589,11 +589,11 @@ def score(path, model, tokenizer, flags):
     if not text:
         raise Mistake(f"--score {path}: it is empty")
     ids = tokenizer.encode(text)
-    if standing(ids, tokenizer, whole=True) != ids:
+    if tokenizer.kinds and not (len(ids) == tokenizer.canvas_len and standing(ids, tokenizer) == ids):
         raise Mistake(f"--score {path}: not a whole canvas of the model, of {tokenizer.canvas_len} tokens")
     tokens = torch.tensor(ids)
     nats, n = negative_log_likelihood(model, tokens, **flags), len(tokens)
-    bits = nats / math.log(2) / len(text.encode())
+    bits = nats / math.log(2) / tokenizer.n_bytes(text)
     print(f"{nats / n:.4f} nats per token, {bits:.4f} bits per byte; {n:,} tokens")
 
 
@@ -614,7 +614,7 @@ def print_texts(results, config, judge):
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
                 print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-            print(shown(text, tokenizer) if sys.stdout.isatty() else text, flush=True)
+            print(as_shown(text, tokenizer) if sys.stdout.isatty() else text, flush=True)
         if judge:
             judged = ", ".join(f"{nats_per_byte(*judge[:2], text):.3f}" for text in texts)
             summary += f"; under {config.judge} {judged} nats per byte"

@@ -32,7 +32,7 @@ import torch
 
 from data.canvas.chat import Chat
 from data.canvas.history import inert
-from data.canvas.pixels import shown
+from data.canvas.pixels import as_shown
 from data.canvas.prompt import make_canvases, shown_of
 from data.corpus import load_corpus, n_windows, unigram_nats, windows_at
 from data.run.errors import Mistake, command, signals
@@ -65,12 +65,12 @@ class TrainConfig:
     spindle: float = flag(0.0, "mask informative tokens first by this much, to write them last", least=0)
     visible: float = flag(0.0, "share of the tokens seen that have a loss, half replaced", least=0, below=1)
     weight: Literal["elbo", "mean"] = flag("mean", "what a hole's loss counts: rate'/rate, or all the same")
-    prompt_len: Span = flag(Span(0, 16), "tokens at the start that stay, N or M:N; 0 for --eval_only, chats")
+    prompt_len: Span = flag(Span(0, 16), "first tokens, which stay, N or M:N; 0 for --eval_only, examples")
     # model
     n_layer: int = flag(4, "layers", least=1)
     n_head: int = flag(2, "attention heads", least=1)
     n_embd: int = flag(160, "width", least=1)
-    block_size: int = flag(256, "tokens in a training window", least=1)
+    block_size: int = flag(256, "tokens in a training window; a picture is one", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "neighbours that each layer's convolution mixes; 0 for none", least=0)
     attention: Attention = flag(Attention("canvas"), "who sees whom: canvas, block:K, or causal: a GPT")
@@ -135,8 +135,8 @@ def block_levels(level, B, n, generator):
 
 
 def kind_levels(level, B, kinds, generator):
-    """Noise levels of the tokens of B canvases: t (B, T), one for each kind of token, whatever others are
-    (2303.06555). So to name a picture is learned as often as to draw it.
+    """Noise levels of the tokens of B canvases: t (B, T), one for each kind of token, independent of the
+    others' (2303.06555). So to name a picture is learned as often as to draw it.
     """
     of_each = [draw_levels(level, B, generator)[torch.randperm(B, generator=generator)] for _ in kinds]
     return torch.cat([t.expand(B, n) for t, (n, _, _) in zip(of_each, kinds)], 1)
@@ -241,9 +241,12 @@ def draw_batch(split, config, generator, model_config, token_nats=None, level=No
     places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
     x0, own_prompt = map(torch.from_numpy, windows_at(split, places.numpy(), T))  # (B, T), (B, 1)
     one = draw_levels(level, 1, generator)  # (1, 1)
-    t = one.expand(n, 1) if config.one_level else block_levels(level, B, n // B, generator)  # (n, 1)
-    if model_config.kinds and n == B and not config.one_level and config.weight == "mean":  # elbo's is one
+    if config.one_level:
+        t = one.expand(n, 1)
+    elif model_config.kinds and n == B and config.weight == "mean":  # a canvas has one level in the bound
         t = kind_levels(level, B, model_config.kinds, generator)  # (B, T)
+    else:
+        t = block_levels(level, B, n // B, generator)  # (n, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
     maskable = which_maskable(x0, own_prompt + prompt_len, model_config.special_ids)
     u = torch.rand(x0.shape, generator=generator)
@@ -450,7 +453,7 @@ def sample(run, tokenizer, prompt):
         *_, canvas = denoise(run.model, canvas, steps=64, temperature=0.7)
     run.model.train()
     text = tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids))
-    return shown(text, tokenizer) if sys.stdout.isatty() else inert(text)
+    return as_shown(text, tokenizer) if sys.stdout.isatty() else inert(text)
 
 
 def print_bound(run, val_split, counts):

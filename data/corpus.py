@@ -5,10 +5,9 @@ An id is a uint16, or a uint32 where the tokenizer has more tokens than that can
 meta.json has the tokenizer and the source; of each split how many tokens and bytes it has, and its
 sha256; and how often each token occurs in the training split.
 
-A split is running text; or canvases of as many tokens as "canvas" in meta.json says, whose places say what
-their tokens are (data/tokenizer.py); or examples: prompts with their replies. Then meta.json has the chat
-template, and train.rows and val.rows say where each example begins and how many of its tokens are prompt,
-as int64.
+A split is running text; or canvases, whose places say what their tokens are (data/tokenizer.py); or
+examples: prompts with their replies. Then meta.json has the chat template, and train.rows and val.rows say
+where each example begins and how many of its tokens are prompt, as int64.
 """
 
 import hashlib
@@ -98,7 +97,6 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
                 counts[split] |= {"examples": len(index), "rows_sha256": hashlib.sha256(index).hexdigest()}
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state}
         meta |= {"chat": template} if template else {}
-        meta |= {"canvas": tokenizer.canvas_len} if tokenizer.kinds else {}
         meta |= {"occurrences": occurrences.tolist()}
         files["meta.json"].write(json.dumps(meta, indent=1).encode())
     tokens = ", ".join(f"{counts[split]['tokens']:,} {split}" for split in SPLITS)
@@ -159,7 +157,7 @@ def load_corpus(name, block_size=1):
         intact &= len(occurrences) == tokenizer.vocab_size
         intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
         intact &= min(meta[split]["bytes"] for split in SPLITS) > 0
-        intact &= meta.get("canvas", 0) == tokenizer.canvas_len
+        intact &= not (tokenizer.kinds and "chat" in meta)
         intact &= not any(len(split) % max(1, tokenizer.canvas_len) for split in (train, val))
         if "chat" in meta:
             indices = [read_rows(folder / f"{split}.rows", meta[split]) for split in SPLITS]
@@ -213,10 +211,10 @@ class Examples:
 
 
 def canvas_len(name):
-    """Tokens of a canvas of data/NAME, or 0: if places say nothing there, or it is no corpus."""
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
-        T = json.loads((DATA / name / "meta.json").read_text()).get("canvas")
-        return T if type(T) is int and T > 0 else 0
+    """Tokens of a canvas of the corpus data/NAME; 0 if it is of other tokens, or no corpus."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        state = json.loads((DATA / name / "meta.json").read_text())["tokenizer"]
+        return tokenizer_from_state(state).canvas_len if state["kind"] == "picture" else 0
     return 0
 
 
@@ -252,7 +250,7 @@ def check_tokens(folder, meta, tokenizer):
     stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, files)]
     kept = [meta[split].get("sha256") for split in SPLITS]
     # Whoever copies a folder gets files of another time, at which he cannot have forged the note.
-    found = [tokenizer.vocab_size, *kept, *map(list, stats)]
+    found = [tokenizer.vocab_size, *kept, *map(list, stats), *map(list, tokenizer.kinds)]
     with suppress(OSError, ValueError):
         if json.loads(note.read_text()) == found:
             return
@@ -301,9 +299,12 @@ def tokenizer_and_template(name):
 
         checkpoint = read_checkpoint(name)
         try:
-            return tokenizer_from_state(checkpoint["tokenizer"]), checkpoint.get("chat")
+            tokenizer, template = tokenizer_from_state(checkpoint["tokenizer"]), checkpoint.get("chat")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise Mistake(f"{name}: it has no tokenizer of ours ({str(error)[:200]})") from None
+        if tokenizer.kinds:
+            raise Mistake(f"--tokenizer {name}: its tokens are of captions and pictures, not of a text")
+        return tokenizer, template
     if name != "gpt2":
         raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
     try:

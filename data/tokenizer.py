@@ -45,6 +45,10 @@ class Tokenizer:
         """Tokens of a canvas whose places have kinds; 0 without."""
         return sum(n for n, _, _ in self.kinds)
 
+    def n_bytes(self, text):
+        """How many bytes a text has, which "bits per byte" are of."""
+        return len(text.encode())
+
     def decode(self, ids):
         return "".join(self.pieces(ids))
 
@@ -119,14 +123,14 @@ class BPETokenizer(ByteLevelTokenizer):
 
 
 class PictureTokenizer(ByteLevelTokenizer):
-    """A canvas of two kinds: a caption, in bytes, filled up with spaces; and the pixels of a picture, row by
-    row, a token for each grey that they may have.
+    """A canvas of two kinds: a caption, of letters in ASCII, filled up with spaces; and the pixels of a
+    picture, row by row, a token for each grey that they may have.
 
     As text the caption is a line, and so is each row, a pixel being one of GREYS. Or a picture is plain PGM.
     """
 
     def __init__(self, caption, width, height, greys):
-        """caption: its bytes; width and height: of the picture, in pixels. ValueError if these cannot be."""
+        """caption: how many letters; width and height: how many pixels. ValueError if these cannot be."""
         self.state = {"kind": "picture", "caption": caption, "width": width, "height": height, "greys": greys}
         self.caption, self.width, self.height = caption, width, height
         sizes = all(type(n) is int and 1 <= n <= 1000 for n in (caption, width, height, greys))
@@ -135,19 +139,23 @@ class PictureTokenizer(ByteLevelTokenizer):
         self.greys = GREYS[:greys]
         pixels = {257 + i: c.encode() for i, c in enumerate(self.greys)}
         super().__init__({"<mask>": 256}, {i: bytes([i]) for i in range(256)} | pixels)
-        # A caption has bytes of printable text: the end of a line is never one of its own.
-        self.kinds = (caption, 32, 256), (width * height, 257, 257 + greys)
+        self.id_of = {chr(i): i for i in range(32, 127)} | {c: 257 + i for i, c in enumerate(self.greys)}
+        self.kinds = (caption, 32, 127), (width * height, 257, 257 + greys)
         self.pixels = {"first": caption, "columns": width, "greys": self.greys}
 
     def encode(self, text):
-        """Ids of captions and pixels, in which ends of lines say nothing. Mistake for PGM of another size."""
-        if re.match(r"P2\s", text):
-            return self.picture("", self.read_pgm(text))[self.caption :]
-        return [i for c in re.sub(r"[\r\n]", "", text) for i in self.ids_of(c)]
+        """Ids of letters and pixels; ends of lines say nothing. Mistake for anything else."""
+        if re.match(r"P2\s", text) and not set(text) & set(self.greys):
+            return self.canvas("", self.read_pgm(text))[self.caption :]
+        text = re.sub(r"[\r\n]", "", text)
+        if unknown := next((c for c in text if c not in self.id_of), None):
+            greys = f"{self.greys[0]} to {self.greys[-1]}"
+            raise Mistake(f"{unknown!r} is neither a letter of a caption, in ASCII, nor a pixel, {greys}")
+        return [self.id_of[c] for c in text]
 
-    def ids_of(self, character):
-        grey = self.greys.find(character)
-        return character.encode() if grey < 0 else [257 + grey]
+    def n_bytes(self, text):
+        """A byte for each letter and pixel."""
+        return len(self.encode(text))
 
     def read_pgm(self, text):
         """The pixels of a plain PGM, whose largest number is white: numbers from 0, white, to greys - 1."""
@@ -166,7 +174,7 @@ class PictureTokenizer(ByteLevelTokenizer):
         pieces, ends = self.pieces(ids), range(self.caption, len(ids), self.width)
         return "\n".join("".join(pieces[i:j]) for i, j in zip((0, *ends), (*ends, len(ids))))
 
-    def picture(self, caption, pixels):
+    def canvas(self, caption, pixels):
         """The ids of a canvas: a caption, and pixels, numbers from 0 to greys - 1, row by row."""
         return [*caption.encode().ljust(self.caption), *(257 + int(grey) for grey in pixels)]
 
@@ -260,7 +268,7 @@ def chinese(c):
 def tokenizer_from_state(state):
     """The inverse of `.state`."""
     classes = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer}
-    classes["picture"] = PictureTokenizer
+    classes |= {"picture": PictureTokenizer}
     tokens, special = state.get("tokens", []), state.get("special") or {}
     if not all(type(token) is str for token in tokens):
         raise ValueError("its tokens are not texts")

@@ -448,7 +448,7 @@ def make_good(good):
     canvas = PictureTokenizer(4, 3, 2, 5)
     config = ModelConfig(262, 256, **{**shape, "block_size": 10}, kinds=canvas.kinds)
     save_checkpoint(good / "pictures.pt", Transformer(config), canvas)
-    pictures = [("train", canvas.picture("ab", [i % 5] * 6), 10) for i in range(20)]
+    pictures = [("train", canvas.canvas("ab", [i % 5] * 6), 10) for i in range(20)]
     with contextlib.redirect_stdout(None):
         data.corpus.write_tokens("pictures", [*pictures, ("val", *pictures[0][1:])], canvas, "made")
     write_mnist(good / "mnist", 3)

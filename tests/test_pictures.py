@@ -20,25 +20,29 @@ from test_commands import assert_same, run_train, sample_text
 import data.corpus
 import data.digits.prepare as digits
 import data.mnist.prepare as mnist
+import data.text.prepare
 import sample
 import train
 from data.canvas.history import HOLE, History
 from data.canvas.picture import save_histories
-from data.canvas.pixels import half_blocks, shown
+from data.canvas.pixels import as_shown, half_blocks
 from data.canvas.prompt import make_canvases
 from data.canvas.terminal import Watch
 from data.corpus import canvases, load_corpus, windows_at, write_tokens
 from data.run.checkpoint import read_checkpoint
 from data.run.errors import Mistake
+from data.run.files import check_sha256
 from data.run.flags import Level, Span
-from data.tokenizer import GREYS, PictureTokenizer, tokenizer_from_state
+from data.tokenizer import GREYS, ByteTokenizer, PictureTokenizer, tokenizer_from_state
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, Recorded, denoise, read
 from train import TrainConfig, draw_batch, loss_of, random_tokens
 
 SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
+CAUSAL = "--attention causal"
 TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 bytes, and 3 x 2 pixels of 5 greys
 T = 10
+SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
 GPT = {"block_len": 1, "shift_id": 256}
 
 run, mistake = test_roberta.run, test_roberta.mistake
@@ -76,7 +80,7 @@ def make_model(device="cpu", **config):
 def stands(tokens):
     """Whether each token of canvases (B, T) is of the kind of its place."""
     letters, pixels = tokens[:, :4], tokens[:, 4:]
-    return ((letters >= 32) & (letters < 256)).all() and ((pixels >= 257) & (pixels < 262)).all()
+    return ((letters >= 32) & (letters < 127)).all() and ((pixels >= 257) & (pixels < 262)).all()
 
 
 # --- what may stand where ------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def test_the_network_gives_nothing_to_what_may_not_stand_at_a_place(shape, devic
     xt = random_tokens(3, T, model.config, torch.Generator().manual_seed(1)).to(device)
     holes = (torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.5).to(device)
     expected = plain(xt.masked_fill(holes, 256)).clone()
-    expected[:, :4, :32] = expected[:, :4, 256:] = expected[:, 4:, :257] = -torch.inf
+    expected[:, :4, :32] = expected[:, :4, 127:] = expected[:, 4:, :257] = -torch.inf
     logits = model(xt.masked_fill(holes, 256))
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(model(xt.masked_fill(holes, 256), where=holes), logits[holes])
@@ -120,7 +124,7 @@ def test_no_hole_of_a_picture_is_filled_with_a_letter_whatever_the_order(order, 
 def test_the_probabilities_of_all_pictures_sum_to_one():
     """Of two pixels, given the rest, as `--score` has them in each order that looks."""
     model, n = make_model(), 5
-    texts = torch.tensor(TOKENIZER.picture("ab", [0] * 6)).repeat(n * n, 1)
+    texts = torch.tensor(TOKENIZER.canvas("ab", [0] * 6)).repeat(n * n, 1)
     texts[:, 4], texts[:, 8] = 257 + torch.arange(n * n) // n, 257 + torch.arange(n * n) % n
     canvas = texts.clone()
     canvas[:, [4, 8]] = 256
@@ -134,7 +138,7 @@ def test_random_tokens_are_of_their_places_and_of_all_these_alike():
     config = make_model().config
     words = random_tokens(20_000, T, config, torch.Generator().manual_seed(0))
     assert stands(words)
-    assert words[:, 0].unique().tolist() == [*range(32, 256)]
+    assert words[:, 0].unique().tolist() == [*range(32, 127)]
     shares = words[:, 4:].flatten().bincount(minlength=262)[257:] / 120_000
     assert shares.tolist() == pytest.approx([0.2] * 5, abs=0.005)
 
@@ -146,12 +150,26 @@ def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
     model_config, generator = make_model().config, torch.Generator().manual_seed(0)
     split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
     config = TrainConfig(block_size=T, batch_size=40_000, level=Level("uniform"), prompt_len=Span(0, 0))
-    for weight, together in (("mean", 1 / 5 / 7), ("elbo", 1 / 11)):
-        batch = draw_batch(split, replace(config, weight=weight), generator, model_config)
+    for way, together in (({}, 1 / 5 / 7), ({"weight": "elbo"}, 1 / 11)):
+        batch = draw_batch(split, replace(config, **way), generator, model_config)
         letters, pixels = batch[2][:, :4].sum(1), batch[2][:, 4:].sum(1)
         assert ((letters == 0) & (pixels == 0)).float().mean().item() == pytest.approx(together, abs=0.005)
         # The number of holes of a kind is uniform either way, as that of a canvas is.
         assert (letters.bincount() / 40_000).tolist() == pytest.approx([1 / 5] * 5, abs=0.01)
+    half = replace(
+        config, one_level=True, level=Level("fixed", 0.5)
+    )  # and one for all in a batch, if asked for
+    letters, pixels = (draw_batch(split, half, generator, model_config)[2][:, i] for i in (0, 4))
+    assert (letters & pixels).float().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_what_is_seen_and_has_a_loss_is_replaced_by_tokens_of_its_place():
+    model_config, generator = make_model().config, torch.Generator().manual_seed(0)
+    split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
+    config = TrainConfig(block_size=T, batch_size=1000, prompt_len=Span(0, 0), visible=0.5)
+    x0, xt, asked, _ = draw_batch(split, config, generator, model_config)
+    assert (asked & (xt != 256) & (xt != x0)).float().mean() > 0.05
+    assert stands(torch.where(xt == 256, x0, xt))
 
 
 # --- text to canvas ------------------------------------------------------------------------------
@@ -163,15 +181,14 @@ def canvas_of(prompt, suffix="", tokenizer=TOKENIZER):
 
 
 def test_the_text_of_a_canvas_is_read_as_that_canvas_and_shows_its_rows():
-    ids = TOKENIZER.picture("ab", [0, 1, 2, 3, 4, 0])
+    ids = TOKENIZER.canvas("ab", [0, 1, 2, 3, 4, 0])
     assert TOKENIZER.decode(ids) == "ab  \n⓪①②\n③④⓪"
     assert TOKENIZER.encode(TOKENIZER.decode(ids)) == ids == TOKENIZER.encode("ab  \r\n⓪①②③\r\n④⓪\n")
     assert tokenizer_from_state(json.loads(json.dumps(TOKENIZER.state))).kinds == TOKENIZER.kinds
     assert len(set(GREYS)) == 51
     assert GREYS[20] == "⑳"
     assert GREYS[50] == "㊿"
-    accent = PictureTokenizer(4, 1, 1, 2).picture("é", [1])  # a letter of two bytes
-    assert PictureTokenizer(4, 1, 1, 2).decode(accent) == "é  \n①"
+    assert TOKENIZER.n_bytes("ab  \n⓪①②\n③④⓪") == T
 
 
 def test_text_goes_to_the_next_place_where_it_may_stand_and_all_else_is_holes():
@@ -189,11 +206,13 @@ def test_text_goes_to_the_next_place_where_it_may_stand_and_all_else_is_holes():
 @pytest.mark.parametrize(
     ("prompt", "suffix", "words"),
     [
-        ("abcde", "", "'e' has no place left on the model's canvas, of 10 tokens"),
+        ("abcde", "", "'e' has no place left on the model's canvas, of 4 and 6 tokens of a kind"),
         ("①a", "", "'a' has no place"),
         ("⓪⓪⓪⓪⓪⓪⓪", "", "'⓪' has no place"),
         ("<mask*11>", "", "11 tokens with its holes; the canvas has 10"),
-        ("\t", "", "no place"),
+        ("a\tb", "", "'\\t' is neither a letter of a caption, in ASCII, nor a pixel, ⓪ to ④"),
+        ("é", "", "'é' is neither"),
+        ("⑤", "", "'⑤' is neither"),
         ("", "a", "'a' has no place"),
         ("", "⓪a⓪⓪⓪⓪⓪⓪", "'a' has no place"),
         ("⓪⓪⓪⓪⓪", "⓪⓪", "'⓪' has no place"),
@@ -215,6 +234,8 @@ def test_what_has_no_place_on_the_canvas_is_refused(prompt, suffix, words):
 def test_a_canvas_has_all_its_places():
     with pytest.raises(Mistake, match="--length 9: the model's canvas has 10 tokens"):
         make_canvases("", "", 9, TOKENIZER, T)
+    for others in (3, 1000):  # beside a model that sees fewer tokens, or more
+        assert [len(ids) for ids in make_canvases("a<mask*2:3>④", "", None, TOKENIZER, others)] == [T]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +252,7 @@ def test_a_state_that_is_no_picture_is_refused(change):
 
 def make_history():
     """Of a canvas whose caption is given, and whose pixels come one by one, one of them twice."""
-    canvas, done = canvas_of("ab  "), TOKENIZER.picture("ab", [0, 1, 2, 3, 4, 0])
+    canvas, done = canvas_of("ab  "), TOKENIZER.canvas("ab", [0, 1, 2, 3, 4, 0])
     history = History(TOKENIZER, canvas)
     for i in (9, 4, 5, 6, 7, 8):
         canvas = [*canvas[:i], done[i], *canvas[i + 1 :]]
@@ -251,7 +272,7 @@ def test_a_terminal_shows_two_rows_in_a_line_of_half_blocks():
         "\x1b[38;5;232m▀\x1b[0m",
         1,
     )  # no row is below
-    assert shown("a\x1b\n⓪②④\n④③⓪", TOKENIZER).splitlines()[0] == "a␛"
+    assert as_shown("a\x1b\n⓪②④\n④③⓪", TOKENIZER).splitlines()[0] == "a␛"
 
 
 def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
@@ -266,6 +287,33 @@ def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
     assert lines[0] == "\x1b[Kab  "
     assert lines[1].count("▀") == 3
     assert "100% filled" in lines[2]
+
+
+def test_a_picture_that_is_taller_than_the_terminal_is_cut(monkeypatch, capsys):
+    """What is drawn has to be reached again from below."""
+    tall, watch = PictureTokenizer(4, 30, 40, 5), Watch(["one"])
+    history = History(tall, tall.canvas("ab", [0] * 1200))
+    history.add(history.canvas, [1.0] * 1204, 1.0)
+    watch.moving = True
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: (20, 10))
+    watch.show(history, 1)
+    assert watch.n_lines == 9
+    assert capsys.readouterr().err.count("▀") == 7 * 20
+
+
+def test_in_a_narrow_pane_of_the_animated_picture_pixels_are_smaller(tmp_path):
+    wide = PictureTokenizer(4, 60, 2, 5)
+    histories = [make_history(), History(wide, wide.canvas("ab", [0, 4] * 60))]
+    histories[1].add(histories[1].canvas, [1.0] * 124, 1.0)
+    plain = History(ByteTokenizer(), [*b"text"])
+    for sides in ([plain, histories[1]], histories):
+        save_histories(tmp_path / "run.svg", [sides], ["one", "two"])
+        svg = (tmp_path / "run.svg").read_text()
+        width = float(re.search(r'viewBox="0 0 (\d+)', svg)[1])
+        ends = [float(x) + float(w) for x, w in re.findall(r'd="M([\d.]+) [\d.]+h([\d.]+)', svg)]
+        assert len(ends) >= 120
+        assert max(ends) < width
 
 
 def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
@@ -296,8 +344,7 @@ def test_the_file_of_digits_is_the_corpus_and_no_hand_is_in_both_splits():
     """1,797 pictures; of the forms that people filled in, 0 to 9 three times and then a hundred digits in a
     fixed order, the last three validate.
     """
-    content = (Path(digits.__file__).with_name("digits.csv.gz")).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == digits.SHA256
+    check_sha256(Path(digits.__file__).with_name("digits.csv.gz"), SHA256)
     pictures, labels = digits.read_digits()
     assert pictures.shape == (1797, 8, 8)
     assert (pictures.min(), pictures.max()) == (0, 16)
@@ -328,7 +375,7 @@ def test_holes_decide_the_task(world, monkeypatch, capsys):
     flags = ["--ckpt", world / "out" / "last.pt", "--steps", 4]
     drawn = sample_text([*flags, "--prompt", "three"], monkeypatch, capsys).out
     assert drawn.startswith("three")
-    assert [len(line) for line in drawn.splitlines()[1:]] == [8] * 8
+    assert [len(line) for line in drawn.splitlines()] == [8] * 9
     assert set(pixels_of(drawn)) <= set(GREYS[:17])
     half = pixels_of(drawn)[:32]
     (world / "half.txt").write_text(half)
@@ -348,14 +395,18 @@ def test_holes_decide_the_task(world, monkeypatch, capsys):
     assert "72 tokens" in sample_text(score, monkeypatch, capsys).out
 
 
-@pytest.mark.parametrize("attention", ["canvas", "block:8", "causal"])
-def test_a_run_on_pictures_needs_no_flags_and_resumes_to_the_bit(attention, tmp_path, run):
-    flags = f"{SMALL} --attention {attention} --evals 2 --visible 0.1"
-    flags = flags.replace(" --visible 0.1", "") if attention == "causal" else flags
+@pytest.mark.parametrize(
+    ("more", "prompt_len"),
+    [("", "0"), ("--visible 0.1 --prompt_len 3:8", "3:8"), ("--attention block:8", "0"), (CAUSAL, "0")],
+)
+def test_a_run_on_pictures_needs_no_flags_and_resumes_to_the_bit(more, prompt_len, tmp_path, run):
+    """All of a canvas becomes holes, unless one asks for something else."""
+    flags = f"{SMALL} {more} --evals 2"
     for folder in ("whole", "resumed"):
         run(*f"{flags} --max_iters 4 --out_dir {tmp_path}/{folder} --keep 2".split(), main=train.main)
     (tmp_path / "resumed" / "step-00000002.pt").replace(tmp_path / "resumed" / "last.pt")
     run(*f"--init_from resume --out_dir {tmp_path}/resumed".split(), main=train.main)
+    assert read_checkpoint(tmp_path / "resumed" / "last.pt")["train"]["prompt_len"] == prompt_len
     model, tokenizer, checkpoint = load_checkpoint(tmp_path / "whole" / "last.pt")
     assert (model.config.block_size, model.config.kinds) == (72, tokenizer.kinds)
     resumed = read_checkpoint(tmp_path / "resumed" / "last.pt")
@@ -373,6 +424,18 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     run_train(monkeypatch, f"{SMALL} --attention block:9 --max_iters 1 --out_dir {tmp_path}/nine")
     assert not (tmp_path / "none").exists()
     ckpt = world / "out" / "last.pt"
+    (world / "data" / "ours").mkdir()
+    (world / "data" / "ours" / "prepare.py").touch()
+    words = mistake("--name", "ours", main=digits.main)
+    assert "this project's own folder" in words
+    words = mistake(tmp_path / "text.txt", "--tokenizer", ckpt, main=data.text.prepare.main)
+    assert "not of a text" in words
+    run_train(monkeypatch, f"{SMALL} {CAUSAL} --position learned --max_iters 1 --out_dir {tmp_path}/gpt")
+    gpt = tmp_path / "gpt" / "last.pt"
+    words = mistake("--ckpt", gpt, "--prompt", "⓪⓪", main=sample.main)
+    assert "fills its holes without seeing what stands after them" in words
+    words = mistake(*f"{SMALL} --init_from {gpt} --attention canvas {out}".split(), main=train.main)
+    assert "has none for a token more than its canvas" in words
     assert "has no place left" in mistake("--ckpt", ckpt, "--prompt", "thirteenth", main=sample.main)
     assert "--length 64" in mistake("--ckpt", ckpt, "--length", 64, main=sample.main)
     (tmp_path / "word.txt").write_text("three")
@@ -385,7 +448,7 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
 def test_a_corpus_whose_tokens_are_not_of_their_places_is_refused(world, tmp_path, monkeypatch):
     """And one that ends within a canvas: neither has the sums of a file that was damaged."""
     monkeypatch.setattr(data.corpus, "DATA", tmp_path)
-    ids = TOKENIZER.picture("ab", [0] * 6)
+    ids = TOKENIZER.canvas("ab", [0] * 6)
     for name, odd, words in (
         ("letter", [*ids[:9], 32], "may not stand where they are"),
         ("pixel", [257, *ids[1:]], "may not stand where they are"),
@@ -412,7 +475,7 @@ def test_the_bound_counts_captions_and_pixels_alike_under_what_may_stand_there(d
     holes = torch.ones_like(x0, dtype=torch.bool)
     plain = make_model(device, kinds=())
     logits = plain(x0.masked_fill(holes, 256)).double()
-    letters = logits[:, :4, 32:256].log_softmax(-1).gather(2, x0[:, :4, None] - 32)
+    letters = logits[:, :4, 32:127].log_softmax(-1).gather(2, x0[:, :4, None] - 32)
     pixels = logits[:, 4:, 257:].log_softmax(-1).gather(2, x0[:, 4:, None] - 257)
     expected = -torch.cat((letters, pixels), 1).sum((1, 2))
     loss = loss_of(model, x0, x0.masked_fill(holes, 256), holes, holes.float())
@@ -452,10 +515,12 @@ def test_damaged_files_of_mnist_are_refused_and_leave_nothing(small_mnist, mista
     arrays = content["train"]
     odd = {
         "sha256": whole[:-1] + b"\1",
-        "header": idx(arrays[0][:, :27]),
-        "not a whole": idx(arrays[0])[:-300],
-        "IDX": idx(arrays[1]),
-        "reshape": gzip.compress(gzip.decompress(whole) + b"more", mtime=0),
+        "not an IDX file of 28 x 28": idx(arrays[0][:, :27]),
+        "is damaged": idx(arrays[0])[:-300],
+        "not an IDX file": idx(arrays[1]),
+        "not an IDX": gzip.compress(b"\0\0"),
+        "it has more bytes than it says": gzip.compress(gzip.decompress(whole) + b"more", mtime=0),
+        "it has fewer bytes than it says": gzip.compress(gzip.decompress(whole)[:-1], mtime=0),
         "Not a gzipped": b"no gzip at all",
         "does not have a digit for each": idx(arrays[0][:-1]),
     }

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import json
+import math
 import os
 from html import escape
 from pathlib import Path
@@ -70,14 +71,14 @@ def moments(sides, n):
     return [tuple(bisect.bisect_right(history.seconds, time) for history in sides) for time in times]
 
 
-def squares(rows, pixels, x, y):
-    """The rows of a picture as SVG, from x and y on; those side by side that are alike as one."""
-    for top, row in zip(itertools.count(y, 17), rows):
-        left = x
+def squares(rows, pixels, x, y, side):
+    """The rows of a picture as SVG, from x and y on; pixels side by side that are alike as one."""
+    for i, row in enumerate(rows):
+        left, top = x, y + i * side
         for black, run in itertools.groupby(share_of_black(token, pixels) for token in row):
-            width, grey = 17 * len(list(run)), 255 - round(255 * (black or 0))
+            width, grey = side * len(list(run)), 255 - round(255 * (black or 0))
             paint = 'class="pixel"' if black is None else f'fill="#{grey:02x}{grey:02x}{grey:02x}"'
-            yield f'<path {paint} d="M{left} {top}h{width}v17h-{width}"/>'
+            yield f'<path {paint} d="M{left:g} {top:g}h{width:g}v{side:g}h-{width:g}"/>'
             left += width
 
 
@@ -88,8 +89,10 @@ def save_svg(path, texts, names):
     n = min(SVG_FRAMES - 1, max(len(history.steps) for history in sides))
     total = SVG_SECONDS * n + SVG_REST
     columns = SVG_WIDTH if len(sides) == 1 else SVG_WIDTH * 2 // 3
-    if all(side.pixels for side in sides):  # 17 pixels of a screen for each, and of text 7.85
-        columns = max(36, *(17 * side.pixels["columns"] // 7 for side in sides))
+    widest = max(history.pixels["columns"] if history.pixels else 0 for history in sides)
+    if all(history.pixels for history in sides):  # no wider than it need be
+        columns = max(36, math.ceil(17 * widest / 7.85))
+    pixel = min(17, 7.85 * columns / max(1, widest))  # its side, where a letter is 7.85 wide and a line 17
     groups, tallest = [], 0
     for i, steps in enumerate(moments(sides, n)):
         rows = []
@@ -98,7 +101,6 @@ def save_svg(path, texts, names):
             (tokens, kinds), pixels = frames[side][step], sides[side].pixels
             text, picture = split_picture(tokens, pixels)
             lines = visible(lines_of(text, kinds, columns), SVG_LINES)
-            tallest = max(tallest, len(lines) + len(picture))
             title = f"step {step} of {len(frames[side]) - 1}"
             if len(sides) > 1:
                 title = f"{names[side]}: {title}, {[0, *sides[side].seconds][step]:.2f} s"
@@ -109,9 +111,10 @@ def save_svg(path, texts, names):
                     f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line
                 )
                 rows.append(f'<text xml:space="preserve" x="{x}" y="{46 + 17 * y}">{spans}</text>')
-            rows += squares(picture, pixels, x, 34 + 17 * len(lines))
+            rows += squares(picture, pixels, x, 34 + 17 * len(lines), pixel)
+            tallest = max(tallest, len(lines) + len(picture) * pixel / 17)
         groups.append(f'<g style="animation-delay: {SVG_SECONDS * i - total:.2f}s">{"".join(rows)}</g>')
-    width, height = len(sides) * (24 + round(7.85 * columns)), 46 + 17 * tallest
+    width, height = len(sides) * (24 + round(7.85 * columns)), 46 + math.ceil(17 * tallest)
     first, last = (f"{100 * seconds / total:.2f}%" for seconds in (SVG_SECONDS, SVG_REST))
     style = SVG_STYLE + (
         f"g {{ visibility: hidden; animation: frame {total:.2f}s step-end infinite }}\n"

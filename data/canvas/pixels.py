@@ -44,7 +44,7 @@ def half_blocks(rows, pixels, width=None):
     return lines
 
 
-def shown(text, tokenizer):
+def as_shown(text, tokenizer):
     """The text of a canvas as a terminal shows it: what does something is inert, a pixel is a pixel."""
     if tokenizer.pixels is None:
         return inert(text)

@@ -39,9 +39,9 @@ def check_prompts(prompts, suffix, length):
         raise Mistake("--suffix: holes go into --prompt, which may have several")
 
 
-def standing(ids, tokenizer, whole=False):
+def standing(ids, tokenizer):
     """ids, with holes ahead of each token that may not stand where it would, up to the next place where it
-    may; whole: and then up to the end of the canvas. Mistake for a token that no place is left for.
+    may. Mistake for one that no place is left for.
     """
     places = [range(first, end) for n, first, end in tokenizer.kinds for _ in range(n)]
     placed = []
@@ -50,9 +50,9 @@ def standing(ids, tokenizer, whole=False):
             placed.append(tokenizer.mask_id)
         placed.append(i)
         if places and len(placed) > len(places):
-            piece = "".join(tokenizer.pieces([i]))
-            raise Mistake(f"{piece!r} has no place left on the model's canvas, of {len(places)} tokens")
-    return placed + [tokenizer.mask_id] * (len(places) - len(placed)) * whole
+            sizes, piece = " and ".join(str(n) for n, _, _ in tokenizer.kinds), tokenizer.pieces([i])[0]
+            raise Mistake(f"{piece!r} has no place left on the model's canvas, of {sizes} tokens of a kind")
+    return placed
 
 
 def make_canvases(prompt, suffix, length, tokenizer, block_size):
@@ -75,7 +75,7 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
     n_text = len(begin) + len(suffix) + sum(len(part) for part in parts if isinstance(part, list))
     ranges = [part for part in parts if isinstance(part, range)]
     longest = n_text + sum(lengths[-1] for lengths in ranges)
-    T = length or max(longest if own else 0, block_size)
+    T = tokenizer.canvas_len or length or max(longest if own else 0, block_size)
     if longest > min(T, MOST):
         raise Mistake(f"--prompt: {longest} tokens with its holes; the canvas has {min(T, MOST)} (--length)")
     if math.prod(map(len, ranges)) > 64:
@@ -86,7 +86,9 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
         filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(sizes) for part in parts)
         ids = standing(begin + list(itertools.chain(*filled)), tokenizer)
         rest = 0 if own else T - len(ids) - len(suffix)
-        canvases.append(standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer))
+        canvas = standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer)
+        if canvas not in canvases:  # different lengths may come to the same
+            canvases.append(canvas)
     return canvases
 
 

@@ -60,7 +60,7 @@ class Watch:
         panes = []
         for tokens, kinds, status, pixels in self.panes:
             text, rows = split_picture(tokens, pixels)
-            picture = half_blocks(rows, pixels, width)
+            picture = half_blocks(rows, pixels, width)[: max(0, height - 3)]
             room = max(1, height - 2 - len(picture))  # below: status and cursor
             lines = [*map(self.coloured, visible(lines_of(text, kinds, width), room)), *picture]
             panes.append([*lines, (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))])

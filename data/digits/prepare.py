@@ -14,14 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.corpus import write_tokens
+from data.corpus import check_name, write_tokens
 from data.run.errors import command
 from data.run.flags import flag, parse
 from data.tokenizer import PictureTokenizer
 
-SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
 WORDS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
-CAPTION, GREYS = 8, 17  # bytes of a caption; greys of a pixel
+CAPTION, GREYS = 8, 17  # letters of a caption; greys of a pixel
 FORM = 1415  # the first picture of the twelfth of fourteen
 
 
@@ -40,8 +39,8 @@ def write_pictures(name, splits, source):
     def pieces():
         for split, (pictures, digits) in splits.items():
             for pixels, digit in zip(pictures, digits):
-                ids = tokenizer.picture(WORDS[digit], pixels.flatten())
-                yield split, ids, len(ids)  # a byte for each pixel
+                ids = tokenizer.canvas(WORDS[digit], pixels.flatten())
+                yield split, ids, len(ids)  # as many bytes
 
     return write_tokens(name, pieces(), tokenizer, source)
 
@@ -55,6 +54,7 @@ def read_digits():
 
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
+    check_name(config.name, own="digits")
     pictures, digits = read_digits()
     splits = {"train": (pictures[:FORM], digits[:FORM]), "val": (pictures[FORM:], digits[FORM:])}
     write_pictures(config.name, splits, "UCI, Optical Recognition of Handwritten Digits")

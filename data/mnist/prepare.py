@@ -4,6 +4,7 @@ The 10,000 of the test set validate. A grey is one of 17 here, not of 256, as in
 """
 
 import gzip
+import math
 import sys
 import zlib
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.corpus import DATA
+from data.corpus import DATA, check_name
 from data.digits.prepare import GREYS, write_pictures
 from data.run.errors import Mistake, command
 from data.run.files import check_sha256, download
@@ -40,20 +41,24 @@ class PrepareConfig:
 
 def read_idx(path, *shape):
     """The numbers of a gzipped IDX file, (N, *shape) uint8. Mistake if it has others, or is none."""
+    kind, size = 0x800 + 1 + len(shape), math.prod(shape)  # bytes, in so many dimensions
     try:
         with gzip.open(path) as file:
-            header = np.frombuffer(file.read(4 * (2 + len(shape))), ">u4")
-            magic, n, *sizes = header.tolist()
-            if magic != 0x800 + 1 + len(shape) or tuple(sizes) != shape or n > 10**6:
-                raise ValueError(f"its header is {header.tolist()}")
-            content = file.read(n * int(np.prod(shape)) + 1)
-        return np.frombuffer(content, np.uint8).reshape(n, *shape)
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Mistake(f"{path}: not a whole IDX file of this kind ({error})") from None
+            header = file.read(4 * (2 + len(shape))).ljust(4 * (2 + len(shape)), b"\0")
+            magic, n, *sizes = np.frombuffer(header, ">u4").tolist()
+            if (magic, tuple(sizes)) != (kind, shape) or n > 10**6:
+                raise Mistake(f"{path}: not an IDX file of {' x '.join(map(str, shape)) or 'single'} bytes")
+            content = file.read(n * size + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Mistake(f"{path}: it is damaged ({error})") from None
+    if len(content) != n * size:
+        raise Mistake(f"{path}: it has {'more' if len(content) > n * size else 'fewer'} bytes than it says")
+    return np.frombuffer(content, np.uint8).reshape(n, *shape)
 
 
 def main(url=URL, files=FILES):
     config, splits = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0])), {}
+    check_name(config.name, own="mnist")
     folder = DATA / "mnist" if config.dir is None else Path(config.dir)
     for split, sums in files.items():
         paths = [folder / name for name in sums]

@@ -69,6 +69,9 @@ def settle(given, config_class):
         given = {**given, "attention": Attention("canvas")}
         attention = given["attention"]
     if attention != before and not resume:
+        if tokenizer.kinds and model.config.position == "learned" and model.config.shift_id is not None:
+            reason = f"the table of positions in {path} has none for a token more than its canvas"
+            raise Mistake(f"--attention {attention}: {reason}")
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
         model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
     trained, longest = checkpoint.get("train", {}), model.config.block_size
@@ -112,7 +115,9 @@ def with_canvas(config, given):
         return config
     if given.get("block_size", T) != T:
         raise Mistake(f"--block_size {given['block_size']}: a canvas of --data {config.data} has {T} tokens")
-    return dataclasses.replace(config, block_size=T, prompt_len=given.get("prompt_len", Span(0, 0)))
+    keeps = "prompt_len" in given or config.init_from == "resume"
+    prompt_len = config.prompt_len if keeps else Span(0, 0)
+    return dataclasses.replace(config, block_size=T, prompt_len=prompt_len)
 
 
 def without_noise(config, given):
@@ -236,12 +241,14 @@ def default_checkpoint():
     raise Mistake(f"{OWN}: there is no checkpoint yet; `python train.py` makes one")
 
 
-def flags_for(config, given, path, model, token_nats, longest, all_causal):
-    """The flags of denoise, for each order, as the model in path can follow them on canvases of `longest`
-    tokens at most. Mistake if it cannot. Beside other models a causal one writes as it must: the flags are
+def flags_for(config, given, path, model, token_nats, canvases, all_causal):
+    """The flags of denoise, for each order, as the model in path can follow them on canvases, lists of ids.
+    Mistake if it cannot. Beside other models a causal one writes as it must: the flags are
     for the others.
     """
-    K, W = model.config.K, model.config.block_size
+    K, W, longest = model.config.K, model.config.block_size, max(map(len, canvases))
+    if model.config.kinds and any(unseen(ids, model.config.mask_id, K) for ids in canvases):
+        raise Mistake(f"--prompt: the model in {path} fills its holes without seeing what stands after them")
     if config.suffix and K < W:
         raise Mistake(
             f"--suffix: the model in {path} writes from the left, and does not see what stands after"
@@ -262,3 +269,9 @@ def flags_for(config, given, path, model, token_nats, longest, all_causal):
         raise Mistake(f"--order information: {path} does not say how common its tokens are")
     flags = {name: getattr(config, name) for name in ("steps", "tau", "block_len", "revise", "guidance")}
     return [{"order": order, "token_nats": token_nats, **flags} for order in config.order]
+
+
+def unseen(ids, mask_id, K):
+    """Whether a model of blocks of K fills a hole of ids without seeing some token that was given."""
+    given = [i for i, token in enumerate(ids) if token != mask_id]
+    return mask_id in ids and bool(given) and ids.index(mask_id) // K < given[-1] // K
