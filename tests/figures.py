@@ -6,6 +6,7 @@
     python tests/figures.py orders      # forward passes against the quality of the text
     python tests/figures.py lengths     # how often the length of a hole is found
     python tests/figures.py answers     # questions answered rightly, by order and forward passes
+    python tests/figures.py digits      # pictures named by their likeliest caption, and drawn from a word
     python tests/figures.py dial        # from append to set: the bound for each attention
     python tests/figures.py speed       # the same models: quality of the text against tokens per second
     python tests/figures.py post        # the post's comparison: RoBERTa's loop and GPT-2's
@@ -13,6 +14,7 @@
     python tests/figures.py repeat      # little text, read many times: append overfits, set goes on
     python tests/figures.py changes     # the README's five changes, each made and tried (printed alone)
     python tests/figures.py counts      # what the shipped model writes: its words, what is copied (printed)
+    python tests/figures.py gauss       # masks against Gaussian noise: the bound by minutes, and the text
 
 What is drawn is also printed. Models that a figure needs and does not find, it trains.
 """
@@ -36,22 +38,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.canvas.prompt import MOST, shown_of
 from data.corpus import DATA, SPLITS, load_corpus, windows_at, write_corpus
+from data.digits.prepare import WORDS
 from data.hmm.prepare import text_nats
 from data.run.errors import Mistake, command
 from data.run.flags import argument, flag, parse
 from data.run.machine import autocast, pick_device
 from data.run.settings import SHIPPED
 from model import load_checkpoint
-from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood
+from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood, read
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = (
-    *("levels", "limit", "parallel", "orders", "lengths", "answers", "dial", "speed", "post"),
-    *("recipe", "repeat", "changes", "counts"),
+    *("levels", "limit", "parallel", "orders", "lengths", "answers", "digits", "dial", "speed", "post"),
+    *("recipe", "repeat", "changes", "counts", "gauss"),
 )
 EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figures were drawn
 
@@ -60,7 +64,8 @@ EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figu
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
     seeds: int = flag(1, "levels, recipe, dial on Shakespeare: models of each kind to train", least=1)
-    texts: int = flag(32, "orders, lengths, answers, dial, speed, counts: texts for each point", least=1)
+    texts: int = flag(32, "orders to speed, counts, gauss: texts for each point", least=1)
+    minutes: float = flag(10.0, "gauss: to train each model for", above=0)
     processes: int = flag(1, "that train a model together, under torchrun", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
@@ -69,18 +74,18 @@ class FiguresConfig:
 PYTHON = [sys.executable]  # what runs train.py
 
 
-def train(out_dir, *flags):
-    """Train a model unless there is one in out_dir; the path of its checkpoint."""
+def train(out_dir, *flags, script=("train.py",)):
+    """Train a model by a script unless there is one in out_dir; the path of its checkpoint."""
     folder = ROOT / out_dir
     if not (folder / "ckpt.pt").exists():
         if folder.exists():
             raise Mistake(f"{folder}: there is no model in it yet; complete its run, or move it away")
         flags = " ".join(flags)
-        print(f"python train.py {flags} --out_dir {out_dir}", file=sys.stderr)
+        print(f"python {' '.join(script)} {flags} --out_dir {out_dir}", file=sys.stderr)
         unfinished = folder.with_name(f"{folder.name}-unfinished")  # no model yet, should Ctrl-C end it
         shutil.rmtree(unfinished, ignore_errors=True)
-        arguments = [*PYTHON, ROOT / "train.py", *flags.split(), "--out_dir", unfinished]
-        if subprocess.run(arguments, stdout=sys.stderr).returncode:
+        arguments = [*PYTHON, *script, *flags.split(), "--out_dir", unfinished]
+        if subprocess.run(arguments, cwd=ROOT, stdout=sys.stderr).returncode:
             sys.exit(2)  # it has said why
         unfinished.rename(folder)
     return folder / "ckpt.pt"
@@ -361,6 +366,66 @@ def answers(config, device):
         panel.set_xticks([1, 2, 4, 8, 16], labels=map(str, [1, 2, 4, 8, 16]))
         panel.minorticks_off()
     panels[1].legend(fontsize="small", loc="lower right")
+    save()
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+DIGITS = "--data digits --batch_size 32 --dropout 0.2"
+SEEDS = ("", "--seed 0"), ("-1", "--seed 1")
+
+
+@torch.no_grad()
+def caption_nats(model, tokenizer, canvases, given):
+    """Minus the log of the probability, in nats, of canvases (N, T) with each of the words for a caption:
+    (N, 10), exactly, all tokens being set from the left, which `--score --order left` prints; or of the
+    captions alone, where the pictures are given.
+    """
+    first, columns = tokenizer.caption, []
+    for word in WORDS:
+        text = canvases.clone()
+        text[:, :first] = torch.tensor(tokenizer.canvas(word, []))
+        canvas = torch.full_like(text, tokenizer.mask_id)
+        if given:
+            canvas[:, first:] = text[:, first:]
+        take = Recorded(partial(read, text), canvas)
+        *_, _ = denoise(model, canvas, text.shape[1], "left", take=take)
+        columns.append(-take.log_p.sum(1))
+    return torch.stack(columns, 1)
+
+
+def digits(config, device):
+    """What a model makes of held-out pictures, and another, of another seed, of those that it draws."""
+    _, val, tokenizer, _ = load_corpus("digits")
+    T, first, width = tokenizer.canvas_len, tokenizer.caption, tokenizer.width
+    real, _ = map(torch.from_numpy, windows_at(val, np.arange(len(val.starts))[:, None], T))
+    captions = torch.tensor([tokenizer.canvas(word, []) for word in WORDS])  # (10, first)
+    meant = (real[:, None, :first] == captions).all(2).int().argmax(1)  # (N,)
+    models = [load_checkpoint(train(f"out-digits{name}", DIGITS, seed), device)[0] for name, seed in SEEDS]
+    with autocast(device):
+        for (model, (_, seed)), given in itertools.product(zip(models, SEEDS), (True, False)):
+            right = caption_nats(model, tokenizer, real, given).argmin(1) == meant
+            way = "captions after the pictures" if given else "whole canvases"
+            print(f"{right.float().mean():.1%} of {len(right)} named rightly, {seed}, by {way}", flush=True)
+        words = torch.arange(10).repeat_interleave(config.texts)
+        canvas = torch.full((len(words), T), tokenizer.mask_id)
+        canvas[:, :first] = captions[words]
+        for temperature in (1.0, 0.7):
+            *_, drawn = denoise(models[0], canvas, temperature=temperature)
+            named = (caption_nats(models[1], tokenizer, drawn, given=True).argmin(1) == words).float()
+            shares = zip(WORDS, named.view(10, -1).mean(1).tolist())
+            each = ", ".join(f"{word} {share:.0%}" for word, share in shares)
+            print(f"drawn at {temperature} and named as meant: {named.mean():.1%}; {each}", flush=True)
+    *panels, save = plot(config.save, 2)
+    for panel, title, pictures, of in (
+        (panels[0], "real and held out", real, meant),
+        (panels[1], "drawn from the word", drawn, words),
+    ):
+        rows = torch.stack([pictures[of == i][:12, first:] for i in range(10)])  # (10, 12, pixels)
+        pixels = F.pad(rows.unflatten(2, (-1, width)) - 257, (0, 2, 0, 2))  # with two white ones between
+        panel.imshow(pixels.transpose(1, 2).flatten(2).flatten(0, 1), cmap="gray_r", interpolation="none")
+        panel.set_title(title)
+        panel.set_axis_off()
     save()
 
 
@@ -723,6 +788,63 @@ def counts(config, device):
         words = [word in known for text in texts for word in WORD.findall(text)[1:-1]]
         shares = np.mean(words), np.mean([copied(text, runs) for text in texts])
         print(f"| {name} | {shares[0]:.1%} of {len(words):,} | {shares[1]:.1%} |", flush=True)
+
+
+# --- masks and Gaussian noise --------------------------------------------------------------------
+
+NOISES = {  # the flags of each, of train.py or of tests/gauss.py
+    "masks": "",
+    "Gaussian noise": "",
+    "Gaussian noise, the right end first": "--slant 1",
+    "append": "--attention causal",
+}
+
+
+def with_noise(name, flags, minutes):
+    """The path of a model of NOISES, trained unless it is there."""
+    out_dir = f"out-noise/{re.sub('[^a-z]+', '-', name.lower())}-{minutes:g}"
+    flags += f" --max_minutes {minutes:g} --prompt_len 0 --evals 12 --eval_tokens 32768"
+    return train(out_dir, flags, script=("tests/gauss.py", "train") if "Gaussian" in name else ("train.py",))
+
+
+def gauss(config, device):
+    """Of each noise, after the same minutes: the bound of the validation split, and the text that it writes,
+    append in 256 passes, the others in 128. How likely that is another append says, of another seed; a text
+    that repeats itself is likely, too, and so the entropy of byte pairs stands beside it.
+    """
+    from gauss import bound, load
+    from gauss import denoise as move_and_round
+
+    panel, save = plot(config.save)
+    judge, _, _ = load_checkpoint(with_noise("judge", "--attention causal --seed 9", config.minutes), device)
+    T, (_, val, tokenizer, _) = 256, load_corpus("python", 256)
+    tokens, texts = windows(val, T, len(val))[0], windows(val, T, config.texts * T)[0]
+    print("| noise | steps | bound, nats per byte | its text, nats per byte | bits per pair of bytes |")
+    with autocast(device):
+        print(f"| text of the corpus | | | {nelbo(judge, texts):.3f} | {pair_entropy(texts):.2f} |")
+    for name, flags in NOISES.items():
+        path = with_noise(name, flags, config.minutes)
+        with open(path.with_name("log.csv"), newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
+        curve = ([float(row[column]) for row in rows] for column in ("minutes", "val_nats_per_token"))
+        panel.plot(*curve, marker="o", markersize=4, label=name)
+        with autocast(device):
+            if "Gaussian" in name:
+                model, _, checkpoint = load(path, device)
+                slant = checkpoint["train"]["slant"]
+                nats = bound(model, tokens, slant=slant)
+                holes = torch.full((config.texts, T), tokenizer.mask_id)
+                texts = move_and_round(model, holes, 128, slant)
+            else:
+                model, _, checkpoint = load_checkpoint(path, device)
+                nats = nelbo(model, tokens)
+                texts, _ = write(model, config.texts, T, *((T, "left") if name == "append" else (128,)))
+            row = f"{nats:.3f} | {nelbo(judge, texts):.3f} | {pair_entropy(texts):.2f}"
+        print(f"| {name} | {checkpoint['step']:,} | {row} |", flush=True)
+        print(tokenizer.decode(texts[0].tolist()), flush=True)
+    panel.set(xlabel="minutes of training", ylabel="validation bound, nats per byte")
+    panel.legend()
+    save()
 
 
 def main():
