@@ -371,7 +371,7 @@ def answers(config, device):
 
 # --- pictures ------------------------------------------------------------------------------------
 
-DIGITS = "--data digits --batch_size 32 --dropout 0.2"
+DIGITS = "--data digits --batch_size 32 --dropout 0.1"
 SEEDS = ("", "--seed 0"), ("-1", "--seed 1")
 
 

@@ -355,13 +355,27 @@ def test_the_file_of_digits_is_the_corpus_and_no_hand_is_in_both_splits():
     assert text[digits.FORM :].startswith("0123456789" * 3 + "0955650989")
     train_split, val, tokenizer, meta = load_corpus("digits")
     for split, chosen in ((train_split, slice(None, digits.FORM)), (val, slice(digits.FORM, None))):
-        x0, prompts = windows_at(split, np.arange(len(split.starts))[:, None], 72)
+        x0, prompts = windows_at(split, np.arange(len(labels[chosen]))[:, None], 72)
         assert (x0[:, 8:] - 257 == pictures[chosen].reshape(-1, 64)).all()
         assert not prompts.any()
         words = ["".join(map(chr, row)) for row in x0[:, :8]]
         assert words == [digits.WORDS[digit].ljust(8) for digit in labels[chosen]]
     assert meta["val"]["tokens"] == 72 * 382
     assert tokenizer.canvas_len == 72
+
+
+def test_what_is_learned_from_is_also_there_as_others_might_have_written_it():
+    """Three copies of each, under the same word, that look like it and are not it."""
+    train_split, _, _, _ = load_corpus("digits")
+    x0, _ = windows_at(train_split, np.arange(len(train_split.starts))[:, None], 72)
+    originals, *copies = x0.reshape(4, digits.FORM, 72)
+    assert (copies[0] != copies[1])[:, 8:].any(1).all()
+    for copy in copies:
+        assert (copy[:, :8] == originals[:, :8]).all()
+        alike = [np.corrcoef(*pair)[0, 1] for pair in zip(originals[:, 8:], copy[:, 8:])]
+        others = [np.corrcoef(*pair)[0, 1] for pair in zip(originals[:, 8:], np.roll(copy[:, 8:], 1, 0))]
+        assert np.mean(alike) > 0.75
+        assert np.mean(others) < 0.5
 
 
 def pixels_of(text):
