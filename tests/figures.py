@@ -402,31 +402,31 @@ def digits(config, device):
     captions = torch.tensor([tokenizer.canvas(word, []) for word in WORDS])  # (10, first)
     meant = (real[:, None, :first] == captions).all(2).int().argmax(1)  # (N,)
     models = [load_checkpoint(train(f"out-digits{name}", DIGITS, seed), device)[0] for name, seed in SEEDS]
+    words = torch.arange(10).repeat_interleave(config.texts)
+    canvas = torch.full((len(words), T), tokenizer.mask_id)
+    canvas[:, :first] = captions[words]
     with autocast(device):
-        for (model, (_, seed)), given in itertools.product(zip(models, SEEDS), (True, False)):
-            right = caption_nats(model, tokenizer, real, given).argmin(1) == meant
-            way = "captions after the pictures" if given else "whole canvases"
-            print(f"{right.float().mean():.1%} of {len(right)} named rightly, {seed}, by {way}", flush=True)
-        words = torch.arange(10).repeat_interleave(config.texts)
-        canvas = torch.full((len(words), T), tokenizer.mask_id)
-        canvas[:, :first] = captions[words]
         for temperature in (1.0, 0.7):
             *_, drawn = denoise(models[0], canvas, temperature=temperature)
             named = (caption_nats(models[1], tokenizer, drawn, given=True).argmin(1) == words).float()
             shares = zip(WORDS, named.view(10, -1).mean(1).tolist())
             each = ", ".join(f"{word} {share:.0%}" for word, share in shares)
             print(f"drawn at {temperature} and named as meant: {named.mean():.1%}; {each}", flush=True)
-    *panels, save = plot(config.save, 2)
-    for panel, title, pictures, of in (
-        (panels[0], "real and held out", real, meant),
-        (panels[1], "drawn from the word", drawn, words),
-    ):
-        rows = torch.stack([pictures[of == i][:12, first:] for i in range(10)])  # (10, 12, pixels)
-        pixels = F.pad(rows.unflatten(2, (-1, width)) - 257, (0, 2, 0, 2))  # with two white ones between
-        panel.imshow(pixels.transpose(1, 2).flatten(2).flatten(0, 1), cmap="gray_r", interpolation="none")
-        panel.set_title(title)
-        panel.set_axis_off()
-    save()
+        *panels, save = plot(config.save, 2)
+        for panel, title, pictures, of in (
+            (panels[0], "real and held out", real, meant),
+            (panels[1], "drawn from the word", drawn, words),
+        ):
+            rows = torch.stack([pictures[of == i][:12, first:] for i in range(10)])  # (10, 12, pixels)
+            pixels = F.pad(rows.unflatten(2, (-1, width)) - 257, (0, 2, 0, 2))  # with two white ones between
+            panel.imshow(pixels.transpose(1, 2).flatten(2).flatten(0, 1), cmap="gray_r", interpolation="none")
+            panel.set_title(title)
+            panel.set_axis_off()
+        save()
+        for given, (model, (_, seed)) in itertools.product((True, False), [*zip(models, SEEDS)]):
+            right = caption_nats(model, tokenizer, real, given).argmin(1) == meant
+            way = "captions after the pictures" if given else "whole canvases"
+            print(f"{right.float().mean():.1%} of {len(right)} named rightly, {seed}, by {way}", flush=True)
 
 
 # --- from append to set --------------------------------------------------------------------------
