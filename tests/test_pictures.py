@@ -235,7 +235,7 @@ def test_a_canvas_has_all_its_places():
     with pytest.raises(Mistake, match="--length 9: the model's canvas has 10 tokens"):
         make_canvases("", "", 9, TOKENIZER, T)
     for others in (3, 1000):  # beside a model that sees fewer tokens, or more
-        assert [len(ids) for ids in make_canvases("a<mask*2:3>④", "", None, TOKENIZER, others)] == [T]
+        assert [len(ids) for ids in make_canvases("a<mask*2:3>④", "", None, TOKENIZER, others)] == [T, T]
 
 
 @pytest.mark.parametrize(

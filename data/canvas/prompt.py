@@ -86,9 +86,7 @@ def make_canvases(prompt, suffix, length, tokenizer, block_size):
         filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(sizes) for part in parts)
         ids = standing(begin + list(itertools.chain(*filled)), tokenizer)
         rest = 0 if own else T - len(ids) - len(suffix)
-        canvas = standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer)
-        if canvas not in canvases:  # different lengths may come to the same
-            canvases.append(canvas)
+        canvases.append(standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer))
     return canvases
 
 
