@@ -64,7 +64,7 @@ EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figu
 class FiguresConfig:
     figure: Literal[FIGURES] = argument(f"one of {', '.join(FIGURES)}")
     seeds: int = flag(1, "levels, recipe, dial on Shakespeare: models of each kind to train", least=1)
-    texts: int = flag(32, "orders to speed, counts, gauss: texts for each point", least=1)
+    texts: int = flag(32, "texts for each point, or each digit, of a figure that writes some", least=1)
     minutes: float = flag(10.0, "gauss: to train each model for", above=0)
     processes: int = flag(1, "that train a model together, under torchrun", least=1)
     save: str | None = flag(None, "the picture (default: .github/FIGURE.svg)")
@@ -102,12 +102,17 @@ def write(model, n, T, steps, order="random", **flags):
     return canvas.cpu(), len(passes)
 
 
-def log_of(path, batch_size=16):
-    """What a run's log says of its validation: millions of tokens seen, and nats per token, an array each."""
+def evaluations(path, *columns):
+    """What the log of a checkpoint's run says of its evaluations: an array for each column."""
     with open(path.with_name("log.csv"), newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
-    tokens = np.array([int(row["step"]) for row in rows]) * batch_size * 256 / 1e6
-    return tokens, np.array([float(row["val_nats_per_token"]) for row in rows])
+    return [np.array([float(row[column]) for row in rows]) for column in columns]
+
+
+def log_of(path, batch_size=16):
+    """Millions of tokens that a run had seen at its evaluations, and nats per token, an array each."""
+    steps, nats = evaluations(path, "step", "val_nats_per_token")
+    return steps * batch_size * 256 / 1e6, nats
 
 
 def plot(path, n_panels=1, n_rows=1):
@@ -200,10 +205,7 @@ def limit(config, device):
         bound = nelbo(model, tokens, draws=8)
     print(f"NELBO {bound:.4f} nats per token, standard error {bound.error:.4f}")
     print(f"true entropy of the same windows {entropy:.4f}: {bound / entropy - 1:.2%} above")
-    with open(path.with_name("log.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
-    minutes, nats = ([float(row[name]) for row in rows] for name in ("minutes", "val_nats_per_token"))
-    panel.plot(minutes, nats, marker="o", label="NELBO of the model")
+    panel.plot(*evaluations(path, "minutes", "val_nats_per_token"), marker="o", label="NELBO of the model")
     panel.axhline(entropy, color="gray", linestyle=":", label="true entropy of the windows")
     panel.set(xlabel="minutes of training", ylabel="nats per token")
     panel.legend()
@@ -824,9 +826,7 @@ def gauss(config, device):
         print(f"| text of the corpus | | | {nelbo(judge, texts):.3f} | {pair_entropy(texts):.2f} |")
     for name, flags in NOISES.items():
         path = with_noise(name, flags, config.minutes)
-        with open(path.with_name("log.csv"), newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["val_nats_per_token"]]
-        curve = ([float(row[column]) for row in rows] for column in ("minutes", "val_nats_per_token"))
+        curve = evaluations(path, "minutes", "val_nats_per_token")
         panel.plot(*curve, marker="o", markersize=4, label=name)
         with autocast(device):
             if "Gaussian" in name:
