@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, which its defaults would keep alive: see together()
 from torch.nn.parallel import DistributedDataParallel
 
 # --- who is there --------------------------------------------------------------------------------
@@ -43,7 +44,10 @@ def together():
             time.sleep(30)
         raise
     finally:
+        # A thread of the group that has a tensor left to free while the interpreter shuts down aborts the
+        # process. They end here with the group, but where fully_shard remembers it: these are given time.
         dist.destroy_process_group()
+        time.sleep(0.1)
 
 
 def total(tensor):
