@@ -20,7 +20,6 @@ before each, and so a block is a sequence of its own; GPT is blocks of one token
 import functools
 import itertools
 import math
-import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -425,14 +424,19 @@ def windows(split, T, n_tokens):
 
 
 def evaluate(run, tokens, own_prompt, counts, prompt_len, **flags):
-    """The Bound of windows, in nats per maskable token; and in bits per byte of their split, were all its
-    text as likely. counts: how many tokens the split has, and bytes, which of examples are those of replies.
-    """
+    """The Bound of windows, in nats per maskable token; and in bits per byte of their split."""
     flags |= {"prompt_len": own_prompt + prompt_len, "seed": run.config.seed}
     with run.precision:
         bound = nelbo(run.model, tokens, **flags)
-    text_share = which_maskable(tokens, own_prompt, run.model.config.special_ids).float().mean().item()
-    return bound, bound * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
+    return bound, bits_per_byte(bound, tokens, own_prompt, run.model.config.special_ids, counts)
+
+
+def bits_per_byte(bound, tokens, own_prompt, special_ids, counts):
+    """Of a split, were all its text as likely as these windows by their bound. counts: how many tokens the
+    split has, and bytes, which of examples are those of replies.
+    """
+    text_share = which_maskable(tokens, own_prompt, special_ids).float().mean().item()
+    return bound * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
 
 
 def bound_name(K, prompt_len=0, slant=0.0, level=UNIFORM, of_replies=False):
@@ -540,11 +544,7 @@ def main():
                 break
         if run.progress() < 1:
             run.save(tokenizer)
-    if run.progress() < 1:
-        again = f"python train.py --out_dir {config.out_dir} --init_from resume"
-        if rank() == 0:
-            print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
-        sys.exit(128 + (came or [signal.SIGINT])[0])
+    run.end(came, "train.py")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ are train.py's; levels that depend on the position (--slant) are AR-Diffusion's 
 
 import dataclasses
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -39,12 +38,12 @@ from data.run.files import alone_in
 from data.run.flags import Level, argument, flag, from_plain, parse
 from data.run.machine import autocast, device_of, pick_device
 from data.run.report import Report
-from data.run.settings import SHAPE, check_training, check_unused
+from data.run.settings import SHAPE, check_training, check_unused, with_canvas
 from data.run.training import Run
 from data.tokenizer import tokenizer_from_state
 from model import ModelConfig, Transformer
 from sample import draw
-from train import Bound, TrainConfig, draw_levels, mask_rates, train, which_maskable, windows
+from train import Bound, TrainConfig, bits_per_byte, draw_levels, mask_rates, train, which_maskable, windows
 
 WIDTH = 16  # D, of a token's vector, as in Plaid (2305.18619)
 LENGTH = 2.0  # of all vectors: most is learned about a byte around t = 1/2, where the levels of a bell are
@@ -103,15 +102,14 @@ class Gauss(Transformer):
         alpha, sigma = scales(levels)
         waves = torch.cos(torch.pi * levels[..., None] * torch.arange(WIDTH, device=z.device))
         x = self.read_in(torch.cat((z, guess, waves), 2))  # (B, T, C)
-        sight, _ = self.sight(0, z.shape[1], None, z.device)
+        sight, positions = self.sight(0, z.shape[1], None, z.device)
         for layer in self.blocks:
             x = layer(x, sight)
         # What z itself says of its token, log N(z; alpha e, sigma^2), but for what all tokens share: the
         # network has to say only what the others say of it (2305.18619).
         with torch.autocast(z.device.type, enabled=False):
             own = alpha / sigma.square().clamp(min=1e-4) * z @ self.vectors().T
-        logits = self.head(self.final_norm(x)).float() + own
-        return logits.index_fill(2, torch.tensor(self.config.mask_id, device=z.device), -torch.inf)
+        return self.unembed(x, positions).float() + own
 
     @torch.no_grad()
     def guess(self, z, levels, before):
@@ -271,8 +269,7 @@ def evaluate(model, precision, tokens, own_prompt, counts, prompt_len=0, **flags
     """The Bound of windows, and in bits per byte of their split, as train.py has it."""
     with precision:
         nats = bound(model, tokens, own_prompt + prompt_len, **flags)
-    text_share = which_maskable(tokens, own_prompt, model.config.special_ids).float().mean().item()
-    return nats, nats * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
+    return nats, bits_per_byte(nats, tokens, own_prompt, model.config.special_ids, counts)
 
 
 def write(model, precision, tokenizer, prompt="", **flags):
@@ -291,11 +288,12 @@ def learn(config, given):
     if config.init_from == "resume":
         model, _, checkpoint = load(Path(config.out_dir) / "last.pt")
         config = dataclasses.replace(from_plain(GaussConfig, checkpoint["train"]), **given)
+    config = with_canvas(config, given)
     check_training(config)
     train_split, val_split, tokenizer, meta = load_corpus(config.data, config.block_size)
     torch.manual_seed(config.seed)
     shape = {name: getattr(config, name) for name in (*SHAPE, "block_size", "dropout")}
-    shape |= {"special_ids": tokenizer.special_ids}
+    shape |= {"special_ids": tokenizer.special_ids, "kinds": tokenizer.kinds}
     model_config = ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape)
     if checkpoint is None:
         check_unused(config.out_dir)
@@ -326,10 +324,7 @@ def learn(config, given):
                 break
         if run.progress() < 1:
             run.save(tokenizer)
-    if run.progress() < 1:
-        again = f"python tests/gauss.py train --out_dir {config.out_dir} --init_from resume"
-        print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
-        sys.exit(128 + (came or [signal.SIGINT])[0])
+    run.end(came, "tests/gauss.py train")
 
 
 def main():

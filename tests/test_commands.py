@@ -280,6 +280,24 @@ def test_python_corpus_is_made_when_it_is_missing(tmp_path):
 # --- reproducible, resumable ---------------------------------------------------------------------
 
 
+@contextmanager
+def stopped_in(step, script=train, number=signal.SIGINT):
+    """Context in which a run of a script gets a signal in this step, and ends as one that was stopped."""
+    draw_batch, steps = script.draw_batch, []
+
+    def interrupt(*args):
+        steps.append(args)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        return draw_batch(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "draw_batch", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            yield
+    assert stopped.value.code == 128 + number
+
+
 def weights(path):
     checkpoint = load_checkpoint(path)[2]
     return checkpoint["step"], checkpoint["model"], checkpoint["optimizers"]
@@ -325,19 +343,8 @@ def test_resume_is_bitwise_identical(more, number, tmp_path, monkeypatch):
     """A run stopped by Ctrl-C or SIGTERM after some steps and resumed equals one that was never stopped."""
     flags = f"--data book --max_iters 12 --evals 3 --log_every 1 --dropout 0.1 {SMALL} {more}"
     run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/whole")
-    draw_batch, steps = train.draw_batch, []
-
-    def interrupt_in_step_7(*args):
-        steps.append(args)
-        if len(steps) == 7:
-            os.kill(os.getpid(), number)
-        return draw_batch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "draw_batch", interrupt_in_step_7)
-        with pytest.raises(SystemExit) as stopped:
-            run_train(patch, f"{flags} --out_dir {tmp_path}/halves")
-    assert stopped.value.code == 128 + number
+    with stopped_in(7, number=number):
+        run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/halves")
     assert weights(tmp_path / "halves" / "last.pt")[0] == 7
     run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}/halves")
     assert_same(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "halves" / "last.pt"))
@@ -350,16 +357,8 @@ def test_resume_is_bitwise_identical(more, number, tmp_path, monkeypatch):
 def test_a_run_stopped_before_its_first_evaluation_leaves_a_checkpoint_to_sample(tmp_path, monkeypatch):
     """The model as it is; the first evaluation replaces it, whatever its bound."""
     flags = f"--data book --max_iters 4 --evals 1 {SMALL} --out_dir {tmp_path}"
-    draw_batch = train.draw_batch
-
-    def interrupt(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return draw_batch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "draw_batch", interrupt)
-        with pytest.raises(SystemExit):
-            run_train(patch, flags)
+    with stopped_in(1):
+        run_train(monkeypatch, flags)
     assert weights(tmp_path / "ckpt.pt")[0] == 1
     run_train(monkeypatch, f"--init_from resume --out_dir {tmp_path}")
     assert weights(tmp_path / "ckpt.pt")[0] == 4
@@ -851,6 +850,7 @@ SAMPLE_MISTAKES = {
     ("--block_len", "32", "--length", "64"): "sees 32 tokens",
     ("--save", "data/.svg"): ".html",
     ("--ckpt", "gpt/ckpt.pt", "--suffix", "x"): "--suffix: the model in gpt/ckpt.pt",
+    ("--ckpt", "gpt/ckpt.pt", "--prompt", "a<mask>b"): "--prompt: the model in gpt/ckpt.pt fills holes",
     ("--ckpt", "blocks/ckpt.pt", "--suffix", "x"): "--suffix: the model in blocks/ckpt.pt",
     (
         "--ckpt",

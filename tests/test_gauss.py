@@ -1,28 +1,30 @@
 """Gaussian noise: its bound is the entropy where the denoiser is exact, and its sampler draws the source."""
 
 import math
-import os
-import signal
 import sys
 from types import SimpleNamespace
 
 import gauss
 import numpy as np
 import pytest
+import test_roberta
 import torch
 import torch.nn as nn
 from gauss import LENGTH, Gauss, bound, corrupt, denoise, levels_at, move, scales, snr, step_nats
 from numpy.polynomial.hermite_e import hermegauss
+from test_commands import assert_same, stopped_in
 from toys import all_texts, chi_square_p, make_book
 
 import data.corpus
+import data.digits.prepare as digits
 import sample
 from data.run.checkpoint import read_checkpoint
-from data.run.errors import command
+from data.tokenizer import GREYS
 from model import ModelConfig
 from train import mask_rates
 
 SMALL = "--data book --n_layer 1 --n_embd 16 --n_head 1 --block_size 32 --batch_size 4 --eval_tokens 64"
+run, mistake = test_roberta.run, test_roberta.mistake
 JOINT = torch.tensor([[0.4, 0.05], [0.15, 0.4]])  # of two words, each of two tokens
 
 
@@ -278,76 +280,56 @@ def book(tmp_path_factory):
     make_book(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.corpus, "DATA", folder / "data")
+        patch.setattr(sys, "argv", ["prepare.py"])
+        digits.main()
         yield
-
-
-def run(monkeypatch, flags, script=gauss):
-    monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split()])
-    script.main()
-
-
-def mistake(monkeypatch, capsys, flags, script=gauss):
-    """The sentence on stderr of a command that ends with exit code 2."""
-    monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split()])
-    with pytest.raises(SystemExit) as ended:
-        command(script.main)
-    assert ended.value.code == 2
-    (sentence,) = capsys.readouterr().err.splitlines()
-    return sentence
 
 
 def all_of(folder):
     state = read_checkpoint(folder / "last.pt")
-    tensors = [*state["model"].values(), state["random"]["batches"]]
-    return state["step"], torch.cat([tensor.double().flatten() for tensor in tensors])
+    return [state[name] for name in ("step", "model", "optimizers", "random")]
 
 
-def test_resume_is_bitwise_identical(tmp_path, monkeypatch):
-    flags = f"train {SMALL} --max_iters 8 --evals 2 --slant 1 --dropout 0.1 --log_every 1"
-    run(monkeypatch, f"{flags} --out_dir {tmp_path}/whole")
-    draw_batch, steps = gauss.draw_batch, []
-
-    def interrupt_in_step_5(*args):
-        steps.append(args)
-        if len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return draw_batch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gauss, "draw_batch", interrupt_in_step_5)
-        with pytest.raises(SystemExit) as stopped:
-            run(patch, f"{flags} --out_dir {tmp_path}/halves")
-    assert stopped.value.code == 128 + signal.SIGINT
+def test_resume_is_bitwise_identical(tmp_path, run):
+    flags = f"train {SMALL} --max_iters 8 --evals 2 --slant 1 --dropout 0.1 --log_every 1 --out_dir"
+    run(*flags.split(), tmp_path / "whole", main=gauss.main)
+    with stopped_in(5, gauss):
+        run(*flags.split(), tmp_path / "halves", main=gauss.main)
     assert all_of(tmp_path / "halves")[0] == 5
-    run(monkeypatch, f"train --init_from resume --out_dir {tmp_path}/halves")
-    whole, halves = all_of(tmp_path / "whole"), all_of(tmp_path / "halves")
-    assert whole[0] == halves[0]
-    assert whole[1].equal(halves[1])
+    run("train", "--init_from", "resume", "--out_dir", tmp_path / "halves", main=gauss.main)
+    assert_same(all_of(tmp_path / "whole"), all_of(tmp_path / "halves"))
 
 
-def test_a_run_is_sampled_and_scored(tmp_path, monkeypatch, capsys):
-    run(monkeypatch, f"train {SMALL} --max_iters 2 --evals 1 --out_dir {tmp_path}/out")
+@pytest.mark.parametrize("corpus", ["book", "digits"])
+def test_a_run_is_sampled_and_scored(corpus, tmp_path, run, capsys):
+    """Of text, and of canvases, on which each token stands where it may."""
+    small = SMALL.replace("--block_size 32", "").replace("book", corpus)
+    run(*f"train {small} --max_iters 2 --evals 1 --out_dir {tmp_path}".split(), main=gauss.main)
     capsys.readouterr()
-    run(monkeypatch, f"sample --ckpt {tmp_path}/out/ckpt.pt --prompt line --steps 3")
-    text = capsys.readouterr().out
-    assert text.startswith("line")
-    run(monkeypatch, f"sample --ckpt {tmp_path}/out/ckpt.pt --prompt line --steps 3")
-    assert capsys.readouterr().out == text
-    run(monkeypatch, f"bound --ckpt {tmp_path}/out/ckpt.pt --eval_tokens 64 --steps 4")
+    for _ in range(2):
+        run(*f"sample --ckpt {tmp_path}/ckpt.pt --prompt line --steps 3".split(), main=gauss.main)
+    once, again = capsys.readouterr().out.strip("\n").split("\nline")
+    assert once == f"line{again}"
+    if corpus == "digits":
+        assert [len(row) for row in once.splitlines()] == [8] * 9
+        assert set("".join(once.splitlines()[1:])) <= set(GREYS[:17])
+    run(*f"bound --ckpt {tmp_path}/ckpt.pt --eval_tokens 288 --steps 4".split(), main=gauss.main)
     assert "nats per token" in capsys.readouterr().out
 
 
-def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_sentence(tmp_path, run, mistake):
     """sample.py does not take its checkpoint for one of masks, and there are no orders."""
-    run(monkeypatch, f"train {SMALL} --max_iters 1 --evals 1 --out_dir {tmp_path}/out")
-    capsys.readouterr()
-    ckpt = f"--ckpt {tmp_path}/out/ckpt.pt"
-    assert "not a checkpoint of setitem (" in mistake(monkeypatch, capsys, ckpt, sample)
-    assert "--order" in mistake(monkeypatch, capsys, f"sample {ckpt} --order left")
-    assert "--spindle 1.0" in mistake(monkeypatch, capsys, f"train {SMALL} --spindle 1")
-    assert "there is a run in it" in mistake(monkeypatch, capsys, f"train {SMALL} --out_dir {tmp_path}/out")
-    again = f"train --init_from resume --max_iters 2 --out_dir {tmp_path}/out"
-    assert "another shape" in mistake(monkeypatch, capsys, f"{again} --n_layer 2")
-    assert "--steps 0" in mistake(monkeypatch, capsys, f"sample {ckpt} --steps 0")
+    run(*f"train {SMALL} --max_iters 1 --evals 1 --out_dir {tmp_path}/out".split(), main=gauss.main)
     (tmp_path / "no.pt").write_text("no")
-    assert "not a checkpoint" in mistake(monkeypatch, capsys, f"bound --ckpt {tmp_path}/no.pt")
+    ckpt = f"--ckpt {tmp_path}/out/ckpt.pt"
+    assert "not a checkpoint of setitem (" in mistake(*ckpt.split(), main=sample.main)
+    for flags, words in (
+        (f"sample {ckpt} --order left", "--order"),
+        (f"sample {ckpt} --steps 0", "--steps 0"),
+        (f"train {SMALL} --spindle 1", "--spindle 1.0"),
+        (f"train {SMALL} --out_dir {tmp_path}/out", "there is a run in it"),
+        ("train --data digits --block_size 64", "--block_size 64"),
+        (f"train --init_from resume --max_iters 2 --out_dir {tmp_path}/out --n_layer 2", "another shape"),
+        (f"bound --ckpt {tmp_path}/no.pt", "not a checkpoint"),
+    ):
+        assert words in mistake(*flags.split(), main=gauss.main)

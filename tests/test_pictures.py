@@ -40,7 +40,7 @@ from train import TrainConfig, draw_batch, loss_of, random_tokens
 
 SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
 CAUSAL = "--attention causal"
-TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 bytes, and 3 x 2 pixels of 5 greys
+TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
 T = 10
 SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
 GPT = {"block_len": 1, "shift_id": 256}
@@ -156,9 +156,7 @@ def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
         assert ((letters == 0) & (pixels == 0)).float().mean().item() == pytest.approx(together, abs=0.005)
         # The number of holes of a kind is uniform either way, as that of a canvas is.
         assert (letters.bincount() / 40_000).tolist() == pytest.approx([1 / 5] * 5, abs=0.01)
-    half = replace(
-        config, one_level=True, level=Level("fixed", 0.5)
-    )  # and one for all in a batch, if asked for
+    half = replace(config, one_level=True, level=Level("fixed", 0.5))  # one for all of a batch, if asked for
     letters, pixels = (draw_batch(split, half, generator, model_config)[2][:, i] for i in (0, 4))
     assert (letters & pixels).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
@@ -447,7 +445,7 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     run_train(monkeypatch, f"{SMALL} {CAUSAL} --position learned --max_iters 1 --out_dir {tmp_path}/gpt")
     gpt = tmp_path / "gpt" / "last.pt"
     words = mistake("--ckpt", gpt, "--prompt", "⓪⓪", main=sample.main)
-    assert "fills its holes without seeing what stands after them" in words
+    assert "fills holes without seeing what stands after them" in words
     words = mistake(*f"{SMALL} --init_from {gpt} --attention canvas {out}".split(), main=train.main)
     assert "has none for a token more than its canvas" in words
     assert "has no place left" in mistake("--ckpt", ckpt, "--prompt", "thirteenth", main=sample.main)

@@ -12,6 +12,7 @@ from toys import Conditionals, all_texts, chi_square_p, tiny_model
 
 from data.canvas.prompt import make_canvases, split_prompt
 from data.run.errors import Mistake
+from data.run.settings import unseen
 from data.tokenizer import ByteTokenizer
 from model import ModelConfig
 from sample import ORDERS, Recorded, denoise, draw, fit, look_at, read, uniforms
@@ -528,6 +529,25 @@ def test_canvases_of_a_prompt():
             canvases(prompt, length)
     with pytest.raises(Mistake, match="81 choices"):
         canvases("<mask*1:9>a<mask*1:9>")
+
+
+@pytest.mark.parametrize(
+    ("block_len", "text", "expected"),
+    [
+        (1, "ab__", False),
+        (1, "a_b_", True),
+        (1, "abcd", False),
+        (1, "____", False),
+        (1, "ab_$", False),  # what ends a line says nothing
+        (2, "a_b_", True),
+        (2, "ab_c", False),  # a block sees all of itself
+        (2, "_abc", True),
+        (0, "_bcd" * 9, False),  # a canvas sees all
+    ],
+)
+def test_which_holes_are_filled_without_seeing_some_text(block_len, text, expected):
+    config = ModelConfig(vocab_size=257, mask_id=256, block_size=16, block_len=block_len, special_ids=(36,))
+    assert unseen([256 if c == "_" else ord(c) for c in text], config) == expected
 
 
 def test_toys_are_exact():

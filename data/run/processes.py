@@ -45,7 +45,7 @@ def together():
         raise
     finally:
         # A thread of the group that has a tensor left to free while the interpreter shuts down aborts the
-        # process. They end here with the group, but where fully_shard remembers it: these are given time.
+        # process. These threads end here with the group; where fully_shard remembers it they get time.
         dist.destroy_process_group()
         time.sleep(0.1)
 

@@ -243,16 +243,12 @@ def default_checkpoint():
 
 def flags_for(config, given, path, model, token_nats, canvases, all_causal):
     """The flags of denoise, for each order, as the model in path can follow them on canvases, lists of ids.
-    Mistake if it cannot. Beside other models a causal one writes as it must: the flags are
-    for the others.
+    Mistake if it cannot. Beside other models a causal one writes as it must: the flags are for the others.
     """
     K, W, longest = model.config.K, model.config.block_size, max(map(len, canvases))
-    if model.config.kinds and any(unseen(ids, model.config.mask_id, K) for ids in canvases):
-        raise Mistake(f"--prompt: the model in {path} fills its holes without seeing what stands after them")
-    if config.suffix and K < W:
-        raise Mistake(
-            f"--suffix: the model in {path} writes from the left, and does not see what stands after"
-        )
+    if any(unseen(ids, model.config) for ids in canvases):
+        name = "suffix" if config.suffix else "prompt"
+        raise Mistake(f"--{name}: the model in {path} fills holes without seeing what stands after them")
     if K == 1:
         names = "order", "steps", "tau", "block_len", "revise", "guidance"
         wrong = [name for name in names if given.get(name, 0) not in (["left"], 0)]
@@ -271,7 +267,7 @@ def flags_for(config, given, path, model, token_nats, canvases, all_causal):
     return [{"order": order, "token_nats": token_nats, **flags} for order in config.order]
 
 
-def unseen(ids, mask_id, K):
-    """Whether a model of blocks of K fills a hole of ids without seeing some token that was given."""
-    given = [i for i, token in enumerate(ids) if token != mask_id]
-    return mask_id in ids and bool(given) and ids.index(mask_id) // K < given[-1] // K
+def unseen(ids, config):
+    """Whether a model fills a hole of ids without seeing some of the text, in a block after the hole's."""
+    text = [i for i, token in enumerate(ids) if token not in (config.mask_id, *config.special_ids)]
+    return config.mask_id in ids[: max(text, default=0) // config.K * config.K]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -123,6 +124,17 @@ class Run:
                 link(last, folder / f"step-{self.step:08}.pt")
                 for old in sorted(folder.glob("step-*.pt"))[: -self.config.keep]:
                     old.unlink()
+
+    def end(self, came, script):
+        """Unless the run is complete, end the process with the code of a signal that came, or else of Ctrl-C;
+        stderr says how it goes on.
+        """
+        if self.progress() >= 1:
+            return
+        if rank() == 0:
+            again = f"python {script} --out_dir {self.config.out_dir} --init_from resume"
+            print(f"stopped at step {self.step}; `{again}` goes on from there", file=sys.stderr)
+        sys.exit(128 + (came or [signal.SIGINT])[0])
 
     def pieces(self, batch):
         """This process's pieces of a batch, tensors of B rows, one after the other on the device; each has
