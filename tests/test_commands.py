@@ -850,7 +850,6 @@ SAMPLE_MISTAKES = {
     ("--block_len", "32", "--length", "64"): "sees 32 tokens",
     ("--save", "data/.svg"): ".html",
     ("--ckpt", "gpt/ckpt.pt", "--suffix", "x"): "--suffix: the model in gpt/ckpt.pt",
-    ("--ckpt", "gpt/ckpt.pt", "--prompt", "a<mask>b"): "--prompt: the model in gpt/ckpt.pt fills holes",
     ("--ckpt", "blocks/ckpt.pt", "--suffix", "x"): "--suffix: the model in blocks/ckpt.pt",
     (
         "--ckpt",

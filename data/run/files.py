@@ -81,16 +81,18 @@ def alone_in(folder):
         os.close(lock)
 
 
+@contextmanager
 def open_zipped(path, name):
-    """The file of a zip whose name there ends so, binary. Mistake if there is none."""
-    archive = zipfile.ZipFile(path)
-    for member in archive.infolist():
-        if member.filename.endswith(name):
-            # The others zipfile unpacks 4 KB at a time, of which a hostile one makes any amount.
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise Mistake(f"{path}: {name} in it is not packed by deflate, as a zip's files usually are")
-            return archive.open(member)
-    raise Mistake(f"{path}: there is no {name} in it")
+    """Context of the file of a zip whose name there ends so, binary. Mistake if there is none."""
+    with zipfile.ZipFile(path) as archive:
+        member = next((m for m in archive.infolist() if m.filename.endswith(name)), None)
+        if member is None:
+            raise Mistake(f"{path}: there is no {name} in it")
+        # The others zipfile unpacks 4 KB at a time, of which a hostile one makes any amount.
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise Mistake(f"{path}: {name} in it is not packed by deflate, as a zip's files usually are")
+        with archive.open(member) as file:
+            yield file
 
 
 def check_sha256(path, sha256):

@@ -246,7 +246,8 @@ def flags_for(config, given, path, model, token_nats, canvases, all_causal):
     Mistake if it cannot. Beside other models a causal one writes as it must: the flags are for the others.
     """
     K, W, longest = model.config.K, model.config.block_size, max(map(len, canvases))
-    if any(unseen(ids, model.config) for ids in canvases):
+    # Holes in the middle of a text a GPT fills from what stands before them; for these two that is no answer.
+    if (config.suffix or model.config.kinds) and any(unseen(ids, model.config) for ids in canvases):
         name = "suffix" if config.suffix else "prompt"
         raise Mistake(f"--{name}: the model in {path} fills holes without seeing what stands after them")
     if K == 1:
