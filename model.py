@@ -23,10 +23,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.run.checkpoint import check_config, read_checkpoint
-from data.run.errors import Mistake
-from data.run.fast import Cache, Dropout, Linear, attend, linear, rows_at
-from data.tokenizer import tokenizer_from_state
+from data.lib.checkpoint import check_config, read_checkpoint
+from data.lib.errors import Mistake
+from data.lib.fast import Cache, Dropout, Linear, attend, linear, rows_at
+from data.lib.tokenizer import tokenizer_from_state
 
 
 @dataclass

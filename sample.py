@@ -26,17 +26,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.canvas.chat import chat_of, converse, reply_length
-from data.canvas.history import History
-from data.canvas.picture import save_histories
-from data.canvas.pixels import as_shown
-from data.canvas.prompt import MOST, make_canvases, read_text, shown_of, standing
-from data.canvas.terminal import Watch
-from data.run.errors import Mistake, command
-from data.run.fast import Cache, in_parts, rows_at_once
-from data.run.flags import flag, parse
-from data.run.machine import autocast, device_of, pick_device, send
-from data.run.settings import check_writing, default_checkpoint, flags_for
+from data.lib.chat import chat_of, converse, reply_length
+from data.lib.errors import Mistake, command
+from data.lib.fast import Cache, in_parts, rows_at_once
+from data.lib.flags import flag, parse
+from data.lib.history import History
+from data.lib.machine import autocast, device_of, pick_device, send
+from data.lib.picture import save_histories
+from data.lib.pixels import as_shown
+from data.lib.prompt import MOST, make_canvases, read_text, shown_of, standing
+from data.lib.settings import check_writing, default_checkpoint, flags_for
+from data.lib.terminal import Watch
 from model import load_checkpoint
 
 NEAR = 4  # tokens on either side of a hole that say which of several lengths fits it

@@ -29,20 +29,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data.canvas.chat import Chat
-from data.canvas.history import inert
-from data.canvas.pixels import as_shown
-from data.canvas.prompt import make_canvases, shown_of
-from data.corpus import load_corpus, n_windows, unigram_nats, windows_at
-from data.run.errors import Mistake, command, signals
-from data.run.fast import cross_entropy, rows_at_once
-from data.run.files import alone_in
-from data.run.flags import Attention, Level, Span, flag, parse
-from data.run.machine import device_of, pick_device, send
-from data.run.processes import rank, size, together, total, whole
-from data.run.report import Report
-from data.run.settings import SHAPE, attention_fields, check_training, check_unused, settle, with_examples
-from data.run.training import Run
+from data.lib.chat import Chat
+from data.lib.corpus import load_corpus, n_windows, unigram_nats, windows_at
+from data.lib.errors import Mistake, command, signals
+from data.lib.fast import cross_entropy, rows_at_once
+from data.lib.files import alone_in
+from data.lib.flags import Attention, Level, Span, flag, parse
+from data.lib.history import inert
+from data.lib.machine import device_of, pick_device, send
+from data.lib.pixels import as_shown
+from data.lib.processes import rank, size, together, total, whole
+from data.lib.prompt import make_canvases, shown_of
+from data.lib.report import Report
+from data.lib.settings import SHAPE, attention_fields, check_training, check_unused, settle, with_examples
+from data.lib.training import Run
 from model import ModelConfig, Transformer
 from sample import denoise
 

@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from data.corpus import load_corpus
-from data.hub import byte_symbols
-from data.run.errors import command
-from data.run.fast import attend
-from data.run.flags import Attention, flag, parse
-from data.run.machine import autocast, pick_device
-from data.run.settings import attention_fields, without_noise
-from data.run.training import Run
+from data.lib.corpus import load_corpus
+from data.lib.errors import command
+from data.lib.fast import attend
+from data.lib.flags import Attention, flag, parse
+from data.lib.machine import autocast, pick_device
+from data.lib.settings import attention_fields, without_noise
+from data.lib.training import Run
+from data.weights.hub import byte_symbols
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import (

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench import best_seconds
 
-from data.run.checkpoint import read_checkpoint, save_checkpoint
-from data.run.errors import command
-from data.run.flags import argument, flag, parse
-from data.run.settings import SHIPPED
-from data.run.training import Run
-from data.tokenizer import BPETokenizer, ByteTokenizer
+from data.lib.checkpoint import read_checkpoint, save_checkpoint
+from data.lib.errors import command
+from data.lib.flags import argument, flag, parse
+from data.lib.settings import SHIPPED
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer
+from data.lib.training import Run
 from model import ModelConfig, Transformer, load_checkpoint
 from train import TrainConfig
 

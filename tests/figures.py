@@ -40,14 +40,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.canvas.prompt import MOST, shown_of
-from data.corpus import DATA, SPLITS, load_corpus, windows_at, write_corpus
 from data.digits.prepare import WORDS
 from data.hmm.prepare import text_nats
-from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
-from data.run.machine import autocast, pick_device
-from data.run.settings import SHIPPED
+from data.lib.corpus import DATA, SPLITS, load_corpus, windows_at, write_corpus
+from data.lib.errors import Mistake, command
+from data.lib.flags import argument, flag, parse
+from data.lib.machine import autocast, pick_device
+from data.lib.prompt import MOST, shown_of
+from data.lib.settings import SHIPPED
 from model import load_checkpoint
 from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood, read
 from train import loss_of, nelbo, windows

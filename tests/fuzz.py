@@ -30,9 +30,9 @@ import torch
 from tqdm import tqdm
 
 import data.chat.prepare
-import data.corpus
 import data.fineweb.prepare
 import data.gpt2.prepare
+import data.lib.corpus
 import data.llada.prepare
 import data.mdlm.prepare
 import data.mnist.prepare
@@ -42,11 +42,11 @@ import data.text8.prepare
 import data.wikitext2.prepare
 import sample
 import train
-from data.canvas.chat import BYTES
-from data.run.checkpoint import byte_sum, save_checkpoint, tensors
-from data.run.errors import command
-from data.run.flags import flag, parse
-from data.tokenizer import BPETokenizer, ByteTokenizer, PictureTokenizer
+from data.lib.chat import BYTES
+from data.lib.checkpoint import byte_sum, save_checkpoint, tensors
+from data.lib.errors import command
+from data.lib.flags import flag, parse
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer, PictureTokenizer
 from model import ModelConfig, Transformer, load_checkpoint
 
 SECONDS = 20  # that a case may take
@@ -196,7 +196,7 @@ def corpus(good, folder, rng):
     name = "wide" if rng.random() < 0.05 else name  # with ids of 32 bits; it takes a while
     shutil.copytree(good / "data" / name, folder / "data" / "book")
     damage_one(folder / "data" / "book", rng, ["train.bin", "val.bin", "meta.json", "meta.json"])
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     model = good / ("pictures.pt" if name == "pictures" else "small.pt")
     flags = ["--eval_only", "--init_from", model, "--data", "book", "--eval_tokens", "64"]
     return train.main, flags, None
@@ -213,13 +213,13 @@ def examples(good, folder, rng):
                 rows = (talk / f"{split}.rows").read_bytes()
                 meta[split] |= {"examples": len(rows) // 16, "rows_sha256": hashlib.sha256(rows).hexdigest()}
             (talk / "meta.json").write_text(json.dumps(meta))
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     flags = ["--eval_only", "--init_from", good / "talk.pt", "--data", "talk", "--eval_tokens", "64"]
     return train.main, flags, None
 
 
 def jsonl(good, folder, rng):
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     content = (good / "talk.jsonl").read_bytes()
     if rng.random() < 0.5:
         lines = content.splitlines()
@@ -302,19 +302,19 @@ def prompt(good, folder, rng):
 
 
 def archive(good, folder, rng):
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     (folder / "x.zip").write_bytes(damage((good / "wiki.zip").read_bytes(), rng))
     return data.wikitext2.prepare.main, ["--file", folder / "x.zip", "--name", "w"], None
 
 
 def text8(good, folder, rng):
     """A text of which the sum is known: what is not refused is all of it."""
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     whole, name = (good / "book.txt").read_bytes(), rng.choice(["text8", "text8.zip"])
     (folder / name).write_bytes(damage((good / name).read_bytes(), rng))
 
     def correct():
-        train_split, val, _, _ = data.corpus.load_corpus("t")
+        train_split, val, _, _ = data.lib.corpus.load_corpus("t")
         assert bytes([*train_split, *val]) == whole[:-100]
 
     sizes = {"train": len(whole) - 200, "val": 100, "test": 100}
@@ -324,7 +324,7 @@ def text8(good, folder, rng):
 
 def mnist(good, folder, rng):
     """Files whose sums are as expected, and what is in them is not."""
-    data.corpus.DATA, sums = folder / "data", {}
+    data.lib.corpus.DATA, sums = folder / "data", {}
     for split, names in data.mnist.prepare.FILES.items():
         sums[split] = {}
         for name in names:
@@ -335,11 +335,11 @@ def mnist(good, folder, rng):
             (folder / name).write_bytes(content)
             sums[split][name] = hashlib.sha256(content).hexdigest()
     main = functools.partial(data.mnist.prepare.main, files=sums)
-    return main, ["--dir", folder, "--name", "m"], lambda: data.corpus.load_corpus("m")
+    return main, ["--dir", folder, "--name", "m"], lambda: data.lib.corpus.load_corpus("m")
 
 
 def shard(good, folder, rng):
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     shutil.copytree(good / "shards", folder / "shards")
     path = folder / "shards" / rng.choice(["fineweb_val_000000.bin", "fineweb_train_000001.bin"])
     content = path.read_bytes()
@@ -353,14 +353,14 @@ def shard(good, folder, rng):
         for split, file in (("val", "fineweb_val_000000.bin"), ("train", "fineweb_train_000001.bin")):
             ids = np.fromfile(folder / "data" / "f" / f"{split}.bin", "<u2")
             assert ids.tobytes() == (folder / "shards" / file).read_bytes()[1024:]
-        data.corpus.load_corpus("f")
+        data.lib.corpus.load_corpus("f")
 
     flags = ["--dir", folder / "shards", "--name", "f", "--tokenizer", good / "start.pt"]
     return data.fineweb.prepare.main, flags, correct
 
 
 def text(good, folder, rng):
-    data.corpus.DATA = folder / "data"
+    data.lib.corpus.DATA = folder / "data"
     (folder / "x.txt").write_bytes(damage((good / "book.txt").read_bytes(), rng))
     return data.text.prepare.main, [folder / "x.txt", "--name", "t"], None
 
@@ -420,7 +420,7 @@ def make_good(good):
     from test_mdlm import settings_of, write_files
     from test_roberta import save_weights, write_bert, write_roberta
 
-    data.corpus.DATA = good / "data"
+    data.lib.corpus.DATA = good / "data"
     lines = "".join(f"the line {i} in a book\n" for i in range(400))
     (good / "book.txt").write_text(lines)
     with contextlib.redirect_stdout(None):
@@ -450,14 +450,14 @@ def make_good(good):
     save_checkpoint(good / "pictures.pt", Transformer(config), canvas)
     pictures = [("train", canvas.canvas("ab", [i % 5] * 6), 10) for i in range(20)]
     with contextlib.redirect_stdout(None):
-        data.corpus.write_tokens("pictures", [*pictures, ("val", *pictures[0][1:])], canvas, "made")
+        data.lib.corpus.write_tokens("pictures", [*pictures, ("val", *pictures[0][1:])], canvas, "made")
     write_mnist(good / "mnist", 3)
     (good / "shards").mkdir()
     for name in ("val_000000", "train_000001"):
         write_shard(good / "shards" / f"fineweb_{name}.bin", [len(tokens), *bpe.encode(lines[:600])])
     wide = BPETokenizer([*tokens, *(f"\xff{i}" for i in range(2**16))], pattern)
     with contextlib.redirect_stdout(None):
-        data.corpus.write_corpus("wide", [("train", lines), ("val", lines)], wide, "book.txt")
+        data.lib.corpus.write_corpus("wide", [("train", lines), ("val", lines)], wide, "book.txt")
     for kind, write in (("gpt2", write_gpt2), ("roberta", write_roberta), ("bert", write_bert)):
         model = write(good / kind) if kind == "bert" else write(good / kind, MERGES)
         save_weights(good / kind, model.state_dict())
@@ -499,7 +499,7 @@ def random_of(name, number):
 
 def case(name, rng, good):
     """Raise AssertionError, or whatever it raises, if a case of a reader does not end as it must."""
-    before = data.corpus.DATA
+    before = data.lib.corpus.DATA
     with tempfile.TemporaryDirectory() as folder:
         main, arguments, correct = READERS[name](good, Path(folder), rng)
         signal.signal(signal.SIGALRM, too_long)
@@ -510,7 +510,7 @@ def case(name, rng, good):
                 correct()
         finally:
             signal.alarm(0)
-            data.corpus.DATA = before
+            data.lib.corpus.DATA = before
     assert code in (0, 2), said
     sentences = [line for line in said.splitlines() if line.startswith("script.py: ")]
     assert code == 0 or (len(sentences) == 1 and said.rstrip().endswith(sentences[0])), said

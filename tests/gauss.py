@@ -28,19 +28,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.canvas.history import inert
-from data.canvas.prompt import make_canvases
-from data.corpus import load_corpus, n_windows, windows_at
-from data.run.checkpoint import read_checkpoint
-from data.run.errors import Mistake, command, signals
-from data.run.fast import Linear, cross_entropy
-from data.run.files import alone_in
-from data.run.flags import Level, argument, flag, from_plain, parse
-from data.run.machine import autocast, device_of, pick_device
-from data.run.report import Report
-from data.run.settings import SHAPE, check_training, check_unused, with_canvas
-from data.run.training import Run
-from data.tokenizer import tokenizer_from_state
+from data.lib.checkpoint import read_checkpoint
+from data.lib.corpus import load_corpus, n_windows, windows_at
+from data.lib.errors import Mistake, command, signals
+from data.lib.fast import Linear, cross_entropy
+from data.lib.files import alone_in
+from data.lib.flags import Level, argument, flag, from_plain, parse
+from data.lib.history import inert
+from data.lib.machine import autocast, device_of, pick_device
+from data.lib.prompt import make_canvases
+from data.lib.report import Report
+from data.lib.settings import SHAPE, check_training, check_unused, with_canvas
+from data.lib.tokenizer import tokenizer_from_state
+from data.lib.training import Run
 from model import ModelConfig, Transformer
 from sample import draw
 from train import Bound, TrainConfig, bits_per_byte, draw_levels, mask_rates, train, which_maskable, windows

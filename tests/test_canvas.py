@@ -23,10 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import tiny_model
 
-from data.canvas.history import HOLE, History, columns, inert, lines_of, tokens_of, visible
-from data.canvas.picture import save_html, save_svg
-from data.run.checkpoint import save_checkpoint
-from data.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
+from data.lib.checkpoint import save_checkpoint
+from data.lib.history import HOLE, History, columns, inert, lines_of, tokens_of, visible
+from data.lib.picture import save_html, save_svg
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
 from model import ModelConfig, Transformer
 from sample import Recorded, denoise, draw
 

@@ -16,20 +16,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import tiny_model
 
 import data.chat.prepare
-import data.corpus
+import data.lib.corpus
 import data.sums.prepare
 import sample
 import train
-from data.canvas.chat import BYTES, Chat, converse, template_for
-from data.canvas.prompt import shown_of
 from data.chat.prepare import prepare
-from data.corpus import Examples, load_corpus, windows_at
-from data.hub import byte_symbols
-from data.run import slim
-from data.run.checkpoint import read_checkpoint, save_checkpoint
-from data.run.errors import Mistake
-from data.run.flags import Level, Span
-from data.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
+from data.lib import slim
+from data.lib.chat import BYTES, Chat, converse, template_for
+from data.lib.checkpoint import read_checkpoint, save_checkpoint
+from data.lib.corpus import Examples, load_corpus, windows_at
+from data.lib.errors import Mistake
+from data.lib.flags import Level, Span
+from data.lib.prompt import shown_of
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
+from data.weights.hub import byte_symbols
 from model import ModelConfig, Transformer, load_checkpoint
 from train import TrainConfig, draw_batch, nelbo, windows
 
@@ -65,7 +65,7 @@ QUESTIONS = [said(f"{'long ' * (i % 5)}{i}?", f"{i * i}") for i in range(60)]
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path, monkeypatch):
     """Corpora are written to a folder of the test's own, in which it stands."""
-    for module in (data.corpus, data.sums.prepare):
+    for module in (data.lib.corpus, data.sums.prepare):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "data"
@@ -286,7 +286,7 @@ def test_an_index_that_does_not_fit_its_tokens_is_refused(squares, data_folder):
 
     def refused(rows):
         rows.tofile(path)
-        meta["train"]["rows_sha256"] = data.corpus.hashlib.sha256(rows).hexdigest()  # as a stranger would
+        meta["train"]["rows_sha256"] = data.lib.corpus.hashlib.sha256(rows).hexdigest()  # as a stranger would
         meta_path.write_text(json.dumps(meta))
         with pytest.raises(Mistake, match="not a whole corpus"):
             load_corpus("squares", 64)
@@ -441,7 +441,7 @@ def test_another_index_is_another_corpus_for_a_run(squares, tmp_path, monkeypatc
     rows[1] -= 1
     rows.tofile("data/squares/train.rows")
     meta = json.loads((tmp_path / "data/squares/meta.json").read_text())
-    meta["train"]["rows_sha256"] = data.corpus.hashlib.sha256(rows).hexdigest()
+    meta["train"]["rows_sha256"] = data.lib.corpus.hashlib.sha256(rows).hexdigest()
     (tmp_path / "data/squares/meta.json").write_text(json.dumps(meta))
     with pytest.raises(Mistake, match="another text"):
         call(monkeypatch, train.main, "--init_from resume --max_iters 4".split())

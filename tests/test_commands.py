@@ -24,18 +24,18 @@ import torch
 from figures import apply, readme_changes
 from toys import make_book
 
-import data.corpus
-import data.run.report
+import data.lib.corpus
+import data.lib.report
 import sample
 import train
-from data.corpus import write_corpus
-from data.run import slim
-from data.run.checkpoint import read_checkpoint, tensors
-from data.run.errors import Mistake, command
-from data.run.machine import autocast
-from data.run.settings import SHIPPED, attention_of
+from data.lib import slim
+from data.lib.checkpoint import read_checkpoint, tensors
+from data.lib.corpus import write_corpus
+from data.lib.errors import Mistake, command
+from data.lib.machine import autocast
+from data.lib.settings import SHIPPED, attention_of
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer
 from data.text.prepare import prepare
-from data.tokenizer import BPETokenizer, ByteTokenizer
 from model import ModelConfig, Transformer, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     make_book(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.corpus, "DATA", folder / "data")
+        patch.setattr(data.lib.corpus, "DATA", folder / "data")
         run_train(patch, f"--data book --out_dir {folder}/out --max_iters 4 --evals 2 {SMALL}")
         for name, attention in (("gpt", "causal"), ("blocks", "block:8")):
             flags = f"--out_dir {folder}/{name} --attention {attention} --max_iters 4 --evals 1"
@@ -58,7 +58,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_world(world, monkeypatch):
-    monkeypatch.setattr(data.corpus, "DATA", world / "data")
+    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
 
 
@@ -224,7 +224,7 @@ def test_what_follows_the_shortest_prompt_chooses_the_checkpoint(tmp_path, monke
         re.findall(r"validation NELBO \(slant 1, after a prompt of 4\) ([\d.]+)", capsys.readouterr().out)[1]
     )
     model, _, checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
-    val = data.corpus.load_corpus("book")[1]
+    val = data.lib.corpus.load_corpus("book")[1]
     with autocast(torch.device("cpu")):
         bound = train.nelbo(model, train.windows(val, 32, 512)[0], slant=1.0, prompt_len=4)
     assert float(checkpoint["best"]) == pytest.approx(bound)
@@ -366,7 +366,7 @@ def test_a_run_stopped_before_its_first_evaluation_leaves_a_checkpoint_to_sample
 
 def test_a_run_does_not_resume_on_another_text(tmp_path, monkeypatch, capsys):
     """Nor under the same name: its bound would be that of another text, and might replace the best."""
-    monkeypatch.setattr(data.corpus, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path / "data")
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for text, word in zip(texts, ("book", "play")):
         text.write_text("".join(f"line {i} of the {word}\n" for i in range(600)))
@@ -415,7 +415,7 @@ def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_tw
 def test_minutes_bound_a_run_and_its_learning_rate(tmp_path, monkeypatch):
     """On a clock that moves 2 seconds each time it is read, which is three times a step."""
     ticks = itertools.count(step=2.0)
-    monkeypatch.setattr(data.run.report, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(data.lib.report, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     run_train(monkeypatch, f"--data book --out_dir {tmp_path} --max_minutes 1 --log_every 1 {SMALL}")
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
@@ -433,7 +433,7 @@ def test_compiling_takes_no_training_time_and_leaves_no_trace(tmp_path, monkeypa
     monkeypatch.setattr(Transformer, "compile", lambda model: None)
     for name, flags in (("plain", ""), ("compiled", "--compile")):
         ticks = itertools.count(step=3.0)
-        monkeypatch.setattr(data.run.report, "time", SimpleNamespace(perf_counter=lambda t=ticks: next(t)))
+        monkeypatch.setattr(data.lib.report, "time", SimpleNamespace(perf_counter=lambda t=ticks: next(t)))
         flags += f" --out_dir {tmp_path / name} --max_minutes 0.5 --log_every 1 --dropout 0.1"
         run_train(monkeypatch, f"--data book {flags} {SMALL}")
     assert_same(*(weights(tmp_path / name / "last.pt") for name in ("plain", "compiled")))
@@ -497,7 +497,7 @@ def test_a_causal_run_masks_nothing_and_reports_its_likelihood(world, monkeypatc
     trained = load_checkpoint(world / "gpt" / "ckpt.pt")[2]["train"]
     assert [trained[name] for name in ("attention", "level", "prompt_len")] == ["causal", "1.0", "0"]
     model, tokenizer, _ = load_checkpoint("gpt/ckpt.pt")
-    val = data.corpus.load_corpus("book")[1]
+    val = data.lib.corpus.load_corpus("book")[1]
     for seed, prompt_len in itertools.product((0, 5), (0, 8)):
         flags = f"--seed {seed} --prompt_len {prompt_len} --dtype float32"
         run_train(monkeypatch, f"--eval_only --init_from gpt/ckpt.pt {flags}")
@@ -889,7 +889,7 @@ def test_a_device_that_is_not_there(main, monkeypatch, capsys):
 
 def test_without_a_checkpoint_sample_says_what_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.run.settings, "SHIPPED", tmp_path / "none.pt")
+    monkeypatch.setattr(data.lib.settings, "SHIPPED", tmp_path / "none.pt")
     assert "python train.py" in mistake(sample.main, [], monkeypatch, capsys)
 
 
@@ -897,7 +897,7 @@ def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, t
     shipped = tmp_path / "data" / "shipped.pt"
     shipped.parent.mkdir()
     shipped.write_bytes((world / "blocks" / "ckpt.pt").read_bytes())
-    monkeypatch.setattr(data.run.settings, "SHIPPED", shipped)
+    monkeypatch.setattr(data.lib.settings, "SHIPPED", shipped)
     monkeypatch.chdir(tmp_path)
     assert "data/shipped.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
     monkeypatch.chdir(world)
@@ -1134,7 +1134,7 @@ def test_the_last_checkpoints_stay_under_the_number_of_their_step(tmp_path, monk
 def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "last.pt.123.tmp").write_text("left half-written by a run that was killed")
     flags = f"--data book --out_dir {tmp_path} --max_iters 1 {SMALL}".split()
-    script = "import sys, time; from data.run.files import alone_in\nwith alone_in(sys.argv[1]): "
+    script = "import sys, time; from data.lib.files import alone_in\nwith alone_in(sys.argv[1]): "
     script += "print('there', flush=True); time.sleep(60)"
     other = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(other, stdout=subprocess.PIPE, cwd=ROOT) as process:
@@ -1303,7 +1303,7 @@ def test_a_reader_that_leaves_is_no_mistake(world):
 
 
 def test_corpora_larger_than_memory_are_mapped(world):
-    train_split, val_split, _, _ = data.corpus.load_corpus("book")
+    train_split, val_split, _, _ = data.lib.corpus.load_corpus("book")
     assert isinstance(train_split, np.memmap)
     assert isinstance(val_split, np.memmap)
 

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data.corpus
+import data.lib.corpus
 import data.python.prepare as python_prepare
 import data.shakespeare.prepare as shakespeare_prepare
-from data.corpus import load_corpus, split_at, write_corpus
-from data.run.errors import Mistake
-from data.run.files import Secure, download, replacing
+from data.lib.corpus import load_corpus, split_at, write_corpus
+from data.lib.errors import Mistake
+from data.lib.files import Secure, download, replacing
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 from data.text.prepare import prepare
-from data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -29,7 +29,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path, monkeypatch):
     """Corpora are written to a folder of the test's own."""
-    monkeypatch.setattr(data.corpus, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -118,7 +118,7 @@ def test_reading_in_pieces_is_reading_at_once(tmp_path):
     text = "".join(random.Random(0).choices("aé漢🙂\n\r ", k=5000))
     (tmp_path / "t").write_bytes(text.encode())
     for size in (1, 7, 64, 10**6):
-        assert "".join(data.corpus.read_pieces(tmp_path / "t", size)) == text
+        assert "".join(data.lib.corpus.read_pieces(tmp_path / "t", size)) == text
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_failed_preparation_leaves_the_corpus_that_was_there(tmp_path):
     with pytest.raises(Mistake):
         prepare(tmp_path / "bad", "x", ByteTokenizer())
     assert load_corpus("x")[3]["source"] == "good"
-    assert len(list((data.corpus.DATA / "x").iterdir())) == 4
+    assert len(list((data.lib.corpus.DATA / "x").iterdir())) == 4
 
 
 def test_a_corpus_that_is_missing_or_broken_is_named(tmp_path, data_folder):
@@ -207,9 +207,9 @@ def test_a_token_that_is_not_the_tokenizer_s_is_found_when_a_corpus_is_opened(tm
     """By one pass over the files, which is spared while they are the same."""
     (tmp_path / "good").write_text("good text " * 100)
     prepare(tmp_path / "good", "x", ByteTokenizer())
-    folder = data.corpus.DATA / "x"
+    folder = data.lib.corpus.DATA / "x"
     load_corpus("x")
-    with mock.patch.object(data.corpus.hashlib, "sha256", side_effect=AssertionError("read again")):
+    with mock.patch.object(data.lib.corpus.hashlib, "sha256", side_effect=AssertionError("read again")):
         load_corpus("x")
     tokens = np.fromfile(folder / "val.bin", np.uint16)
     meta = json.loads((folder / "meta.json").read_text())

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from toys import all_texts, chi_square_p, tiny_model
 
 import sample
-from data.run.fast import Cache
-from data.run.flags import Attention, Level, Span
-from data.run.training import Run
+from data.lib.fast import Cache
+from data.lib.flags import Attention, Level, Span
+from data.lib.training import Run
 from model import ModelConfig, Transformer
 from sample import Recorded, denoise, draw, negative_log_likelihood
 from train import (

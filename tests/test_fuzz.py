@@ -5,17 +5,17 @@ from fuzz import MEGABYTES, READERS, case, grown, make_good, random_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data.corpus
+import data.lib.corpus
 
 CASES = 140  # of each reader; `python tests/fuzz.py --cases 100000` takes as many as one likes
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    folder, before = tmp_path_factory.mktemp("good"), data.corpus.DATA
+    folder, before = tmp_path_factory.mktemp("good"), data.lib.corpus.DATA
     make_good(folder)
     yield folder
-    data.corpus.DATA = before
+    data.lib.corpus.DATA = before
 
 
 @pytest.mark.parametrize("reader", READERS)

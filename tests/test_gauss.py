@@ -15,11 +15,11 @@ from numpy.polynomial.hermite_e import hermegauss
 from test_commands import assert_same, stopped_in
 from toys import all_texts, chi_square_p, make_book
 
-import data.corpus
 import data.digits.prepare as digits
+import data.lib.corpus
 import sample
-from data.run.checkpoint import read_checkpoint
-from data.tokenizer import GREYS
+from data.lib.checkpoint import read_checkpoint
+from data.lib.tokenizer import GREYS
 from model import ModelConfig
 from train import mask_rates
 
@@ -279,7 +279,7 @@ def book(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
     make_book(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.corpus, "DATA", folder / "data")
+        patch.setattr(data.lib.corpus, "DATA", folder / "data")
         patch.setattr(sys, "argv", ["prepare.py"])
         digits.main()
         yield

@@ -26,13 +26,13 @@ from tokenizers import pre_tokenizers
 from toys import tiny_model
 
 import data.gpt2.prepare as prepare
-import data.hub
 import data.roberta.prepare as roberta_prepare
 import data.text.prepare as text_prepare
 import sample
 import train
-from data.run.checkpoint import save_checkpoint
-from data.tokenizer import ByteTokenizer
+from data.lib.checkpoint import save_checkpoint
+from data.lib.tokenizer import ByteTokenizer
+from data.weights import hub
 from model import ModelConfig, Transformer, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -413,9 +413,9 @@ def test_a_name_is_downloaded_from_its_repository(original, expected, run, data_
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(original[0] / path.name, path)
 
-    monkeypatch.setattr(data.hub, "download", download)
+    monkeypatch.setattr(hub, "download", download)
     run("distilgpt2")
-    assert fetched == [f"{data.hub.HUB}/distilbert/distilgpt2/resolve/main/{name}" for name in FILES]
+    assert fetched == [f"{hub.HUB}/distilbert/distilgpt2/resolve/main/{name}" for name in FILES]
     run("distilgpt2", "--out", data_folder / "again.pt")
     assert len(fetched) == 4
     for path in (data_folder / "gpt2" / "distilgpt2.pt", data_folder / "again.pt"):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from toys import all_texts, chi_square_p
 
-import data.corpus
 import data.hmm.prepare as hmm
-from data.corpus import load_corpus
+import data.lib.corpus
+from data.lib.corpus import load_corpus
 
 
 def test_the_source_starts_as_it_goes_on():
@@ -66,7 +66,7 @@ def test_what_is_no_letter_is_impossible():
 
 def test_the_corpus_and_its_entropy(tmp_path, monkeypatch, capsys):
     """What the command prints is the mean over windows of the validation split; --score agrees."""
-    monkeypatch.setattr(data.corpus, "DATA", tmp_path)
+    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path)
     monkeypatch.setattr("sys.argv", ["prepare.py", "--tokens", "40000", "--window", "10"])
     hmm.main()
     printed = capsys.readouterr().out

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from test_roberta import assert_equal, edit, library_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import data.hub
 import data.llada.prepare as prepare
 import sample
-from data.canvas.chat import Chat
-from data.run.checkpoint import save_checkpoint
+from data.lib.chat import Chat
+from data.lib.checkpoint import save_checkpoint
+from data.weights import hub
 from model import ModelConfig, Transformer, load_checkpoint
 
 # The fixtures of the other converter's tests, here of this one.
@@ -244,7 +244,7 @@ def test_half_the_heads_of_keys_are_those_of_all_where_pairs_are_alike():
 def test_tokens_are_those_of_the_reference_and_hold_the_text(original, their_tokenizer, mixed_lines):
     folder = original[0]
     settings = prepare.read_config(folder / "config.json")
-    tokenizer = data.hub.read_tokenizer_json(folder, settings["embedding_size"], settings["mask_token_id"])
+    tokenizer = hub.read_tokenizer_json(folder, settings["embedding_size"], settings["mask_token_id"])
     lines = [line for line in mixed_lines if not any(name in line for name in SPECIAL)]
     lines += ["I'M you'LL 'S", "1234567", "\r\n\r\n  x\n\n", " \t ", "don’t…!!\n", "", "日本語 हिन्दी 😀‍👩"]
     for line in lines:
@@ -261,7 +261,7 @@ def test_tokens_are_those_of_the_reference_and_hold_the_text(original, their_tok
 def test_special_tokens_that_are_written_out_are_text(original, their_tokenizer):
     folder = original[0]
     settings = prepare.read_config(folder / "config.json")
-    tokenizer = data.hub.read_tokenizer_json(folder, settings["embedding_size"], settings["mask_token_id"])
+    tokenizer = hub.read_tokenizer_json(folder, settings["embedding_size"], settings["mask_token_id"])
     text = "a <|eot_id|> b <|mdm_mask|>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert not set(tokenizer.encode(text)) & set(tokenizer.special_ids)
@@ -273,7 +273,7 @@ def test_gpt2_s_own_cutting_is_known_too(their_tokenizer, original, tmp_path):
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.save(str(folder / "tokenizer.json"))
     settings = prepare.read_config(folder / "config.json")
-    ours = data.hub.read_tokenizer_json(folder, settings["embedding_size"], settings["mask_token_id"])
+    ours = hub.read_tokenizer_json(folder, settings["embedding_size"], settings["mask_token_id"])
     for line in ("I'M 1234567  x\n\n", " don't"):
         assert ours.encode(line) == theirs.encode(line).ids
 
@@ -295,7 +295,7 @@ def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original
 def test_a_conversation_is_that_of_the_reference_token_for_token(their_tokenizer, llada):
     """Its turns, and what opens the reply."""
     settings = prepare.read_config(llada / "config.json")
-    tokenizer = data.hub.read_tokenizer_json(llada, settings["embedding_size"], settings["mask_token_id"])
+    tokenizer = hub.read_tokenizer_json(llada, settings["embedding_size"], settings["mask_token_id"])
     template, unused = prepare.read_chat(llada, tokenizer)
     assert unused == []
     theirs = transformers.PreTrainedTokenizerFast(
@@ -434,9 +434,9 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
         return path
 
     whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    assert data.hub.read_tensors(write({"w": whole}))["w"].equal(torch.zeros(2))
+    assert hub.read_tensors(write({"w": whole}))["w"].equal(torch.zeros(2))
     empty = {**whole, "shape": [0, 2**40], "data_offsets": [8, 8]}
-    assert data.hub.read_tensors(write({"w": empty}))["w"].numel() == 0
+    assert hub.read_tensors(write({"w": empty}))["w"].numel() == 0
     tracemalloc.start()
     for header, *more in (
         ({"w": {**whole, "shape": [2**40], "data_offsets": [0, 2**42]}},),
@@ -454,8 +454,8 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
         (b"{" * 10_000,),
         (b"", b"", 0),
     ):
-        with pytest.raises(data.hub.Mistake):
-            data.hub.read_tensors(write(header, *more))
+        with pytest.raises(hub.Mistake):
+            hub.read_tensors(write(header, *more))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**24

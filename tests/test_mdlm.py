@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from test_roberta import edit, write_bpe
 
-import data.hub
 import data.mdlm.prepare as prepare
 import sample
+from data.weights import hub
 from model import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,11 +274,11 @@ def test_a_name_is_downloaded_with_gpt2_s_vocabulary(mdlm, run, data_folder, mon
     fetched = []
 
     def download(url, path, instead, most):
-        fetched.append(url.removeprefix(f"{data.hub.HUB}/").replace("/resolve/main", ""))
+        fetched.append(url.removeprefix(f"{hub.HUB}/").replace("/resolve/main", ""))
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(mdlm[0] / path.name, path)
 
-    monkeypatch.setattr(data.hub, "download", download)
+    monkeypatch.setattr(hub, "download", download)
     run("mdlm-owt")
     assert fetched == [
         "kuleshov-group/mdlm-owt/config.json",

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from toys import tiny_model
 
-import data.run.fast as fast
-from data.run.fast import Dropout
-from data.run.machine import autocast
+import data.lib.fast as fast
+from data.lib.fast import Dropout
+from data.lib.machine import autocast
 from model import rotary_angles, rotate
 
 SHAPES = [

@@ -17,23 +17,23 @@ import torch
 from fuzz import idx, write_mnist
 from test_commands import assert_same, run_train, sample_text
 
-import data.corpus
 import data.digits.prepare as digits
+import data.lib.corpus
 import data.mnist.prepare as mnist
 import data.text.prepare
 import sample
 import train
-from data.canvas.history import HOLE, History
-from data.canvas.picture import save_histories
-from data.canvas.pixels import as_shown, half_blocks
-from data.canvas.prompt import make_canvases
-from data.canvas.terminal import Watch
-from data.corpus import canvases, load_corpus, windows_at, write_tokens
-from data.run.checkpoint import read_checkpoint
-from data.run.errors import Mistake
-from data.run.files import check_sha256
-from data.run.flags import Level, Span
-from data.tokenizer import GREYS, ByteTokenizer, PictureTokenizer, tokenizer_from_state
+from data.lib.checkpoint import read_checkpoint
+from data.lib.corpus import canvases, load_corpus, windows_at, write_tokens
+from data.lib.errors import Mistake
+from data.lib.files import check_sha256
+from data.lib.flags import Level, Span
+from data.lib.history import HOLE, History
+from data.lib.picture import save_histories
+from data.lib.pixels import as_shown, half_blocks
+from data.lib.prompt import make_canvases
+from data.lib.terminal import Watch
+from data.lib.tokenizer import GREYS, ByteTokenizer, PictureTokenizer, tokenizer_from_state
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, Recorded, denoise, read
 from train import TrainConfig, draw_batch, loss_of, random_tokens
@@ -53,7 +53,7 @@ def world(tmp_path_factory):
     """A folder with the corpus of digits and a model trained on it for two steps."""
     folder = tmp_path_factory.mktemp("pictures")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.corpus, "DATA", folder / "data")
+        patch.setattr(data.lib.corpus, "DATA", folder / "data")
         patch.setattr(sys, "argv", ["prepare.py"])
         digits.main()
         patch.setattr(sys, "argv", f"train.py {SMALL} --max_iters 2 --out_dir {folder}/out".split())
@@ -63,7 +63,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_world(world, monkeypatch):
-    monkeypatch.setattr(data.corpus, "DATA", world / "data")
+    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
 
 
@@ -459,7 +459,7 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
 
 def test_a_corpus_whose_tokens_are_not_of_their_places_is_refused(world, tmp_path, monkeypatch):
     """And one that ends within a canvas: neither has the sums of a file that was damaged."""
-    monkeypatch.setattr(data.corpus, "DATA", tmp_path)
+    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path)
     ids = TOKENIZER.canvas("ab", [0] * 6)
     for name, odd, words in (
         ("letter", [*ids[:9], 32], "may not stand where they are"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toys import make_book
 
-from data.run.checkpoint import read_checkpoint
+from data.lib.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 32 --batch_size 8 --eval_tokens 512 --log_every 1"
@@ -24,9 +24,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-import data.corpus, train
-from data.run.errors import command
-data.corpus.DATA = Path("data").resolve()
+import data.lib.corpus, train
+from data.lib.errors import command
+data.lib.corpus.DATA = Path("data").resolve()
 draw, steps = train.draw_batch, []
 def draw_batch(*args):
     steps.append(1)

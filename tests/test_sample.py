@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Conditionals, all_texts, chi_square_p, tiny_model
 
-from data.canvas.prompt import make_canvases, split_prompt
-from data.run.errors import Mistake
-from data.run.settings import unseen
-from data.tokenizer import ByteTokenizer
+from data.lib.errors import Mistake
+from data.lib.prompt import make_canvases, split_prompt
+from data.lib.settings import unseen
+from data.lib.tokenizer import ByteTokenizer
 from model import ModelConfig
 from sample import ORDERS, Recorded, denoise, draw, fit, look_at, read, uniforms
 from train import nelbo

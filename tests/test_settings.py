@@ -8,12 +8,12 @@ import torch
 from fuzz import run
 from toys import make_book
 
-import data.corpus
+import data.lib.corpus
 import sample
 import train
-from data.canvas.chat import BYTES
-from data.run.checkpoint import save_checkpoint
-from data.tokenizer import ByteTokenizer
+from data.lib.chat import BYTES
+from data.lib.checkpoint import save_checkpoint
+from data.lib.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
 
 TRAIN = {
@@ -154,7 +154,7 @@ def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, mon
     """Rows of many flags at once. A row that is refused loses the flags that its sentence names, or else half
     of those that its pair does not need, until it runs, or only the pair and what it needs are left.
     """
-    monkeypatch.setattr(data.corpus, "DATA", world / "data")
+    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
     monkeypatch.setattr(Transformer, "compile", lambda model: None)  # a minute each time
     main, settings = {"train": (train.main, TRAIN), "sample": (sample.main, SAMPLE)}[command]

@@ -21,16 +21,16 @@ from fuzz import MERGES, write_shard
 from test_gpt2 import write_gpt2
 from test_roberta import save_weights
 
-import data.corpus
 import data.fineweb.prepare as fineweb
 import data.gpt2.prepare as gpt2_prepare
-import data.hub
+import data.lib.corpus
 import data.text8.prepare as text8
 import train
-from data.corpus import id_type, load_corpus, unigram_nats, write_corpus, write_tokens
-from data.run.checkpoint import read_checkpoint
-from data.run.errors import Mistake
-from data.tokenizer import BPETokenizer, ByteTokenizer
+from data.lib.checkpoint import read_checkpoint
+from data.lib.corpus import id_type, load_corpus, unigram_nats, write_corpus, write_tokens
+from data.lib.errors import Mistake
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer
+from data.weights import hub
 from model import load_checkpoint
 
 START = "<|endoftext|>"
@@ -44,7 +44,7 @@ run, mistake = test_roberta.run, test_roberta.mistake
 def data_folder(tmp_path, monkeypatch):
     """Corpora are written to a folder of the test's own."""
     (tmp_path / "data").mkdir()
-    for module in (data.corpus, text8, fineweb):
+    for module in (data.lib.corpus, text8, fineweb):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
@@ -65,7 +65,7 @@ def served(tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{httpd.server_port}"
-        monkeypatch.setattr(data.hub, "HUB", address)
+        monkeypatch.setattr(hub, "HUB", address)
         yield address, asked
         httpd.shutdown()
 
@@ -321,7 +321,7 @@ def test_a_shard_that_is_there_is_not_fetched_again(served, gpt2, shards, run, t
 def wide():
     """A tokenizer of more tokens than 16 bits can count, whose longest words have the largest ids."""
     rare = [f"\xff{a}{b}" for a, b in product(map(chr, range(256)), repeat=2)]
-    return BPETokenizer([*map(chr, range(256)), *rare, "th", "the", " t", " the"], data.hub.GPT2_PATTERN)
+    return BPETokenizer([*map(chr, range(256)), *rare, "th", "the", " t", " the"], hub.GPT2_PATTERN)
 
 
 def test_ids_are_of_32_bits_where_16_do_not_count_the_tokens(wide):

@@ -14,10 +14,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import Conditionals, all_texts, tiny_model
 
-from data.corpus import unigram_nats
-from data.run.fast import Muon, cross_entropy, orthogonalised, rows_at_once
-from data.run.flags import Level, Span
-from data.run.training import Run
+from data.lib.corpus import unigram_nats
+from data.lib.fast import Muon, cross_entropy, orthogonalised, rows_at_once
+from data.lib.flags import Level, Span
+from data.lib.training import Run
 from model import ModelConfig
 from sample import denoise, negative_log_likelihood
 from train import (
@@ -331,7 +331,7 @@ def test_cross_entropy_is_that_of_torch():
         logits[:, 4] = -torch.inf
         target, weights = torch.arange(50) % 4, torch.rand(50, generator=rng())
         ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        with mock.patch("data.run.fast.rows_at_a_time", lambda logits, rows=rows: rows):
+        with mock.patch("data.lib.fast.rows_at_a_time", lambda logits, rows=rows: rows):
             nats = cross_entropy(ours * 1, target)
             (weights * nats).sum().backward()
         expected = F.cross_entropy(theirs.float(), target, reduction="none")

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-import data.corpus
+import data.lib.corpus
+from data.lib.tokenizer import ByteTokenizer
 from data.text.prepare import prepare
-from data.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
 
 
@@ -24,10 +24,10 @@ def tiny_model(V=3, T=3, seed=0, **config):
 
 
 def make_book(folder, n_lines=600):
-    """Write a text, folder/book.txt, and its corpus, which is there where data.corpus.DATA is folder/data."""
+    """Write a text, folder/book.txt, and its corpus in folder/data."""
     (folder / "book.txt").write_text("".join(f"line {i} of the book\n" for i in range(n_lines)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.corpus, "DATA", folder / "data")
+        patch.setattr(data.lib.corpus, "DATA", folder / "data")
         prepare(folder / "book.txt", "book", ByteTokenizer())
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.canvas.chat import Chat, template_for
-from data.corpus import check_name, tokenizer_and_template, write_tokens
-from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
+from data.lib.chat import Chat, template_for
+from data.lib.corpus import check_name, tokenizer_and_template, write_tokens
+from data.lib.errors import Mistake, command
+from data.lib.flags import argument, flag, parse
 
 VAL_SHARE = 0.1
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.corpus import check_name, write_tokens
-from data.run.errors import command
-from data.run.flags import flag, parse
-from data.tokenizer import PictureTokenizer
+from data.lib.corpus import check_name, write_tokens
+from data.lib.errors import command
+from data.lib.flags import flag, parse
+from data.lib.tokenizer import PictureTokenizer
 
 WORDS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 CAPTION, GREYS = 8, 17  # letters of a caption; greys of a pixel

@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data import hub
-from data.corpus import DATA, tokenizer_by_name, write_tokens
 from data.gpt2.prepare import START
-from data.run.errors import Mistake, command
-from data.run.files import download
-from data.run.flags import flag, parse
-from data.tokenizer import BPETokenizer
+from data.lib.corpus import DATA, tokenizer_by_name, write_tokens
+from data.lib.errors import Mistake, command
+from data.lib.files import download
+from data.lib.flags import flag, parse
+from data.lib.tokenizer import BPETokenizer
+from data.weights import hub
 
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
 MAGIC, VERSION = 20240520, 1

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import hub
-from data.corpus import DATA
-from data.run.errors import Mistake, command
-from data.tokenizer import BPETokenizer
+from data.lib.corpus import DATA
+from data.lib.errors import Mistake, command
+from data.lib.tokenizer import BPETokenizer
+from data.weights import hub
 from model import ModelConfig, load_checkpoint
 
 FILES = "config.json", *hub.BPE_FILES

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.corpus import split_at, write_corpus
-from data.run.errors import Mistake, command
-from data.run.flags import flag, parse
-from data.tokenizer import ByteTokenizer
+from data.lib.corpus import split_at, write_corpus
+from data.lib.errors import Mistake, command
+from data.lib.flags import flag, parse
+from data.lib.tokenizer import ByteTokenizer
 
 STATES, LETTERS, SEED = 12, 16, 0  # of the source; letters are a, b, ..
 MOVES, EMITS = 2, 2  # states that follow each, and letters that it can emit

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import hub
-from data.corpus import DATA
-from data.run.errors import Mistake, command
+from data.lib.corpus import DATA
+from data.lib.errors import Mistake, command
+from data.weights import hub
 from model import ModelConfig
 
 FILES = "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"
@@ -152,7 +152,7 @@ TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
 def read_chat(folder, tokenizer):
-    """(the template of conversations as data/canvas/chat.py has it, or None; what is not used)."""
+    """(the template of conversations as data/lib/chat.py has it, or None; what is not used)."""
     path = folder / "tokenizer_config.json"
     settings = hub.read_json(path) if path.exists() else {}
     template, opening = settings.get("chat_template"), settings.get("bos_token")

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import hub
-from data.corpus import DATA
 from data.gpt2.prepare import read_tokenizer
-from data.run.errors import Mistake, command
+from data.lib.corpus import DATA
+from data.lib.errors import Mistake, command
+from data.weights import hub
 from model import ModelConfig
 
 MODELS = "mdlm-owt", "bd3lm-owt-block_size4", "bd3lm-owt-block_size8", "bd3lm-owt-block_size16"

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.corpus import DATA, check_name
 from data.digits.prepare import GREYS, write_pictures
-from data.run.errors import Mistake, command
-from data.run.files import check_sha256, download
-from data.run.flags import flag, parse
+from data.lib.corpus import DATA, check_name
+from data.lib.errors import Mistake, command
+from data.lib.files import check_sha256, download
+from data.lib.flags import flag, parse
 
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 FILES = {  # of each split the pictures and the digits, with their sha256

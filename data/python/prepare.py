@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import tokenizer_by_name, write_corpus
-from data.run.errors import Mistake, command
-from data.run.flags import flag, parse
+from data.lib.corpus import tokenizer_by_name, write_corpus
+from data.lib.errors import Mistake, command
+from data.lib.flags import flag, parse
 
 SKIPPED_FOLDERS = {
     *("test", "tests", "idlelib", "turtledemo"),  # tests and demonstrations

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import hub
-from data.corpus import DATA
-from data.run.errors import Mistake, command
-from data.tokenizer import BPETokenizer, WordPieceTokenizer
+from data.lib.corpus import DATA
+from data.lib.errors import Mistake, command
+from data.lib.tokenizer import BPETokenizer, WordPieceTokenizer
+from data.weights import hub
 from model import ModelConfig, load_checkpoint
 
 FILES = "config.json", *hub.BPE_FILES, "pytorch_model.bin"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import DATA, tokenizer_by_name
-from data.run.errors import command
-from data.run.files import check_sha256, download
-from data.run.flags import flag, parse
+from data.lib.corpus import DATA, tokenizer_by_name
+from data.lib.errors import command
+from data.lib.files import check_sha256, download
+from data.lib.flags import flag, parse
 from data.text.prepare import prepare
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

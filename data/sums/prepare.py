@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.chat.prepare import prepare
-from data.corpus import DATA, check_name
-from data.run.errors import command
-from data.run.files import replacing
-from data.run.flags import flag, parse
-from data.tokenizer import ByteTokenizer
+from data.lib.corpus import DATA, check_name
+from data.lib.errors import command
+from data.lib.files import replacing
+from data.lib.flags import flag, parse
+from data.lib.tokenizer import ByteTokenizer
 
 DIGITS, LETTERS = 5, (3, 10)  # of a term at most; of a word, from .. to
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import check_name, read_pieces, split_at, tokenizer_by_name, write_corpus
-from data.run.errors import Mistake, command
-from data.run.flags import argument, flag, parse
+from data.lib.corpus import check_name, read_pieces, split_at, tokenizer_by_name, write_corpus
+from data.lib.errors import Mistake, command
+from data.lib.flags import argument, flag, parse
 
 VAL_SHARE = 0.1
 

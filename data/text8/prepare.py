@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.corpus import DATA, write_tokens
-from data.run.errors import Mistake, command
-from data.run.files import download, open_zipped
-from data.run.flags import flag, parse
-from data.tokenizer import ByteTokenizer
+from data.lib.corpus import DATA, write_tokens
+from data.lib.errors import Mistake, command
+from data.lib.files import download, open_zipped
+from data.lib.flags import flag, parse
+from data.lib.tokenizer import ByteTokenizer
 
 URL = "https://mattmahoney.net/dc/text8.zip"
 ZIP_SHA256 = "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"

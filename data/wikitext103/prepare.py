@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.run.errors import command
+from data.lib.errors import command
 from data.wikitext2.prepare import main
 
 URL = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.corpus import DATA, tokenizer_by_name, write_corpus
-from data.run.errors import Mistake, command
-from data.run.files import download, open_zipped
-from data.run.flags import flag, parse
+from data.lib.corpus import DATA, tokenizer_by_name, write_corpus
+from data.lib.errors import Mistake, command
+from data.lib.files import download, open_zipped
+from data.lib.flags import flag, parse
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"
 SHA256 = "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.run.errors import Mistake
-from data.run.machine import release_memory
-from data.run.processes import agree, rank, size, total
+from data.lib.errors import Mistake
+from data.lib.machine import release_memory
+from data.lib.processes import agree, rank, size, total
 
 
 class Report:

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.canvas.picture import check_path
-from data.canvas.prompt import MASK_TAG, MOST, check_prompts
-from data.corpus import canvas_len
-from data.run.errors import Mistake
-from data.run.flags import Attention, Level, Span, from_plain
-from data.run.processes import size
+from data.lib.corpus import canvas_len
+from data.lib.errors import Mistake
+from data.lib.flags import Attention, Level, Span, from_plain
+from data.lib.picture import check_path
+from data.lib.processes import size
+from data.lib.prompt import MASK_TAG, MOST, check_prompts
 from model import load_checkpoint
 
 OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise

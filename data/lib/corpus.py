@@ -5,7 +5,7 @@ An id is a uint16, or a uint32 where the tokenizer has more tokens than that can
 meta.json has the tokenizer and the source; of each split how many tokens and bytes it has, and its
 sha256; and how often each token occurs in the training split.
 
-A split is running text; or canvases, whose places say what their tokens are (data/tokenizer.py); or
+A split is running text; or canvases, whose places say what their tokens are (data/lib/tokenizer.py); or
 examples: prompts with their replies. Then meta.json has the chat template, and train.rows and val.rows say
 where each example begins and how many of its tokens are prompt, as int64.
 """
@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from data.canvas.chat import Chat
-from data.run.errors import Mistake
-from data.run.files import replacing
-from data.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
+from data.lib.chat import Chat
+from data.lib.errors import Mistake
+from data.lib.files import replacing
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
-DATA = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parents[1]  # the folder data/
 SPLITS = ("train", "val")
 
 
@@ -295,7 +295,7 @@ def tokenizer_and_template(name):
     if name == "bytes":
         return ByteTokenizer(), None
     if name.endswith(".pt") or os.path.isfile(name):
-        from data.run.checkpoint import read_checkpoint  # torch takes a second to load; only this needs it
+        from data.lib.checkpoint import read_checkpoint  # torch takes a second to load; only this needs it
 
         checkpoint = read_checkpoint(name)
         try:

@@ -13,7 +13,7 @@ import unicodedata
 
 import tiktoken
 
-from data.run.errors import Mistake
+from data.lib.errors import Mistake
 
 # What a special token becomes in decoded text; the others become nothing.
 SHOWN = {"<mask>": "<mask>", "[MASK]": "<mask>", "[UNK]": "[UNK]", "<unk>": "<unk>"}

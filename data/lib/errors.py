@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from data.canvas.history import inert
+from data.lib.history import inert
 
 
 class Mistake(ValueError):

@@ -8,10 +8,10 @@ from typing import get_type_hints
 
 import torch
 
-from data.run.errors import Mistake
-from data.run.files import replacing
-from data.run.flags import fits
-from data.run.processes import gathered, rank
+from data.lib.errors import Mistake
+from data.lib.files import replacing
+from data.lib.flags import fits
+from data.lib.processes import gathered, rank
 
 
 def save_checkpoint(path, model, tokenizer, **more):

@@ -11,22 +11,22 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.corpus import SPLITS
-from data.run.checkpoint import save_checkpoint
-from data.run.errors import Mistake
-from data.run.fast import Muon
-from data.run.files import link
-from data.run.flags import as_plain
-from data.run.machine import autocast, send
-from data.run.processes import average, gathered, piece_of, rank, size, spread
+from data.lib.checkpoint import save_checkpoint
+from data.lib.corpus import SPLITS
+from data.lib.errors import Mistake
+from data.lib.fast import Muon
+from data.lib.files import link
+from data.lib.flags import as_plain
+from data.lib.machine import autocast, send
+from data.lib.processes import average, gathered, piece_of, rank, size, spread
 
 
 class Run:
     """A training run at one step: all that `--init_from resume` needs to go on as if never stopped."""
 
     def __init__(self, config, model, device, meta=None, token_nats=None, template=None):
-        """meta: that of the corpus (data/corpus.py); without one, epochs have no length. template: how the
-        model chats (data/canvas/chat.py).
+        """meta: that of the corpus; without one, epochs have no length. template: how the
+        model chats (data/lib/chat.py).
         """
         self.config, self.model, self.device, self.token_nats = config, model, device, token_nats
         if config.grad_checkpoint:  # each layer is computed again for its gradient, and so not kept

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import torch
 
-from data.run.errors import Mistake
+from data.lib.errors import Mistake
 
 
 def pick_device(name):

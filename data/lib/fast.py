@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.run.processes import piece_of, shared_out, whole
+from data.lib.processes import piece_of, shared_out, whole
 
 
 class Cache:

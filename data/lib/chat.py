@@ -14,7 +14,7 @@ import itertools
 import re
 import sys
 
-from data.run.errors import Mistake
+from data.lib.errors import Mistake
 
 ROLES = "system", "user", "assistant"
 # Control characters that ASCII has for this: a heading starts (SOH), a text starts (STX) and ends (ETX).

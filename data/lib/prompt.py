@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from data.run.errors import Mistake
+from data.lib.errors import Mistake
 
 MOST = 10**6  # tokens of a canvas
 MASK_TAG = re.compile(r"<mask(\*[^>]*|[:\d][\d:*-]*)?>")  # or a slip, <mask:8>, which is refused

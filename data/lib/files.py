@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from data.run.errors import Mistake
+from data.lib.errors import Mistake
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.run.checkpoint import check_archive, check_config, check_layout, save, save_checkpoint
-from data.run.errors import Mistake
-from data.run.files import download, replacing
-from data.run.flags import argument, flag, parse
-from data.tokenizer import BPETokenizer
+from data.lib.checkpoint import check_archive, check_config, check_layout, save, save_checkpoint
+from data.lib.errors import Mistake
+from data.lib.files import download, replacing
+from data.lib.flags import argument, flag, parse
+from data.lib.tokenizer import BPETokenizer
 from model import Transformer
 
 HUB = "https://huggingface.co"

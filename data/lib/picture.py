@@ -8,10 +8,10 @@ import os
 from html import escape
 from pathlib import Path
 
-from data.canvas.history import inert, lines_of, visible
-from data.canvas.pixels import share_of_black, split_picture
-from data.run.errors import Mistake
-from data.run.files import replacing
+from data.lib.errors import Mistake
+from data.lib.files import replacing
+from data.lib.history import inert, lines_of, visible
+from data.lib.pixels import share_of_black, split_picture
 
 
 def check_path(path):

@@ -3,8 +3,8 @@
 import os
 import sys
 
-from data.canvas.history import columns, lines_of, visible
-from data.canvas.pixels import as_text, half_blocks, split_picture
+from data.lib.history import columns, lines_of, visible
+from data.lib.pixels import as_text, half_blocks, split_picture
 
 
 class Watch:

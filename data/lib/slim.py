@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.run.checkpoint import save_checkpoint
-from data.run.errors import command
-from data.run.flags import argument, parse
+from data.lib.checkpoint import save_checkpoint
+from data.lib.errors import command
+from data.lib.flags import argument, parse
 from model import load_checkpoint
 
 KEPT = "train", "bound", "token_nats", "chat", "step", "minutes"  # beside what it takes to sample
