@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import data.lib.corpus
 import data.roberta.prepare as prepare
 import data.text.prepare as text_prepare
+import data.weights.hub
 import data.wikitext2.prepare as wikitext_prepare
 import sample
 import train
@@ -38,7 +39,6 @@ from data.lib.checkpoint import save_checkpoint
 from data.lib.corpus import load_corpus
 from data.lib.errors import Mistake, command
 from data.lib.tokenizer import ByteTokenizer
-from data.weights import hub
 from data.weights.hub import bpe_files, read_bpe
 from model import ModelConfig, Transformer, load_checkpoint
 
@@ -941,7 +941,7 @@ def hub(originals, tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(hub, "HUB", f"http://127.0.0.1:{httpd.server_port}")
+        monkeypatch.setattr(data.weights.hub, "HUB", f"http://127.0.0.1:{httpd.server_port}")
         yield hub
         httpd.shutdown()
 
@@ -1012,7 +1012,7 @@ def test_a_part_longer_than_the_file_is_given_up(hub, run, data_folder):
 def test_a_server_that_cannot_be_reached(mistake, monkeypatch, data_folder):
     (data_folder / "roberta" / "roberta-base").mkdir(parents=True)
     with http.server.HTTPServer(("127.0.0.1", 0), None) as closed:
-        monkeypatch.setattr(hub, "HUB", f"http://127.0.0.1:{closed.server_port}")
+        monkeypatch.setattr(data.weights.hub, "HUB", f"http://127.0.0.1:{closed.server_port}")
     assert "the folder of a copy" in mistake("roberta-base")
 
 
@@ -1075,7 +1075,7 @@ def test_wikitext_lines_of_bytes_end_in_a_newline(raw, run):
 
 def test_wikitext_is_downloaded_once(raw, hub, run, data_folder):
     shutil.copy(raw[1], hub.folder / "raw.zip")
-    url = f"{hub.HUB}/FacebookAI/roberta-base/resolve/main/raw.zip"
+    url = f"{data.weights.hub.HUB}/FacebookAI/roberta-base/resolve/main/raw.zip"
     digest = hashlib.sha256(raw[1].read_bytes()).hexdigest()
     for _ in range(2):
         train, _, _, _ = read_wikitext(run, url=url, sha256=digest)
@@ -1121,7 +1121,7 @@ def test_sizes_that_none_has_are_refused(originals, mistake, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
     assert "1,000,000 layers" in mistake(folder)
-    os.truncate(folder / "vocab.json", hub.MOST_TEXT + 1)
+    os.truncate(folder / "vocab.json", data.weights.hub.MOST_TEXT + 1)
     assert "67,108,865 bytes" in mistake(folder)
 
 
