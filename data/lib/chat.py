@@ -128,7 +128,7 @@ def chat_of(path, checkpoint, tokenizer):
 def reply_length(checkpoint, W):
     """Tokens of a prompt with its reply: those that a model was trained with, or else the W that it sees."""
     trained = checkpoint.get("train")
-    length = trained.get("block_size") if isinstance(trained, dict) else None
+    length = trained.get("context") if isinstance(trained, dict) else None
     return length if type(length) is int and 0 < length < W else W
 
 

@@ -10,7 +10,7 @@ import torch
 
 from data.lib.errors import Mistake
 from data.lib.files import replacing
-from data.lib.flags import fits
+from data.lib.flags import fits as has_type
 from data.lib.processes import gathered, rank
 
 
@@ -21,6 +21,7 @@ def save_checkpoint(path, model, tokenizer, **more):
     OSError when it cannot be written; the file that was there before then stays.
     """
     checkpoint = {
+        "family": model.family,
         "config": dataclasses.asdict(model.config),
         "model": {name: gathered(tensor) for name, tensor in model.state_dict().items()},
         "tokenizer": tokenizer.state,
@@ -74,10 +75,9 @@ def read_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        sums, there = checkpoint.pop("sums", None), list(tensors(checkpoint))  # earlier versions wrote none
+        sums, there = checkpoint.pop("sums"), list(tensors(checkpoint))
         check_layout(there, os.path.getsize(path))
         not_finite = check_values(there, sums, checkpoint["model"])
-        upgrade(checkpoint)
         _ = checkpoint["tokenizer"]
     except Exception as error:  # torch raises a different one for every way to be no checkpoint
         if not os.path.samestat(before, os.stat(path)):  # a run has saved meanwhile: it was half of each
@@ -122,9 +122,9 @@ def check_values(there, sums, weights):
         return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
     names, not_finite = {place(tensor): name for name, tensor in weights.items()}, []
-    pairs = zip(there, [None] * len(there) if sums is None else sums, strict=True)
+    pairs = zip(there, sums, strict=True)
     for key, (tensor, expected) in {place(pair[0]): pair for pair in pairs}.items():
-        if expected is not None and byte_sum(tensor) != expected:
+        if byte_sum(tensor) != expected:
             raise ValueError
         if key in names and not is_finite(tensor):  # a small one is still in the cache
             not_finite.append(names[key])
@@ -142,36 +142,17 @@ def check_config(config, checkpoint):
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if not fits(kind, value) or (type(value) in (int, float) and not 0 <= value <= 10**7):
+        if not has_type(kind, value) or (type(value) in (int, float) and not 0 <= value <= 10**7):
             raise ValueError(f"its {name} is no value for that")
     not_text = {config.mask_id, *config.special_ids}
     if not all(0 <= i < config.vocab_size for i in (*not_text, *config.end_ids)):
         raise ValueError("mask_id, special_ids and end_ids are not of its vocabulary")
     if not_text & {*config.end_ids}:
         raise ValueError("its end_ids are learned, and so no special_ids")
-    layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("blocks.")}
-    heads = config.n_head * (2 if config.position == "rope" else 1)  # rope turns channels in pairs
-    fit = heads and config.n_embd % heads == 0 and config.conv_right < max(1, config.conv)
-    fit = fit and config.n_head % (config.n_kv_head or config.n_head) == 0 and config.rope_base > 0
-    if config.n_layer != len(layers) or not (fit and config.block_size):
+    layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("layers.")}
+    heads = config.n_head * (1 if config.learned_positions else 2)  # a rotation turns channels in pairs
+    fits = heads and config.n_embd % heads == 0 and config.conv_right < max(1, config.conv)
+    if config.n_layer != len(layers) or not (fits and config.context) or config.block == 0:
         raise ValueError("it is not of the size that it says")
-    if config.kinds and sum(n for n, _, _ in config.kinds) != config.block_size:
+    if config.kinds and sum(n for n, _, _ in config.kinds) != config.context:
         raise ValueError("its kinds are not of its canvas")
-    if config.norm not in ("pre", "post") or config.position not in ("rope", "learned"):
-        raise ValueError("its norm or position is none of ours")
-    nats = checkpoint.get("token_nats")
-    if nats is not None and (nats.shape != (config.vocab_size,) or nats.dtype != torch.float32):
-        raise ValueError("its token_nats are not a number for each token")
-
-
-def upgrade(checkpoint):
-    """What earlier versions wrote as this one writes it, in place."""
-    config, weights = checkpoint["config"], checkpoint["model"]
-    config.pop("pad_id", None)
-    if config.pop("causal", False):  # a block is one token then, which is read where it stands
-        config["block_len"] = 1
-    checkpoint.get("train", {}).pop("causal", None)
-    for name in ("norm.weight", "norm.bias"):  # of the embeddings or ahead of the head
-        if name in weights:
-            first = "final_" if config["norm"] == "pre" else "embedding_"
-            weights[first + name] = weights.pop(name)

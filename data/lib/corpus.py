@@ -128,11 +128,11 @@ def read_pieces(path, size=1 << 20):
         raise Mistake(f"{path}: not UTF-8 text ({error.reason})") from None
 
 
-def load_corpus(name, block_size=1):
+def load_corpus(name, context=1):
     """The corpus data/NAME as (train, val, tokenizer, meta); train and val are memory-mapped, or Examples,
-    whose `tokens` in meta are those of windows of block_size.
+    whose `tokens` in meta are those of windows of context.
 
-    The default corpus is made when it is missing. Mistake if a split has fewer tokens than block_size, or an
+    The default corpus is made when it is missing. Mistake if a split has fewer tokens than context, or an
     example more.
     """
     folder = DATA / name
@@ -151,8 +151,7 @@ def load_corpus(name, block_size=1):
         tokenizer = tokenizer_from_state(meta["tokenizer"])
         train, val = (np.memmap(folder / f"{split}.bin", id_type(tokenizer), "r") for split in SPLITS)
         intact = [len(train), len(val)] == [meta[split]["tokens"] for split in SPLITS]
-        occurrences = meta.get("occurrences", [0] * tokenizer.vocab_size)
-        intact &= "occurrences" in meta or not (tokenizer.kinds or "chat" in meta)  # older ones are of text
+        occurrences = meta["occurrences"]
         numbers = [*occurrences, *(meta[split]["bytes"] for split in SPLITS)]
         intact &= len(occurrences) == tokenizer.vocab_size
         intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
@@ -170,15 +169,15 @@ def load_corpus(name, block_size=1):
         train, val = (canvases(split, tokenizer.canvas_len) for split in (train, val))
     if "chat" in meta:
         end_id = Chat(meta["chat"], tokenizer).end_id
-        train, val = (Examples(*both, end_id, block_size) for both in zip((train, val), indices))
-        if (longest := max(train.lengths.max(), val.lengths.max())) > block_size:
-            longest = f"an example of {longest} tokens; --block_size {longest} is the least that will do"
-            raise Mistake(f"--data {name}: --block_size {block_size} is too small for {longest}")
+        train, val = (Examples(*both, end_id, context) for both in zip((train, val), indices))
+        if (longest := max(train.lengths.max(), val.lengths.max())) > context:
+            longest = f"an example of {longest} tokens; --context {longest} is the least that will do"
+            raise Mistake(f"--data {name}: --context {context} is too small for {longest}")
         for split, examples in zip(SPLITS, (train, val)):
             meta[split]["tokens"] = len(examples)
     for split, tokens in zip(SPLITS, (train, val)):
-        if len(tokens) < block_size:
-            shortage = f"{len(tokens)} tokens, fewer than one --block_size of {block_size}"
+        if len(tokens) < context:
+            shortage = f"{len(tokens)} tokens, fewer than one --context of {context}"
             raise Mistake(f"--data {name}: its {split} split has {shortage}; a smaller one will do")
     return train, val, tokenizer, meta
 
@@ -241,6 +240,23 @@ def windows_at(split, places, T):
     return x0.astype(np.int64), split.prompts[places]
 
 
+def random_windows(split, B, T, generator):
+    """B windows of T tokens at random places: (B, T) int64; and how many tokens of each are a prompt of its own, (B, 1)."""
+    import torch  # takes a second to load, which preparing a corpus need not wait for
+
+    places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
+    return tuple(map(torch.from_numpy, windows_at(split, places.numpy(), T)))
+
+
+def spaced_windows(split, T, n_tokens):
+    """About n_tokens of a split, as windows of T tokens that are spaced evenly and don't overlap: (N, T) int64; and
+    how many tokens of each are a prompt of its own, (N, 1).
+    """
+    count = max(1, min(n_tokens, len(split)) // T)
+    places = np.linspace(0, n_windows(split, T) - 1, count).astype(np.int64)[:, None]
+    return windows_at(split, places, T)
+
+
 def check_tokens(folder, meta, tokenizer):
     """Raise Mistake unless all tokens are the tokenizer's, and have the sums that meta.json says: one pass,
     which a note beside them then spares as long as the files are the same.
@@ -271,18 +287,6 @@ def check_tokens(folder, meta, tokenizer):
                 raise Mistake(f"{path}: it has tokens that may not stand where they are; prepare it again")
     with suppress(OSError):  # a folder that cannot be written to is read again
         note.write_text(json.dumps(found))
-
-
-def unigram_nats(meta, train, vocab_size):
-    """How much each token says: minus the log of its share of the training split, in nats, (V,) float32. One
-    occurrence more of each than there are, so that none says infinitely much.
-    """
-    occurrences = meta.get("occurrences")
-    if occurrences is None:  # an earlier version prepared it: count them now
-        parts = np.array_split(train, len(train) // 2**24 + 1)
-        occurrences = sum(np.bincount(part, minlength=vocab_size) for part in parts)
-    smoothed = np.array(occurrences) + 1.0
-    return -np.log(smoothed / smoothed.sum()).astype(np.float32)
 
 
 def tokenizer_by_name(name):

@@ -96,6 +96,12 @@ def rows_at(where, first, T):
     return len(b), F.pad(b * (T - first) + t, (0, -len(b) % multiple))
 
 
+def allowed_tokens(kinds, V, device):
+    """Which of V tokens may stand at each place of a canvas, by a tokenizer's kinds: (T, V) bool."""
+    ids = torch.arange(V, device=device)
+    return torch.cat([((ids >= first) & (ids < end)).expand(n, V) for n, first, end in kinds])
+
+
 def rows_at_once(most, T, V):
     """How many rows of T positions, `most` at most, may be read at once, if all logits may be asked for."""
     return max(1, min(most, 2**29 // (T * V)))

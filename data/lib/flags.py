@@ -5,6 +5,7 @@ import dataclasses
 import math
 import operator
 import types
+from contextlib import suppress
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # What a bound of flag() demands of a value, and how to say so.
@@ -58,21 +59,40 @@ class Level(NamedTuple):
         return {"uniform": "uniform", "fixed": str(self.value)}.get(self.kind, f"{self.kind}:{self.value}")
 
 
+class Rate(NamedTuple):
+    """The masking rate of a token at level t: `t`, `slant:W` by its position, or `spindle:W` by its information."""
+
+    kind: str
+    value: float = 0.0
+
+    @classmethod
+    def from_text(cls, text):
+        kind, colon, value = text.partition(":")
+        with suppress(ValueError):
+            if (kind == "t" and not colon) or (kind in ("slant", "spindle") and 0 < float(value) < math.inf):
+                return cls(kind, float(value or 0))
+        raise ValueError("t, slant:W or spindle:W, where W > 0")
+
+    def __str__(self):
+        return "t" if self.kind == "t" else f"{self.kind}:{self.value:g}"
+
+
 class Attention(NamedTuple):
-    """Who sees whom: `canvas`, all see all; `block:K`, each its block of K tokens and those before it; or
-    `causal`, each what is before it.
+    """Who sees whom. `canvas`: all see all. `shifted`: the same, and a position reads the token before its own.
+    `block:K`: each token sees its block of K and those before it. `causal`: each sees what stands before it.
     """
 
     kind: str
-    K: int = 0
+    K: int | None = None
 
     @classmethod
     def from_text(cls, text):
         kind, colon, K = text.partition(":")
-        fits = K.isdecimal() and 0 < int(K) if kind == "block" else kind in ("canvas", "causal") and not colon
-        if not fits:
-            raise ValueError("canvas, block:K for blocks of K tokens, or causal")
-        return cls(kind, int(K or (kind == "causal")))
+        if kind == "block" and K.isdecimal() and int(K) > 0:
+            return cls(kind, int(K))
+        if kind in ("canvas", "shifted", "causal") and not colon:
+            return cls(kind, 1 if kind == "causal" else None)
+        raise ValueError("canvas, shifted, block:K for blocks of K tokens, or causal")
 
     def __str__(self):
         return f"block:{self.K}" if self.kind == "block" else self.kind

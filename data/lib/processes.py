@@ -15,6 +15,9 @@ import torch.distributed as dist
 import torch.distributed.nn  # before there is a group, which its defaults would keep alive: see together()
 from torch.nn.parallel import DistributedDataParallel
 
+from data.lib import errors
+from data.lib.machine import device_of, send
+
 # --- who is there --------------------------------------------------------------------------------
 
 
@@ -57,6 +60,26 @@ def total(tensor):
     return tensor
 
 
+def share_rows(loss_of, model, *tensors):
+    """loss_of(model, *tensors), (B,) on the model's device, of tensors with B rows. Each process computes some of the
+    rows, and leaves the others 0, so that the sum over the processes has all of them.
+    """
+    device, B = device_of(model), len(tensors[0])
+    losses, first = torch.zeros(B, device=device), rank() % B
+    own = slice(first, None, size())
+    # Every process makes a pass, because a sharded model needs them all; with few rows some passes repeat a row.
+    loss = loss_of(model, *send(device, *(tensor[own] for tensor in tensors)))  # (B / size,)
+    if first == rank():
+        losses[own] = loss
+    return losses
+
+
+def command(main):
+    """errors.command, in all the processes that torchrun started."""
+    with together():
+        errors.command(main)
+
+
 def agree(minutes, stopped):
     """The minutes of the first process, and whether any was told to stop: the same in each of them."""
     if not dist.is_initialized():
@@ -80,7 +103,7 @@ def spread(model, device, shard):
         # Logits without their padding are a view, which nothing changes before the backward pass has begun.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         mesh = dist.init_device_mesh(device.type, (size(),))
-        for layer in model.blocks:
+        for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     model.to(device)

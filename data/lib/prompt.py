@@ -1,7 +1,5 @@
-"""A prompt as canvases: `<mask>` is a hole in it, `<mask*8>` are eight, `<mask*4:12>` any length of these."""
+"""A prompt as a canvas: `<mask>` is a hole in it, and `<mask*8>` are eight."""
 
-import itertools
-import math
 import re
 import sys
 from pathlib import Path
@@ -13,16 +11,13 @@ MASK_TAG = re.compile(r"<mask(\*[^>]*|[:\d][\d:*-]*)?>")  # or a slip, <mask:8>,
 
 
 def split_prompt(prompt):
-    """A prompt as its texts and, between them, the lengths that each hole may have, a range."""
+    """A prompt as its texts, str, and between them the number of holes, int."""
     parts, end = [], 0
     for hole in MASK_TAG.finditer(prompt):
-        size = re.fullmatch(r"\*(\d+)(?::(\d+))?", hole[1] or "*1")
-        lengths = range(int(size[1]), int(size[2] or size[1]) + 1) if size else range(0)
-        if not (lengths and lengths[0]):
-            raise Mistake(
-                f"--prompt: {hole[0]}: a hole is <mask>, <mask*8> or, with 4 to 12 tokens, <mask*4:12>"
-            )
-        parts += [prompt[end : hole.start()], lengths]
+        size = re.fullmatch(r"\*(\d+)", hole[1] or "*1")
+        if not (size and int(size[1])):
+            raise Mistake(f"--prompt: {hole[0]}: a hole is <mask>, and eight of them are <mask*8>")
+        parts += [prompt[end : hole.start()], int(size[1])]
         end = hole.end()
     return [*parts, prompt[end:]]
 
@@ -32,7 +27,7 @@ def check_prompts(prompts, suffix, length):
     for text in (*prompts, suffix):
         if re.search("[\ud800-\udfff]", text):  # what Python makes of bytes that are no text
             raise Mistake("--prompt: it is not UTF-8")
-    n_holes = max(sum(part[0] for part in split_prompt(text) if isinstance(part, range)) for text in prompts)
+    n_holes = max(sum(part for part in split_prompt(text) if isinstance(part, int)) for text in prompts)
     if n_holes > length:
         raise Mistake(f"--prompt: {n_holes} holes; the canvas has {length} tokens (--length)")
     if MASK_TAG.search(suffix):
@@ -55,39 +50,29 @@ def standing(ids, tokenizer):
     return placed
 
 
-def make_canvases(prompt, suffix, length, tokenizer, block_size):
-    """The canvases of a prompt, lists of ids, one for every choice of lengths in its ranges.
+def make_canvas(prompt, suffix, length, tokenizer, context):
+    """The canvas of a prompt, a list of ids: its tokens, holes up to `length` tokens in all, and the suffix.
 
-    Its tokens, holes up to `length` tokens in all, and the suffix. Without a length: as many tokens as the
-    prompt with its holes has, or block_size if it has none. The canvas begins with the token that opens
-    a line, where there is one, and ends with the one that closes it if the end is known: by a suffix, or
-    by holes and no length. Where places have kinds, the canvas has all of them, and text goes to the next
-    place where it may stand.
+    Without a length it has as many tokens as the prompt with its holes, or `context` if the prompt has none. The
+    canvas begins with the token that opens a line, where there is one, and ends with the one that closes it if the
+    end is known: by a suffix, or by holes and no length. Where places have kinds, the canvas has all of them, and
+    text goes to the next place where it may stand.
     """
     parts = split_prompt(prompt)
     if tokenizer.kinds and length not in (None, tokenizer.canvas_len):
         raise Mistake(f"--length {length}: the model's canvas has {tokenizer.canvas_len} tokens")
     own = length is None and len(parts) > 1 and not tokenizer.kinds
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    end = [] if tokenizer.eos_id is None or not (own or suffix) else [tokenizer.eos_id]
-    parts = [part if isinstance(part, range) else tokenizer.encode(part) for part in parts]
-    suffix = tokenizer.encode(suffix) + end
-    n_text = len(begin) + len(suffix) + sum(len(part) for part in parts if isinstance(part, list))
-    ranges = [part for part in parts if isinstance(part, range)]
-    longest = n_text + sum(lengths[-1] for lengths in ranges)
-    T = tokenizer.canvas_len or length or max(longest if own else 0, block_size)
-    if longest > min(T, MOST):
-        raise Mistake(f"--prompt: {longest} tokens with its holes; the canvas has {min(T, MOST)} (--length)")
-    if math.prod(map(len, ranges)) > 64:
-        raise Mistake(f"--prompt: {math.prod(map(len, ranges))} choices of lengths; at most 64 are tried")
-    canvases = []
-    for lengths in itertools.product(*ranges):
-        sizes = iter(lengths)
-        filled = (part if isinstance(part, list) else [tokenizer.mask_id] * next(sizes) for part in parts)
-        ids = standing(begin + list(itertools.chain(*filled)), tokenizer)
-        rest = 0 if own else T - len(ids) - len(suffix)
-        canvases.append(standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer))
-    return canvases
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for part in parts:
+        ids += [tokenizer.mask_id] * part if isinstance(part, int) else tokenizer.encode(part)
+    suffix = tokenizer.encode(suffix) + [tokenizer.eos_id] * (tokenizer.eos_id is not None and bool(own or suffix))
+    n = len(ids) + len(suffix)
+    T = tokenizer.canvas_len or length or max(n if own else 0, context)
+    if n > min(T, MOST):
+        raise Mistake(f"--prompt: {n} tokens with its holes; the canvas has {min(T, MOST)} (--length)")
+    ids = standing(ids, tokenizer)
+    rest = 0 if own else T - len(ids) - len(suffix)
+    return standing(ids + [tokenizer.mask_id] * rest + suffix, tokenizer)
 
 
 def shown_of(ids, canvas, mask_id, end_ids, start=0):

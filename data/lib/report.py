@@ -1,4 +1,4 @@
-"""What is shown and kept of a training run while it goes on."""
+"""What is shown and logged of a training run while it goes on: a progress bar, log.csv, evaluations with a sample."""
 
 import csv
 import math
@@ -9,24 +9,35 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from data.lib.corpus import spaced_windows
 from data.lib.errors import Mistake
+from data.lib.history import inert
 from data.lib.machine import release_memory
-from data.lib.processes import agree, rank, size, total
+from data.lib.pixels import as_shown
+from data.lib.processes import rank, size, total
+from data.lib.prompt import make_canvas, shown_of
 
 
 class Report:
-    """The bar, log.csv, evaluations with a sample, and checkpoints of a run: one call after each step."""
+    """Shows and logs a run, one call after each step. It reads the loss, and so waits for the device, only when it
+    shows it.
+    """
 
-    def __init__(self, run, out_dir, bound_name, evaluate, sample, save):
-        """When due: evaluate() -> (nats per token, bits per byte), sample() -> text, and save(nats)."""
-        self.run, self.out_dir, self.bound_name = run, out_dir, bound_name
-        self.evaluate, self.sample, self.save = evaluate, sample, save
-        self.evals_done = self.evals_due()
+    def __init__(self, run, denoise, val, meta):
+        """denoise: the sampler, for a sample after each evaluation. val: the windows that are evaluated, and how many
+        tokens of each are a prompt. meta: that of the corpus.
+        """
+        self.run, self.denoise, self.out_dir = run, denoise, Path(run.config.out_dir)
+        self.bound_name = bound_name(run.model.config, **run.bound_flags, of_replies="chat" in meta)
+        self.share, self.counts = text_share(*val, run.model.config.special_ids), meta["val"]
 
     def __enter__(self):
         run = self.run
+        parameters = sum(p.numel() for p in run.model.parameters())
+        print(f"{parameters:,} parameters on {run.device} in {run.precision.fast_dtype}")
         self.log = Log(self.out_dir / "log.csv" if rank() == 0 else Path(os.devnull), run.step)
         layout, pace = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10  # seconds
         start = run.progress()
@@ -40,54 +51,43 @@ class Report:
             self.log.file.close()
 
     def start_clock(self):
-        """Training takes place from now on."""
-        self.show_from_now()
-        self.start = self.last - 60 * self.run.minutes
-
-    def show_from_now(self):
-        """What is shown next is of the steps from now on."""
+        """The speed and the losses that are shown next are those of steps from now on."""
         self.tokens, self.last, self.shown = 0, time.perf_counter(), self.run.minutes
 
-    def evals_due(self):
-        """How many of the run's evaluations should have been made by now."""
-        return int(self.run.progress() * self.run.config.evals)
-
-    def __call__(self, loss, norm, stopped=False):
-        """After a step with this loss and gradient norm; whether this is the last one: its end has come, or a
-        process was stopped. What is given is read, and the device waited for, only where it is shown.
-        Mistake if these, or the bound, are not finite.
-        """
-        run, config, nats, bits = self.run, self.run.config, None, None
-        # The processes go by the clock of one, and stop together.
-        run.minutes, stopped = agree((time.perf_counter() - self.start) / 60, stopped)
-        self.tokens += config.batch_size * config.block_size
-        evaluates, logs = self.evals_due() > self.evals_done, run.step % config.log_every == 0
-        if not (evaluates or logs or stopped or run.minutes - self.shown > 1 / 120):
-            return False
+    def step(self, loss, norm, nats=None, stopped=False):
+        """Note a step with this loss, gradient norm and, if it was evaluated, bound. Mistake if one is not finite."""
+        run, config = self.run, self.run.config
+        self.tokens += config.batch_size * config.context
+        logs = nats is not None or run.step % config.log_every == 0
+        if not (logs or stopped or run.progress() >= 1 or run.minutes - self.shown > 1 / 120):
+            return
         # A process has the loss of its share, times the number of processes.
         loss, norm = total(loss.clone()).item() / size(), norm.item()
         speed = self.tokens / (time.perf_counter() - self.last)
-        if evaluates:
-            self.evals_done = self.evals_due()
-            nats, bits = self.evaluate()
         self.check(loss, norm, nats)
-        if nats is not None or logs:
-            lr = run.optimizers[0].param_groups[0]["lr"]
+        if logs:
+            lr = run.optimizer.param_groups[0]["lr"]
+            bits = None if nats is None else self.to_bits(nats)
             self.log.write(run.step, run.minutes, loss, lr, norm, speed, nats, bits)
-        if nats is not None:
-            self.save(nats)
-            text = textwrap.indent(self.sample(), "  | ", lambda line: True)
-            self.bar.write(
-                f"step {run.step:,} at {run.minutes:.1f} min: loss {loss:.3f}, validation {self.bound_name} "
-                f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:\n{text}"
-            )
-            release_memory()
         left = run.minutes / run.progress() * (1 - run.progress())
+        self.loss = loss
         status = f"step {run.step:,}, loss {loss:.3f}, {speed:,.0f} tokens/s, {left:.1f} min left"
         self.bar.set_description_str(status, refresh=False)
         self.bar.update(run.progress() - self.bar.n)
-        self.show_from_now()
-        return stopped or run.progress() >= 1
+        self.start_clock()
+
+    def to_bits(self, nats):
+        return bits_per_byte(nats, self.share, self.counts)
+
+    def evaluation(self, nats, prompt):
+        """Show the bound, and a sample that begins with a prompt (n,)."""
+        text = textwrap.indent(sample(self.run, self.denoise, prompt), "  | ", lambda line: True)
+        self.bar.write(
+            f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.bound_name} "
+            f"{nats:.3f} nats per token = {self.to_bits(nats):.3f} bits per byte. A sample:\n{text}"
+        )
+        release_memory()
+        self.start_clock()
 
     def check(self, loss, norm, nats):
         """Raise Mistake if one of them is not finite; nats, the bound, may be None."""
@@ -101,6 +101,61 @@ class Report:
             f"step {self.run.step}: loss {loss:.3g}, gradient norm {norm:.3g}{validation}; "
             f"a smaller --lr may help ({kept})"
         )
+
+
+def sample(run, denoise, prompt):
+    """A short text, safe to show, from a canvas that is empty but for the prompt (n,) of an example."""
+    T, config, tokenizer = run.config.context, run.model.config, run.tokenizer
+    ids = make_canvas("", suffix="", length=T, tokenizer=tokenizer, context=T)
+    ids[: len(prompt)] = prompt.tolist()
+    run.model.eval()
+    with run.precision:
+        *_, canvas = denoise(run.model, torch.tensor([ids]), steps=64, temperature=0.7)
+    run.model.train()
+    text = tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids))
+    return as_shown(text, tokenizer) if sys.stdout.isatty() else inert(text)
+
+
+def bound_name(model_config, prompt_len=0, rate="t", level="uniform", of_replies=False):
+    """What a bound with these settings is called."""
+    name = "negative log-likelihood" if model_config.block == 1 else "NELBO"
+    settings = [f"level {level}" if str(level) != "uniform" else "", f"rate {rate}" if str(rate).startswith("slant") else ""]
+    settings += [f"after a prompt of {prompt_len}" if prompt_len else ""]
+    settings = ", ".join(filter(None, settings))
+    return name + " of replies" * bool(of_replies) + (f" ({settings})" if settings else "")
+
+
+def bits_per_byte(nats, text_share, counts):
+    """Extrapolate from nats per token of some windows to a whole split. text_share: the fraction of the windows'
+    tokens that count. counts: how many tokens the split has, and bytes (for examples, those of the replies).
+    """
+    return nats * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
+
+
+def text_share(tokens, own_prompt, special_ids):
+    """The fraction of the tokens of windows (N, T) that count: no special ones, and none of a prompt (N, 1)."""
+    special = torch.isin(tokens, torch.tensor(special_ids, dtype=tokens.dtype))
+    return (~special & (torch.arange(tokens.shape[1]) >= own_prompt)).float().mean().item()
+
+
+def print_bound(run, nats, error, draws, tokens, own_prompt, counts):
+    """Print a bound of windows, in nats per token, and what it was measured on."""
+    config, n_prompt = run.config, own_prompt.sum().item()
+    name = bound_name(run.model.config, **run.bound_flags, level=config.level, of_replies=own_prompt.any())
+    bits = bits_per_byte(nats, text_share(tokens, own_prompt, run.model.config.special_ids), counts)
+    print(
+        f"{config.data}: {name} {nats:.4f} nats per token ({error}), {bits:.4f} bits per "
+        f"byte, perplexity {math.exp(nats):.3f}; {tokens.numel() - n_prompt:,} validation tokens, "
+        f"{draws} draws"
+    )
+
+
+def validation_windows(split, config):
+    """The windows of a split that evaluations score, (N, T) int64, and how many tokens of each are a prompt of its
+    own, (N, 1).
+    """
+    n_tokens = config.eval_tokens or (len(split) if config.eval_only else 2**16)
+    return tuple(map(torch.from_numpy, spaced_windows(split, config.context, n_tokens)))
 
 
 class Log:

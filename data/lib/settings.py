@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.lib.chat import Chat
 from data.lib.corpus import canvas_len
 from data.lib.errors import Mistake
-from data.lib.flags import Attention, Level, Span, from_plain
+from data.lib.flags import Attention, Level, Rate, Span, from_plain
 from data.lib.picture import check_path
 from data.lib.processes import size
 from data.lib.prompt import MASK_TAG, MOST, check_prompts
-from model import load_checkpoint
 
 OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise
 SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # README.md there says how it was made
@@ -23,87 +23,97 @@ SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # README.md the
 
 def attention_of(config):
     """The Attention of a ModelConfig."""
-    if config.K > config.block_size:
-        return Attention("canvas")
-    causal = config.K == 1 and config.shift_id is not None
-    return Attention("causal", 1) if causal else Attention("block", config.K)
+    if config.block is None:
+        return Attention("canvas" if config.shift_id is None else "shifted")
+    causal = config.block == 1 and config.shift_id is not None
+    return Attention("causal", 1) if causal else Attention("block", config.block)
 
 
 def attention_fields(attention, mask_id, old=None):
-    """The fields that give a ModelConfig this Attention. A model whose config is old goes on with it: what
-    was read with a shift stays so, a convolution keeps its taps, and a table of positions its rows.
+    """The fields that give a ModelConfig this Attention. A model that goes on with it, whose config is old, keeps its
+    shift, the taps of its convolution, and the rows of its table of positions.
     """
     shift_id = None if old is None else old.shift_id
-    if attention.kind == "causal" and shift_id is None:
+    if attention.kind in ("causal", "shifted") and shift_id is None:
         shift_id = mask_id
-    fields = {"block_len": attention.K, "shift_id": shift_id}
+    fields = {"block": attention.K, "shift_id": shift_id}
     if old is None:
         return fields
-    more = old.n_more - dataclasses.replace(old, **fields).n_more
-    block_size = old.block_size + (more if old.position == "learned" else 0)
-    return {**fields, "conv_right": old.conv_right, "block_size": block_size}
+    fields |= {"conv_right": old.conv_right}
+    if old.learned_positions:
+        fields |= {"context": old.context + old.n_more - dataclasses.replace(old, **fields).n_more}
+    return fields
 
 
 # --- training ------------------------------------------------------------------------------------
 
 # The fields that shape the model; a model that is loaded has its own.
-SHAPE = ("n_layer", "n_head", "n_embd", "conv", "norm", "position")
+SHAPE = ("n_layer", "n_head", "n_embd", "conv")
 
 
-def settle(given, config_class):
-    """What was given and what the checkpoint of --init_from was trained with, as one: (config, model,
+def settle(given, config_class, methods, load_checkpoint):
+    """Combine the flags given, the method's, and what the checkpoint of --init_from was trained with: (config, model,
     tokenizer, checkpoint), the latter three None for a run from scratch.
     """
-    config = config_class(**given)
+    method = methods[given.get("method", config_class.method)]
+    config = config_class(**{**method, **given})
     if config.init_from == "scratch":
-        return with_canvas(without_noise(config, given), given), None, None, None
+        return with_canvas(without_noise(one_block(config), given), given), None, None, None
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     changes = {"dropout": given["dropout"]} if "dropout" in given else {}
-    # What is trained is float32. A model that is only scored may stay as it is, larger than memory.
+    # Training needs float32. A model that is only scored may stay as it is, larger than memory.
     keep = getattr(torch, config.dtype, None) if config.eval_only else None
     model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
-    before = attention_of(model.config)
+    before, shifted = attention_of(model.config), model.config.shift_id is not None
     attention = given.get("attention", before)
-    if attention.K == model.config.block_size:  # one block for all
-        given = {**given, "attention": Attention("canvas")}
-        attention = given["attention"]
+    if "method" in given and not resume:
+        attention = config.attention
+    if attention.K == model.config.context or (shifted and attention.kind == "canvas"):
+        attention = Attention("shifted" if shifted else "canvas")
+    if "attention" in given:
+        given = {**given, "attention": attention}
     if attention != before and not resume:
-        if tokenizer.kinds and model.config.position == "learned" and model.config.shift_id is not None:
+        if tokenizer.kinds and model.config.learned_positions and shifted:
             reason = f"the table of positions in {path} has none for a token more than its canvas"
             raise Mistake(f"--attention {attention}: {reason}")
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
         model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
-    trained, longest = checkpoint.get("train", {}), model.config.block_size
+    trained, longest = checkpoint.get("train", {}), model.config.context
     kept = trained if resume else {}
     if config.eval_only:  # the corpus that it was trained on, and whole texts
         kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
     shape = {name: getattr(model.config, name) for name in SHAPE}
     model_fields = {
-        "block_size": min(trained.get("block_size", longest), longest),
+        "context": min(trained.get("context", longest), longest),
         "out_dir": config.out_dir,
         "shard": False,  # another number of processes may go on
         "attention": str(attention_of(model.config)),
         **shape,
     }
-    try:  # what was given beats what the model is, that its training, and that the defaults
-        config = dataclasses.replace(from_plain(config_class, {**kept, **model_fields}), **given)
+    if resume or config.eval_only:
+        method = {}
+    try:  # flags win over the model, the model over the method, and the method over the defaults
+        config = from_plain(config_class, {**kept, **model_fields})
+        chosen = {name: value for name, value in method.items() if name not in model_fields}
+        config = dataclasses.replace(config, **{**chosen, **given})
     except (TypeError, ValueError, AttributeError) as error:
         raise Mistake(f"{path}: cannot be resumed ({error})") from None
-    if config.block_size > longest:
-        raise Mistake(f"--block_size {config.block_size}: the model in {path} sees at most {longest} tokens")
+    if config.context > longest:
+        raise Mistake(f"--context {config.context}: the model in {path} sees at most {longest} tokens")
     for name, value in {**shape, **({"attention": before} if resume else {})}.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
     if resume and not config.eval_only and config.data != trained.get("data", config.data):
         reason = f"the run in {path} reads {trained['data']}; --init_from {path} takes its model elsewhere"
         raise Mistake(f"--data {config.data}: {reason}")
-    opens = (before.kind, attention.kind) == ("causal", "canvas") or (resume and trained.get("open_steps"))
-    if config.open_steps and not opens:
-        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
-    if config.open_steps and model.config.conv and model.config.conv_right:
-        raise Mistake(f"--open_steps {config.open_steps}: the model in {path} has a convolution to the right")
     return with_canvas(without_noise(config, given), given), model, tokenizer, checkpoint
+
+
+def one_block(config):
+    """The config; but blocks of the whole context are a canvas."""
+    whole = config.attention.kind == "block" and config.attention.K == config.context
+    return dataclasses.replace(config, attention=Attention("canvas")) if whole else config
 
 
 def with_canvas(config, given):
@@ -113,19 +123,19 @@ def with_canvas(config, given):
     T = canvas_len(config.data)
     if not T:
         return config
-    if given.get("block_size", T) != T:
-        raise Mistake(f"--block_size {given['block_size']}: a canvas of --data {config.data} has {T} tokens")
+    if given.get("context", T) != T:
+        raise Mistake(f"--context {given['context']}: a canvas of --data {config.data} has {T} tokens")
     keeps = "prompt_len" in given or config.init_from == "resume"
     prompt_len = config.prompt_len if keeps else Span(0, 0)
-    return dataclasses.replace(config, block_size=T, prompt_len=prompt_len)
+    return dataclasses.replace(config, context=T, prompt_len=prompt_len)
 
 
 def without_noise(config, given):
     """The config; but with blocks of one token every token is a hole, and there is no noise to choose."""
     if config.attention.K != 1:
         return config
-    for name in ("level", "one_level", "slant", "spindle", "visible"):
-        if given.get(name):
+    for name in ("level", "one_level", "rate", "visible"):
+        if given.get(name, Rate("t")) not in (Rate("t"), 0):
             raise Mistake(f"--{name} {given[name]}: with --attention {config.attention} each token is a hole")
     if config.eval_only:
         return config
@@ -133,6 +143,26 @@ def without_noise(config, given):
         config = dataclasses.replace(config, prompt_len=Span(0, 0))
     # Every token is a hole at t = 1, where the weights elbo and mean are one number.
     return dataclasses.replace(config, level=Level("fixed", 1.0), weight="mean")
+
+
+def model_config(config_class, config, tokenizer):
+    """The ModelConfig of a new model."""
+    shape = {name: getattr(config, name) for name in (*SHAPE, "context", "dropout")}
+    shape |= attention_fields(config.attention, tokenizer.mask_id)
+    shape |= {"special_ids": tokenizer.special_ids, "kinds": tokenizer.kinds}
+    return config_class(tokenizer.vocab_size, tokenizer.mask_id, **shape)
+
+
+def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint):
+    """The config for this model on this corpus, and the chat template of either. Mistake if they don't go together."""
+    if tokenizer.state != corpus_tokenizer.state:
+        raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")
+    template = meta.get("chat") or (checkpoint or {}).get("chat")
+    if "chat" in meta:
+        config = with_examples(config, given, model.config, Chat(template, tokenizer))
+    if config.compile:
+        model.compile()
+    return config, template
 
 
 def with_examples(config, given, model_config, chat):
@@ -150,22 +180,18 @@ def with_examples(config, given, model_config, chat):
 
 def check_training(config):
     """Raise Mistake for flags that cannot work together, before anything is written."""
-    if config.open_steps and (config.init_from == "scratch" or config.eval_only):
-        raise Mistake(f"--open_steps {config.open_steps}: it takes a causal model to --attention canvas")
     if config.eval_only and config.init_from == "scratch":
         raise Mistake("--eval_only: needs --init_from resume or a checkpoint's path")
     needs_bound = config.eval_only or config.weight == "elbo"
-    if config.spindle and needs_bound:
+    if config.rate.kind == "spindle" and needs_bound:
         raise Mistake(
-            f"--spindle {config.spindle}: there is no bound, because the rate depends on the token itself; "
+            f"--rate {config.rate}: there is no bound, because the rate depends on the token itself; "
             "it goes with --weight mean, and not with --eval_only"
         )
     if config.visible and config.weight == "elbo":
         raise Mistake(f"--visible {config.visible}: it goes with --weight mean; the bound is of holes alone")
-    if config.slant and config.spindle:
-        raise Mistake(f"--slant {config.slant}: it does not go with --spindle")
-    if config.slant and config.level.kind == "grid" and needs_bound:
-        raise Mistake(f"--slant {config.slant}: it has a bound with --level uniform, not with {config.level}")
+    if config.rate.kind == "slant" and config.level.kind == "grid" and needs_bound:
+        raise Mistake(f"--rate {config.rate}: it has a bound with --level uniform, not with {config.level}")
     if needs_bound and config.level.kind not in ("uniform", "grid"):
         # A fixed level gives no bound; under a bell 1/t over its density has infinite variance.
         reason = "--eval_only prints" if config.eval_only else "it goes with --weight mean; elbo is"
@@ -181,10 +207,10 @@ def check_training(config):
         raise Mistake("--shard: for several processes; `torchrun --nproc_per_node=N train.py` starts N")
     if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
-    if config.attention.K and config.block_size % config.attention.K:
-        raise Mistake(f"--attention {config.attention}: K must divide --block_size {config.block_size}")
-    if config.prompt_len.high >= config.block_size:
-        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --block_size {config.block_size}")
+    if config.attention.K and config.context % config.attention.K:
+        raise Mistake(f"--attention {config.attention}: K must divide --context {config.context}")
+    if config.prompt_len.high >= config.context:
+        raise Mistake(f"--prompt_len {config.prompt_len}: must be below --context {config.context}")
 
 
 def check_unused(out_dir):
@@ -200,7 +226,7 @@ def check_writing(config, given, prompts):
     """Raise Mistake for flags that cannot work together, before a model is loaded. prompts: texts; none is an
     empty one, and with --chat a conversation on stdin.
     """
-    goes_with_score = "score", "ckpt", "order", "steps", "tau", "block_len", "device", "dtype"
+    goes_with_score = "score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"
     wrong = [name for name in given if name not in goes_with_score]
     if config.score is not None and wrong:
         raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
@@ -208,8 +234,11 @@ def check_writing(config, given, prompts):
         raise Mistake(f"--score: of one model at a time, and --ckpt names {len(config.ckpt)}")
     if config.score is not None and len(config.order) > 1:
         raise Mistake(f"--score: under one order at a time, and --order names {len(config.order)}")
-    if set(config.order) == {"threshold"} and config.steps is not None:
-        raise Mistake(f"--steps {config.steps}: --order threshold takes as many as --tau makes it take")
+    own_pace = {"threshold", "entropy-bound"}  # orders that take as many steps as they need
+    if set(config.order) <= own_pace and config.steps is not None:
+        raise Mistake(f"--steps {config.steps}: --order {config.order[0]} takes as many steps as it needs")
+    if config.revise and own_pace & set(config.order):
+        raise Mistake("--revise: not with --order threshold or entropy-bound, which have no fixed number of steps")
     if config.chat:
         check_chat(config, given, prompts)
     else:
@@ -241,34 +270,33 @@ def default_checkpoint():
     raise Mistake(f"{OWN}: there is no checkpoint yet; `python train.py` makes one")
 
 
-def flags_for(config, given, path, model, token_nats, canvases, all_causal):
+def flags_for(config, given, path, model, canvases, all_causal):
     """The flags of denoise, for each order, as the model in path can follow them on canvases, lists of ids.
     Mistake if it cannot. Beside other models a causal one writes as it must: the flags are for the others.
     """
-    K, W, longest = model.config.K, model.config.block_size, max(map(len, canvases))
+    K, W, longest = model.config.block, model.config.context, max(map(len, canvases))
     # Holes in the middle of a text a GPT fills from what stands before them; for these two that is no answer.
     if (config.suffix or model.config.kinds) and any(unseen(ids, model.config) for ids in canvases):
         name = "suffix" if config.suffix else "prompt"
         raise Mistake(f"--{name}: the model in {path} fills holes without seeing what stands after them")
     if K == 1:
-        names = "order", "steps", "tau", "block_len", "revise", "guidance"
+        names = "order", "steps", "tau", "gamma", "block", "revise", "guidance"
         wrong = [name for name in names if given.get(name, 0) not in (["left"], 0)]
         if wrong and all_causal:
             reason = "is causal and writes from the left, one token a step"
             value = " ".join(given["order"]) if wrong[0] == "order" else given[wrong[0]]
             raise Mistake(f"--{wrong[0]} {value}: the model in {path} {reason}")
         return [{"order": "left"}]
-    if K < W and K % (config.block_len or 1):
-        raise Mistake(f"--block_len {config.block_len}: it must divide the blocks of {path}, of {K} tokens")
-    if (config.block_len or 0) > W or (config.block_len == W < longest):
-        raise Mistake(f"--block_len {config.block_len}: the model sees {W} tokens at a time")
-    if "information" in config.order and token_nats is None:
-        raise Mistake(f"--order information: {path} does not say how common its tokens are")
-    flags = {name: getattr(config, name) for name in ("steps", "tau", "block_len", "revise", "guidance")}
-    return [{"order": order, "token_nats": token_nats, **flags} for order in config.order]
+    if K and K % (config.block or 1):
+        raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
+    if (config.block or 0) > W or (config.block == W < longest):
+        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time")
+    flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "revise", "guidance")}
+    return [{"order": order, **flags} for order in config.order]
 
 
 def unseen(ids, config):
     """Whether a model fills a hole of ids without seeing some of the text, in a block after the hole's."""
     text = [i for i, token in enumerate(ids) if token not in (config.mask_id, *config.special_ids)]
-    return config.mask_id in ids[: max(text, default=0) // config.K * config.K]
+    last = max(text, default=0)
+    return config.mask_id in ids[: last // (config.block or len(ids)) * (config.block or len(ids))]

@@ -1,0 +1,92 @@
+"""What the sampler sees: the blocks of a canvas from left to right, a window that slides along, cache and guidance."""
+
+import torch
+import torch.nn.functional as F
+
+from data.lib.fast import Cache
+from data.lib.machine import device_of, send
+
+
+def blocks(model, canvas, steps=None, block=None, guidance=0.0):
+    """Cut a canvas (B, T) into blocks, from left to right. For each that has holes, yield its number, a slice of
+    T, its steps (B, 1), and look(where) -> logits (N, V) at where (B, block), bool.
+
+    steps: of the whole canvas, which the blocks share by their holes, each at least one; None: 128, or half of a
+    row's holes if that is more. block: positions of a block; None: the model's own blocks, or else the whole
+    canvas, or if that is longer than the model sees, a quarter of what it sees. ValueError if it does not divide
+    the model's blocks.
+    """
+    config, T = model.config, canvas.shape[1]
+    W, K = config.context, config.block or T + config.context  # more than there are: one block
+    if block is None:
+        block = K if T <= W or K < W else max(1, W // 4)
+    block = min(block, W, K)
+    if K < W and K % block:
+        raise ValueError(f"block {block}: it does not divide the model's blocks of {K}")
+    holes, special = canvas == config.mask_id, torch.tensor([config.mask_id, *config.special_ids])
+    prompt = torch.isin(canvas, special, invert=True)  # (B, T)
+    n_holes = holes.sum(1, keepdim=True)  # (B, 1)
+    steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
+    n_before = F.pad(holes.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
+    share = (n_before * steps / n_holes.clamp(min=1)).round().long()
+    window_start = cache = None
+    for number, start in enumerate(range(0, T, block)):
+        part = slice(start, min(start + block, T))
+        window = window_of(part, block, T, W, K)
+        if not holes[:, part].any():
+            continue
+        if window.start != window_start:  # other tokens to see, at other positions
+            window_start = window.start
+            cache = Cache(min(T, W)) if K < W else None  # nothing is final while the canvas is one block
+        n_steps = (share[:, part.stop] - share[:, start]).clamp(min=1)[:, None]
+        yield number, part, n_steps, look_at(model, canvas, prompt, window, part, K, guidance, cache)
+
+
+def window_of(part, block, T, W, K):
+    """The slice of a canvas of T that the model, which sees W tokens, sees while it fills the block `part`.
+
+    Up to a quarter of W is in sight after the block. A model with blocks sees nothing after its own block of K,
+    and its window moves by whole blocks, about a quarter of W at a time, because each move empties the cache.
+    """
+    jump, ahead = (max(1, W // 4 // K) * K, K) if K < W else (1, min(W // 4, (W - block) // 2))
+    unseen = (part.start // K + 1) * K  # where the model's next block begins
+    left = max(0, -((W - min(unseen, part.start + block + ahead)) // jump) * jump) if T > W else 0
+    return slice(left, min(left + W, T, unseen))
+
+
+def look_at(model, canvas, prompt, window, part, K, guidance, cache):
+    """Return look(where) -> logits (N, V) at where (B, block), bool; minus infinity for what is not text.
+
+    It sees the window of the canvas as it is when called. guidance w: (1 + w) times the logits minus w times
+    those of a canvas whose prompt is masked too, which makes what the prompt makes likelier likelier still
+    (2410.18514). With a cache, blocks of K before this one are final; the first pass over a block reads the one
+    before as well, now that it is written.
+    """
+    mask_id, W, device = model.config.mask_id, model.config.context, device_of(model)
+    (not_text,) = send(device, torch.tensor([mask_id, *model.config.special_ids]))
+    seen, seen_prompt = canvas[:, window], prompt[:, window]  # (B, W), views
+    inside = slice(part.start - window.start, part.stop - window.start)
+    final = max(0, part.start // K * K - window.start)  # where the model's own block begins
+    # Decided by all that this window will see, so that a cache keeps its number of rows.
+    guidance = guidance if prompt[:, window.start : window.start + W].any() else 0.0
+
+    def look(where):
+        if not where.any():
+            return torch.zeros(0, model.config.vocab_size, device=device)
+        rows = where.any(1) | (cache is not None)  # a cache holds all rows
+        text, place = seen[rows], torch.zeros_like(seen_prompt[rows])
+        place[:, inside] = where[rows]
+        if guidance:
+            text = torch.cat((text, text.masked_fill(seen_prompt[rows], mask_id)))
+            place = torch.cat((place, place))
+        if cache is not None:
+            cache.length, cache.final = min(cache.length, final), final
+        text, place = send(device, text, place)
+        logits = model(text, where=place, cache=cache)
+        if guidance:
+            logits, unguided = logits.float().chunk(2)
+            guided = logits + guidance * (logits - unguided)
+            logits = guided.where(logits > -torch.inf, logits)  # what can't stand there stays impossible
+        return logits.index_fill_(1, not_text, -torch.inf)
+
+    return look
