@@ -75,9 +75,10 @@ def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
         if not holes.any():
             return
         order_noise, _, u = next(noise)
+        n = due(step, n_steps, n_holes) - (n_holes - holes.sum(1, keepdim=True))
+        holes = shortlist(score, holes, n, order_noise)
         logits = look(holes)  # (N, V)
         scores = score_holes(score, logits, holes, order_noise)  # (B, W)
-        n = due(step, n_steps, n_holes) - (n_holes - holes.sum(1, keepdim=True))
         chosen = highest(scores, holes, how_many(scores, n))
         canvas[chosen] = take(pick(logits, chosen[holes]), u[chosen], chosen)  # .setitem
         yield
@@ -95,8 +96,9 @@ def fill_and_revise(canvas, n_steps, look, take, noise, mask_id, score, revise):
         order_noise, revise_noise, u = next(noise)
         candidates = is_open & ~holes & (step <= n_steps) & (revise_noise < revise)
         again = highest(-revise_noise, candidates, n_open - target)
-        logits = look(holes)
         n = target - (is_open & ~holes & ~again).sum(1, keepdim=True)
+        holes = shortlist(score, holes, n, order_noise)
+        logits = look(holes)
         chosen = highest(score_holes(score, logits, holes, order_noise), holes, n)
         canvas[again] = mask_id
         canvas[chosen] = take(pick(logits, chosen[holes]), u[chosen], chosen)
@@ -233,6 +235,13 @@ def how_many(scores, n, order, tau, gamma):
         entropy = -scores.sort(1, descending=True).values  # lowest first; infinite where there is no hole
         return (entropy.cumsum(1) - entropy <= gamma).sum(1, keepdim=True).clamp(min=1)
     return n
+
+
+def shortlist(score, holes, n, noise):
+    """The holes that the model is asked about: all, or those to be set, if an order can choose without looking."""
+    if score in (random, left):
+        return highest(score(None, noise, torch.arange(holes.shape[1]).expand(holes.shape)), holes, n)
+    return holes
 
 
 def score_holes(score, logits, holes, noise):
