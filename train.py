@@ -32,17 +32,25 @@ from sample import denoise
 UNIFORM, WHOLE = flags.Level("uniform"), flags.Span(0, 0)
 METHODS = {  # what differs from the defaults of TrainConfig; a flag overrides it
     "default": {},
-    "bert": dict(level=flags.Level("fixed", 0.15), prompt_len=WHOLE),  # 1810.04805, without its 80/10/10
-    "roberta-diffusion": dict(level=flags.Level("grid", 10), one_level=True, prompt_len=flags.Span(16, 16)),
-    "d3pm": dict(level=flags.Level("grid", 100), weight="elbo", prompt_len=WHOLE),  # 2107.03006
-    "mdlm": dict(level=UNIFORM, weight="elbo", prompt_len=WHOLE),  # 2406.07524, 2406.04329, 2502.09992
-    "ar-diffusion": dict(level=UNIFORM, rate=flags.Rate("slant", 1), weight="elbo", prompt_len=WHOLE),  # 2305.09515
-    "diffusionbert": dict(level=UNIFORM, rate=flags.Rate("spindle", 0.3), prompt_len=WHOLE),  # 2211.15029
-    "block-diffusion": dict(
-        level=UNIFORM, weight="elbo", attention=flags.Attention("block", 16), prompt_len=WHOLE
-    ),  # 2503.09573
-    "gpt": dict(attention=flags.Attention("causal", 1)),
-    "diffugpt": dict(level=UNIFORM, weight="elbo", attention=flags.Attention("shifted"), prompt_len=WHOLE),
+    "bert": {"level": flags.Level("fixed", 0.15), "prompt_len": WHOLE},  # 1810.04805, without its 80/10/10
+    "roberta-diffusion": {"level": flags.Level("grid", 10), "one_level": True, "prompt_len": flags.Span(16, 16)},
+    "d3pm": {"level": flags.Level("grid", 100), "weight": "elbo", "prompt_len": WHOLE},  # 2107.03006
+    "mdlm": {"level": UNIFORM, "weight": "elbo", "prompt_len": WHOLE},  # 2406.07524, 2406.04329, 2502.09992
+    "ar-diffusion": {
+        "level": UNIFORM,
+        "rate": flags.Rate("slant", 1),
+        "weight": "elbo",
+        "prompt_len": WHOLE,
+    },  # 2305.09515
+    "diffusionbert": {"level": UNIFORM, "rate": flags.Rate("spindle", 0.3), "prompt_len": WHOLE},  # 2211.15029
+    "block-diffusion": {
+        "level": UNIFORM,
+        "weight": "elbo",
+        "attention": flags.Attention("block", 16),
+        "prompt_len": WHOLE,
+    },  # 2503.09573
+    "gpt": {"attention": flags.Attention("causal", 1)},
+    "diffugpt": {"level": UNIFORM, "weight": "elbo", "attention": flags.Attention("shifted"), "prompt_len": WHOLE},
 }
 
 

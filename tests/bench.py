@@ -205,9 +205,7 @@ def denoiser_rows(device):
                 )
             if B == 1 and shape:
                 few = torch.rand(B, T, device=device) < 1 / 16
-                all_rows, few_rows = best_seconds(
-                    lambda: model(canvas), lambda: model(canvas, where=few), repeats=9
-                )
+                all_rows, few_rows = best_seconds(lambda: model(canvas), lambda: model(canvas, where=few), repeats=9)
                 saved = f"{few_rows / all_rows:.2f} of the {1000 * all_rows:.0f} ms with all"
                 yield f"{name}, a pass with logits at {few.sum()} of {T}", f"{1000 * few_rows:.0f} ms", saved
 
@@ -277,9 +275,7 @@ def make_roberta(folder):
     ]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("\n".join(merges))
-    config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
-    )
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
     config.save_pretrained(folder)
     torch.save(RobertaForMaskedLM(config).state_dict(), folder / "pytorch_model.bin")
     convert = [ROOT / "data" / "roberta" / "prepare.py", folder, "--out", folder / "roberta.pt"]
@@ -324,9 +320,7 @@ def gpt2_writers(device, n):
     def theirs(reference):
         reference.generate(prompt, min_new_tokens=n, max_new_tokens=n, **rules)
 
-    references = (
-        GPT2LMHeadModel(GPT2Config()).to(device, dtype) for dtype in (torch.float32, torch.bfloat16)
-    )
+    references = (GPT2LMHeadModel(GPT2Config()).to(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     return ours, *(functools.partial(theirs, reference.eval()) for reference in references)
 
 
@@ -367,9 +361,7 @@ def dial_rows(device):
         measure = f"{canvas / seconds:.2f} x the {4096 / canvas:,.0f} tokens/s of the canvas"
         yield f"training step, {name}", f"{4096 / seconds:,.0f} tokens/s", measure
     ours, *theirs = best_seconds(*gpt2_writers(device, 240), repeats=3)
-    measure = (
-        f"{min(theirs) / ours:.2f} x transformers' (float32 {theirs[0]:.2f} s, bfloat16 {theirs[1]:.2f} s)"
-    )
+    measure = f"{min(theirs) / ours:.2f} x transformers' (float32 {theirs[0]:.2f} s, bfloat16 {theirs[1]:.2f} s)"
     yield (
         "GPT-2 small, 240 tokens appended with the cache",
         f"{ours:.2f} s, {240 / ours:.1f} tokens/s",
@@ -469,9 +461,7 @@ def roberta_rows(device):
         for dropout in (0.0, 0.1):
             figures = {"ours": [], "theirs": []}
             for side in ("ours", "theirs") * 2:  # processes of their own, for the memory
-                printed, memory = run_python(
-                    __file__, "--step", f"{folder}:{side}:{dropout}", "--device", device
-                )
+                printed, memory = run_python(__file__, "--step", f"{folder}:{side}:{dropout}", "--device", device)
                 figures[side].append((float(printed), memory))
             (ours, our_memory), (theirs, their_memory) = (map(min, zip(*figures[side])) for side in figures)
             measure = f"{theirs / ours:.2f} x the speed, {our_memory / their_memory:.2f} x the memory of "
@@ -514,9 +504,7 @@ def main():
         ("the default in float32", {"dtype": "float32"}),
     ):
         speed, share, peak, (forward, backward, optimizer) = training_speed(device, **flags)
-        measure = (
-            f"{share:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a bare matrix product; forward {forward:.0%}, "
-        )
+        measure = f"{share:.0%} of the {peak / 1e9:,.0f} GFLOP/s of a bare matrix product; forward {forward:.0%}, "
         measure += f"backward {backward:.0%}, optimizer {optimizer:.0%}"
         rows.append((f"training step, {name}", f"{speed:,.0f} tokens/s", measure))
     for name, shape in (("6 layers, 6 heads, width 384", large), ("the default", {})):

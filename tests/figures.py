@@ -124,9 +124,7 @@ def plot(path, n_panels=1, n_rows=1):
     from matplotlib import pyplot
 
     n = n_panels // n_rows
-    figure, panels = pyplot.subplots(
-        n_rows, n, figsize=(5 * n, 4 * n_rows), layout="constrained", squeeze=False
-    )
+    figure, panels = pyplot.subplots(n_rows, n, figsize=(5 * n, 4 * n_rows), layout="constrained", squeeze=False)
 
     def save():
         figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")

@@ -292,9 +292,7 @@ def prompt(good, folder, rng):
     ]
     text = "".join(rng.choices(parts, k=rng.randrange(6)))
     (folder / "p.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
-    given = rng.choice(
-        [["--prompt", text], ["--prompt_file", folder / "p.txt"], ["--score", folder / "p.txt"]]
-    )
+    given = rng.choice([["--prompt", text], ["--prompt_file", folder / "p.txt"], ["--score", folder / "p.txt"]])
     more = ["--order", "left"] if given[0] == "--score" else rng.choice([[], ["--save", folder / "x.html"]])
     more += [] if given[0] == "--score" else rng.choice([["--length", "20"], [], ["--suffix", text]])
     name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "pictures.pt"])

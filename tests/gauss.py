@@ -245,9 +245,7 @@ OF_MASKS = {  # flags of train.py that have no meaning here, or were not tried
 class GaussConfig(TrainConfig):
     what: Literal[WHAT] = argument(f"one of {', '.join(WHAT)}")
     out_dir: str = flag("out-gauss", "train: where ckpt.pt (best), last.pt and log.csv go")
-    init_from: Literal["scratch", "resume"] = flag(
-        "scratch", "train: scratch; or resume, to go on from out_dir"
-    )
+    init_from: Literal["scratch", "resume"] = flag("scratch", "train: scratch; or resume, to go on from out_dir")
     ckpt: str = flag("out-gauss/ckpt.pt", "bound, sample: a checkpoint that this wrote")
     prompt: str = flag("", "sample: text that is given, <mask> for a hole")
     steps: int | None = flag(None, f"denoising steps (sample: 128, bound: {STEPS})", least=1)

@@ -65,9 +65,7 @@ def test_a_character_of_several_tokens_appears_with_its_last():
 def test_inert_text_does_nothing(text):
     shown = inert(text)
     assert len(shown) == len(text)
-    assert not re.search(
-        "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown
-    )
+    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     assert inert("é日\t\n👩‍💻") == "é日\t\n👩‍💻"
 
 
@@ -204,9 +202,7 @@ def browser_page(path, *flags):
                 break
             time.sleep(0.1)
         assert pages, "the browser has not opened the page"
-        session["sessionId"] = call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)[
-            "sessionId"
-        ]
+        session["sessionId"] = call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
         yield call
     finally:
         process.kill()
@@ -291,25 +287,18 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
 
         for place, steps in ((0, (0, 0)), (50, (8, 7)), (200, (8, 30))):  # of 6 seconds
             evaluate(f"slider.value = {place}; slider.dispatchEvent(new Event('input'))")
-            captions = evaluate(
-                "[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')"
-            )
+            captions = evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')")
             for caption, name, step, of in zip(captions.split("|"), ("set", "<append>"), steps, (8, 30)):
                 assert caption.startswith(f"{name}.pt: step {step} of {of}, ")
             texts = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.textContent).join('|')")
             assert texts.split("|")[1] == "".join(tokens_of(BYTES, canvases[steps[1]][0]))
-        boxes = evaluate(
-            "[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()"
-        )
+        boxes = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()")
         assert len(set(boxes.split(","))) == 1  # beside each other
 
 
 def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
     """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
-    runs = [
-        [run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")]
-        for prompt in (b"a", b"b")
-    ]
+    runs = [[run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")] for prompt in (b"a", b"b")]
     save_html(tmp_path / "run.html", runs, ["left", "random"])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
@@ -327,9 +316,7 @@ def test_a_picture_of_two_models_has_two_panels(tmp_path):
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
     save_svg(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
     groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
-    titles = [
-        [text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups
-    ]
+    titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
     assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
     assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
     assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]
@@ -426,9 +413,7 @@ def test_two_models_fill_a_pane_each(checkpoint):
         checkpoint, "--ckpt", checkpoint, "--prompt", "a<b", "--steps", 3, "--length", 30, width=60
     )
     assert code == 0
-    frames = [
-        re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "") for frame in written.split("\x1b[J")
-    ]
+    frames = [re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "") for frame in written.split("\x1b[J")]
     rows = [frame.strip("\n").split("\n") for frame in frames if " | " in frame]
     assert len(rows) == 6
     for frame in rows:

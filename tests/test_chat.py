@@ -383,9 +383,7 @@ def test_bits_per_byte_are_those_of_the_replies(squares, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("attention", ["block:8", "causal"])
-def test_examples_are_learned_and_answered_in_blocks_and_from_the_left(
-    attention, squares, monkeypatch, capsys
-):
+def test_examples_are_learned_and_answered_in_blocks_and_from_the_left(attention, squares, monkeypatch, capsys):
     flags = f"--data squares --max_iters 2 --evals 1 {SMALL} --out_dir out --attention {attention}"
     call(monkeypatch, train.main, flags.split())
     call(monkeypatch, train.main, "--eval_only --init_from out/ckpt.pt --dtype float32".split())

@@ -464,9 +464,7 @@ def test_compiled_or_not_the_losses_are_the_same(flags, tmp_path, monkeypatch):
 
 
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
-    flags = (
-        f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --block_size 32"
-    )
+    flags = f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --block_size 32"
     run_train(monkeypatch, f"{flags} --batch_size 2 --prompt_len 0 --weight_decay 0 --dropout 0.3")
     assert load_checkpoint(tmp_path / "last.pt")[0].config.dropout == 0.3
     assert_same(weights(tmp_path / "last.pt")[1], weights(world / "out" / "ckpt.pt")[1])
@@ -508,9 +506,7 @@ def test_a_causal_run_masks_nothing_and_reports_its_likelihood(world, monkeypatc
     # Not all of these windows start where one of sample.py does, so compare those that do.
     tokens = torch.from_numpy(val[: len(val) // 32 * 32].astype(np.int64))
     (world / "val.txt").write_text(tokenizer.decode(tokens.tolist()))
-    printed = sample_text(
-        ["--ckpt", "gpt/ckpt.pt", "--score", "val.txt", "--dtype", "float32"], monkeypatch, capsys
-    )
+    printed = sample_text(["--ckpt", "gpt/ckpt.pt", "--score", "val.txt", "--dtype", "float32"], monkeypatch, capsys)
     (world / "val.txt").unlink()
     score = float(printed.out.split()[0])
     assert score == pytest.approx(float(train.nelbo(model, tokens.view(-1, 32))), abs=1e-4)
@@ -531,9 +527,7 @@ GOES_ON = [
 def test_a_checkpoint_goes_on_under_any_attention(way, world, tmp_path, monkeypatch, capsys):
     """Its weights stay, and its shift; a causal model that had none gets one."""
     start, attention = way.split()
-    flags = (
-        f"--data book --init_from {start}/ckpt.pt --attention {attention} --out_dir {tmp_path} --max_iters 1"
-    )
+    flags = f"--data book --init_from {start}/ckpt.pt --attention {attention} --out_dir {tmp_path} --max_iters 1"
     run_train(monkeypatch, f"{flags} --lr 1e-30 --weight_decay 0 --prompt_len 0 --batch_size 2")
     before, after = (load_checkpoint(folder / "last.pt")[0] for folder in (world / start, tmp_path))
     assert all(a.equal(b) for a, b in zip(before.parameters(), after.parameters()))
@@ -638,9 +632,7 @@ def test_a_causal_checkpoint_of_an_earlier_version_gives_the_same_logits(world, 
 
 def test_two_models_write_the_same_prompt_one_after_the_other(world, monkeypatch, capsys):
     flags = ["--prompt", "line 1", "the", "--length", 20, "--dtype", "float32"]
-    alone = [
-        sample_text(["--ckpt", f"{name}/ckpt.pt", *flags], monkeypatch, capsys) for name in ("gpt", "out")
-    ]
+    alone = [sample_text(["--ckpt", f"{name}/ckpt.pt", *flags], monkeypatch, capsys) for name in ("gpt", "out")]
     judged = ["--judge", "gpt/ckpt.pt"]
     both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", *judged, *flags], monkeypatch, capsys)
     assert both.out == "".join(each.out for each in alone)
@@ -950,9 +942,7 @@ def test_a_slim_checkpoint_is_the_model_in_bfloat16(world, tmp_path, monkeypatch
         assert q.dtype == torch.float32
         assert_same(q, p.bfloat16().float())
     assert "optimizers" not in rest
-    go_on = (
-        f"--init_from {tmp_path}/slim.pt --data book --out_dir {tmp_path}/on --max_iters 2 --block_size 32"
-    )
+    go_on = f"--init_from {tmp_path}/slim.pt --data book --out_dir {tmp_path}/on --max_iters 2 --block_size 32"
     run_train(monkeypatch, go_on)
     assert (
         "slim.pt: 9 tokens in"
@@ -1112,9 +1102,7 @@ def test_a_run_goes_on_where_no_checkpoint_could_be_written_and_tries_again(tmp_
 
     monkeypatch.setattr(train, "evaluate", fill_the_disk_for_a_while)
     run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/full")
-    sentence = (
-        "step 2: no checkpoint (File too large); there is none yet, and the next evaluation tries again"
-    )
+    sentence = "step 2: no checkpoint (File too large); there is none yet, and the next evaluation tries again"
     assert sentence in capsys.readouterr().err
     for name in ("last.pt", "ckpt.pt"):
         assert_same(*(weights(tmp_path / folder / name) for folder in ("free", "full")))
@@ -1227,9 +1215,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
         torch.save({**stored, **change}, tmp_path / "last.pt")
         flags = f"--init_from resume --out_dir {tmp_path} --max_iters 9".split()
         assert words in mistake(train.main, flags, monkeypatch, capsys)
-    torch.save(
-        {**stored, "model": {**stored["model"], "head.weight": weight.T.clone().T}}, tmp_path / "last.pt"
-    )
+    torch.save({**stored, "model": {**stored["model"], "head.weight": weight.T.clone().T}}, tmp_path / "last.pt")
     read_checkpoint(tmp_path / "last.pt")  # in another order, but each number once
 
 
@@ -1260,9 +1246,7 @@ def test_training_on_5_gb_takes_no_more_memory_than_on_a_little(tmp_path):
     assert sizes[1] < sizes[0] + 20
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     forward, calls = Transformer.forward, []
 
     def explode_later(model, idx, where=None, **more):

@@ -117,9 +117,7 @@ def test_a_pass_reads_only_what_the_cache_does_not_know():
         ({"block_len": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
     ):
         model, read = tiny_model(V=5, T=8, **shape), []
-        model.token_embedding.register_forward_hook(
-            lambda _, idx, out, read=read: read.append(idx[0].shape[1])
-        )
+        model.token_embedding.register_forward_hook(lambda _, idx, out, read=read: read.append(idx[0].shape[1]))
         *_, _ = denoise(model, torch.full((2, len(expected)), MASK), len(expected))
         assert read == expected
 
@@ -206,9 +204,7 @@ def test_the_draws_of_corrupt_meet_the_block_bound(K, shift, seed):
     assert abs(nats.mean() - expected) < 3.5 * nats.std() / len(nats) ** 0.5
 
     # Batches as they are trained on, with stratified levels: independent of each other.
-    config = TrainConfig(
-        batch_size=4, block_size=4, level=Level("uniform"), weight="elbo", prompt_len=Span(0, 0)
-    )
+    config = TrainConfig(batch_size=4, block_size=4, level=Level("uniform"), weight="elbo", prompt_len=Span(0, 0))
     split, generator = text.numpy(), torch.Generator().manual_seed(seed)
     batches = [draw_batch(split, config, generator, model.config) for _ in range(1000)]
     x0, xt, holes, weights = map(torch.cat, zip(*batches))
@@ -298,10 +294,7 @@ def test_blocks_draw_their_distribution_in_any_order_inside():
     model = tiny_model(V=3, T=4, block_len=2)
     p = []
     for text in all_texts(3, 4):
-        both = [
-            [block_nats(model, text, start, order).neg().exp() for order in ((0, 1), (1, 0))]
-            for start in (0, 2)
-        ]
+        both = [[block_nats(model, text, start, order).neg().exp() for order in ((0, 1), (1, 0))] for start in (0, 2)]
         p.append(math.prod(sum(block) / 2 for block in both))
     *_, written = denoise(model, torch.full((4000, 4), 3), 4, seeds=range(4000))
     counts = (written * torch.tensor([27, 9, 3, 1])).sum(1).bincount(minlength=81)
@@ -396,9 +389,7 @@ def test_an_opening_model_begins_causal_and_ends_as_a_canvas():
     torch.testing.assert_close(opened.train()(xt), causal(xt))
     for end in (opening(4)[1], opening(0, open_steps=0)[1]):
         assert end.opened is None
-        torch.testing.assert_close(
-            end.train()(xt), opened.eval()(xt)
-        )  # which is evaluated as what it becomes
+        torch.testing.assert_close(end.train()(xt), opened.eval()(xt))  # which is evaluated as what it becomes
 
 
 @torch.no_grad()

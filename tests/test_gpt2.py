@@ -293,9 +293,7 @@ def write_diffugpt(folder, merges, more_rows):
     return reference
 
 
-@pytest.mark.parametrize(
-    ("more_rows", "mask"), [(1, "after the rest"), (2, "after the rest"), (0, "a token")]
-)
+@pytest.mark.parametrize(("more_rows", "mask"), [(1, "after the rest"), (2, "after the rest"), (0, "a token")])
 @torch.no_grad()
 def test_diffugpt_s_logits_are_those_of_the_reference_that_sees_all(
     more_rows, mask, merges, run, tmp_path, monkeypatch
@@ -455,9 +453,7 @@ def test_an_export_is_the_original_for_transformers_and_for_us(name, merges, run
     with torch.no_grad():
         assert loaded.eval()(ids).logits.equal(reference(ids).logits)
     run(exported, "--out", tmp_path / "b.pt")
-    (model, tokenizer, _), (again, tokenizer_again, _) = (
-        load_checkpoint(tmp_path / path) for path in ("a.pt", "b.pt")
-    )
+    (model, tokenizer, _), (again, tokenizer_again, _) = (load_checkpoint(tmp_path / path) for path in ("a.pt", "b.pt"))
     assert again.config == model.config
     assert tokenizer_again.state == tokenizer.state
     assert_equal(again.state_dict(), model.state_dict())
@@ -608,9 +604,7 @@ OTHER_WEIGHTS = {
 
 
 @pytest.mark.parametrize("change", OTHER_WEIGHTS)
-def test_a_tensor_that_is_left_over_missing_or_of_another_shape_is_named(
-    change, original, gpt2, mistake, tmp_path
-):
+def test_a_tensor_that_is_left_over_missing_or_of_another_shape_is_named(change, original, gpt2, mistake, tmp_path):
     alter, reason = OTHER_WEIGHTS[change]
     save_weights(gpt2, alter(original[1].state_dict()))
     assert reason in mistake(gpt2, "--out", tmp_path / "new" / "out.pt")

@@ -298,9 +298,7 @@ def test_a_conversation_is_that_of_the_reference_token_for_token(their_tokenizer
     tokenizer = hub.read_tokenizer_json(llada, settings["embedding_size"], settings["mask_token_id"])
     template, unused = prepare.read_chat(llada, tokenizer)
     assert unused == []
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=their_tokenizer, bos_token="<|startoftext|>"
-    )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=their_tokenizer, bos_token="<|startoftext|>")
     theirs.chat_template = TEMPLATE
     turns = [("user", " What is 2 + 2? "), ("assistant", "4."), ("user", "And 3?\n")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -315,9 +313,7 @@ def test_chat_prints_the_reply_alone_up_to_the_end_of_its_turn(llada, original, 
     flags = "--ckpt", tmp_path / "llada.pt", "--chat", "--prompt", "a", "--order", "left", "--seed", 3
     run(*flags, "--temperature", 0.3, "--dtype", "float32", main=sample.main)
     reply = capsys.readouterr().out.removesuffix("\n")
-    canvas = torch.tensor(
-        [Chat(checkpoint["chat"], tokenizer).canvas([{"role": "user", "content": "a"}], 24)]
-    )
+    canvas = torch.tensor([Chat(checkpoint["chat"], tokenizer).canvas([{"role": "user", "content": "a"}], 24)])
     n = int((canvas != tokenizer.mask_id).sum())
     *_, canvas = sample.denoise(model, canvas, order="left", seeds=[3], temperature=0.3)
     ids = canvas[0, n:].tolist()

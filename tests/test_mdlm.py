@@ -82,9 +82,7 @@ def reference(tensors, settings, idx, clean=None):
         if f"{name}.weight" not in w:
             return torch.zeros(n, C) + (torch.arange(n) % 3 == 2)[:, None]
         embedding = torch.tensor([math.cos(0.0)] * 128 + [math.sin(0.0)] * 128)
-        return linear(
-            name, F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", embedding))))
-        ).view(n, C)
+        return linear(name, F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", embedding))))).view(n, C)
 
     def norm(name, x, shift, scale):
         return F.layer_norm(x, (C,)) * w[f"{name}.weight"] * (1 + scale) + shift

@@ -123,9 +123,7 @@ def test_dropout_zeroes_with_its_probability_and_keeps_the_mean():
         out = Dropout(p).train()(x)
         zeros = (out == 0).float()
         assert zeros.mean().item() == pytest.approx(p, abs=0.003)
-        assert (zeros[:-1] * zeros[1:]).mean().item() == pytest.approx(
-            p * p, abs=0.003
-        )  # its neighbours' too
+        assert (zeros[:-1] * zeros[1:]).mean().item() == pytest.approx(p * p, abs=0.003)  # its neighbours' too
         assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
         assert Dropout(p).eval()(x) is x
     assert Dropout(0.0).train()(x).equal(x)
@@ -169,9 +167,7 @@ def test_attention_written_out_is_that_of_torch(dtype, sight, device):
     q, k, v = torch.randn(3, 2, 2, 64, 8, dtype=dtype, device=device)
     mask = (torch.rand(64, 64, device=device) < 0.5) | torch.eye(64, dtype=torch.bool, device=device)
     flags = {"sees": mask if sight == "mask" else None, "causal": sight == "causal"}
-    expected = F.scaled_dot_product_attention(
-        q.float(), k.float(), v.float(), flags["sees"], is_causal=flags["causal"]
-    )
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), flags["sees"], is_causal=flags["causal"])
     y = fast.attend(q, k, v, Dropout(1e-9).train(), **flags)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)

@@ -87,9 +87,7 @@ def stands(tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "shape", [{}, {"block_len": 5}, {"block_len": 1, "shift_id": 256}, {"shift_id": 256}]
-)
+@pytest.mark.parametrize("shape", [{}, {"block_len": 5}, {"block_len": 1, "shift_id": 256}, {"shift_id": 256}])
 def test_the_network_gives_nothing_to_what_may_not_stand_at_a_place(shape, device):
     """And to the rest what it would give without kinds, normalised: in all of a canvas, at holes, and in
     training, where a block is seen in two halves.
@@ -322,9 +320,7 @@ def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
     rows = re.findall(r'fill="#(..)\1\1" d="M(\d+) (\d+)h(\d+)', last)
     greys = [255 - round(255 * i / 4) for i in (0, 1, 2, 3, 4, 0)]
     assert [int(grey, 16) for grey, *_ in rows] == greys
-    assert [(int(x), int(y)) for _, x, y, _ in rows] == [
-        (12 + 17 * i, 51 + 17 * j) for j in (0, 1) for i in range(3)
-    ]
+    assert [(int(x), int(y)) for _, x, y, _ in rows] == [(12 + 17 * i, 51 + 17 * j) for j in (0, 1) for i in range(3)]
     first = svg[svg.index("<g") :].split("</g>")[0]
     assert re.findall(r'class="pixel" d="M12 (\d+)h(\d+)', first) == [("51", "51"), ("68", "51")]
     save_histories(tmp_path / "run.html", [[history]])

@@ -463,9 +463,7 @@ OTHER_WEIGHTS = {
 
 
 @pytest.mark.parametrize("change", OTHER_WEIGHTS)
-def test_a_tensor_that_is_left_over_missing_or_of_another_shape_is_named(
-    change, originals, roberta, mistake, tmp_path
-):
+def test_a_tensor_that_is_left_over_missing_or_of_another_shape_is_named(change, originals, roberta, mistake, tmp_path):
     alter, name = OTHER_WEIGHTS[change]
     save_weights(roberta, alter(originals["roberta"][1].state_dict()))
     assert name in mistake(roberta, "--out", tmp_path / "new" / "out.pt")
@@ -544,9 +542,7 @@ def test_fine_tuned_from_conversion_to_export(flags, originals, run, tmp_path):
     assert largest_difference(model, original, [20]) > 1e-3
 
 
-def test_only_a_roberta_is_exported_and_only_to_a_folder_without_a_model(
-    originals, roberta, run, mistake, tmp_path
-):
+def test_only_a_roberta_is_exported_and_only_to_a_folder_without_a_model(originals, roberta, run, mistake, tmp_path):
     run(originals["bert"][0], "--out", tmp_path / "bert.pt")
     run(roberta, "--out", tmp_path / "roberta.pt")
     save_checkpoint(tmp_path / "bytes.pt", Transformer(ModelConfig(n_embd=16, n_layer=1)), ByteTokenizer())
@@ -590,9 +586,7 @@ def mixed_lines():
     controls = [chr(point) for point in (*range(32), *range(0x7F, 0xA1), 0x2028, 0xFEFF)]
     lines += ["".join(draw.choices([*controls, "a", "é", "7"], k=draw.randrange(1, 30))) for _ in range(1250)]
     spaces = [" ", " " * 17, " " * 300, "\t", "\n", "\r\n", "\u3000", "\xa0"]
-    lines += [
-        "".join(draw.choices([*spaces, "a", "It's", "漢"], k=draw.randrange(1, 20))) for _ in range(1250)
-    ]
+    lines += ["".join(draw.choices([*spaces, "a", "It's", "漢"], k=draw.randrange(1, 20))) for _ in range(1250)]
     assert len(lines) == 20_000
     return lines
 
@@ -747,9 +741,7 @@ def test_an_alphabet_is_one_token_a_letter(originals):
 
 
 @pytest.mark.parametrize("order", [order for order in sample.ORDERS if order != "information"])
-def test_samples_are_text_however_likely_the_special_tokens_are(
-    order, originals, roberta, run, tmp_path, capsys
-):
+def test_samples_are_text_however_likely_the_special_tokens_are(order, originals, roberta, run, tmp_path, capsys):
     bert = shutil.copytree(originals["bert"][0], tmp_path / "bert")
     for kind, folder, bias in (("roberta", roberta, "lm_head"), ("bert", bert, "cls.predictions")):
         tensors = originals[kind][1].state_dict()
@@ -843,9 +835,7 @@ def test_a_vocabulary_whose_ids_are_no_numbers(roberta, mistake, tmp_path):
     assert "vocab.json" in mistake(roberta, "--out", tmp_path / "new" / "out.pt")
 
 
-@pytest.mark.parametrize(
-    ("token", "reason"), [("[UNK]", r"[UNK]"), ("[MASK]", "<mask>"), ("", "in config.json")]
-)
+@pytest.mark.parametrize(("token", "reason"), [("[UNK]", r"[UNK]"), ("[MASK]", "<mask>"), ("", "in config.json")])
 def test_a_word_vocabulary_that_lacks_a_token(token, reason, originals, mistake, tmp_path):
     folder = shutil.copytree(originals["bert"][0], tmp_path / "model")
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
@@ -1051,9 +1041,7 @@ def test_wikitext_lines_are_between_roberta_s_own_tokens(raw, originals, run, tm
     run(originals["roberta"][0], "--out", tmp_path / "roberta.pt")
     states = []
     for path in (*raw, raw[0] / "wiki.train.raw"):
-        train, val, tokenizer, meta = read_wikitext(
-            run, "--file", path, "--tokenizer", tmp_path / "roberta.pt"
-        )
+        train, val, tokenizer, meta = read_wikitext(run, "--file", path, "--tokenizer", tmp_path / "roberta.pt")
         for split, ids in (("train", train), ("val", val)):
             lines = SPLIT_LINES[split]
             expected = [[0, *tokenizer.encode(line.rstrip("\n")), 2] for line in lines]
@@ -1125,9 +1113,7 @@ def test_sizes_that_none_has_are_refused(originals, mistake, tmp_path):
     assert "67,108,865 bytes" in mistake(folder)
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
-)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
 def test_a_zip_with_a_damaged_byte_anywhere_leaves_nothing(compression, mistake, tmp_path):
     text = "".join(f"line {i} of the archive\n" for i in range(30))
     packed = io.BytesIO()

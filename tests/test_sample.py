@@ -71,9 +71,7 @@ def test_draw_is_the_softmax_at_a_vocabulary_of_50000(temperature, top_k, top_p,
 def test_draw_resolves_probabilities_of_1e_12():
     """Which token a uniform u selects, deep in the tail too, where float32 has no numbers left."""
     probabilities = torch.tensor([1e-12, 2e-12, 1e-9, 0.5, 0.5], dtype=torch.float64)
-    u = torch.tensor(
-        [1e-13, 0.9e-12, 1.1e-12, 2.9e-12, 3.1e-12, 0.9e-9, 1.1e-9, 0.4, 0.6, 1], dtype=torch.double
-    )
+    u = torch.tensor([1e-13, 0.9e-12, 1.1e-12, 2.9e-12, 3.1e-12, 0.9e-9, 1.1e-9, 0.4, 0.6, 1], dtype=torch.double)
     tokens = draw(probabilities.log().float().expand(len(u), -1), u)
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     u = 1 - u[:-1]
@@ -177,9 +175,7 @@ def test_what_is_set_stays_set_unless_revised(order):
     start = torch.full((4, 8), 5)
     for revise in (0.0, 0.5):
         canvases = steps_of(tiny_model(V=5, T=8), start, 8, order, tau=1.0, revise=revise)
-        changed = [
-            (later != earlier)[earlier != 5].any().item() for earlier, later in zip(canvases, canvases[1:])
-        ]
+        changed = [(later != earlier)[earlier != 5].any().item() for earlier, later in zip(canvases, canvases[1:])]
         assert any(changed) == (revise > 0)
 
 

@@ -272,9 +272,7 @@ def test_a_bell_widens_over_the_run_and_no_other_level_does():
     assert draw_levels(level_at(0), 64, rng()).tolist() == [[0.5]] * 64
 
 
-@pytest.mark.parametrize(
-    ("name", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})]
-)
+@pytest.mark.parametrize(("name", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})])
 def test_levels_of_a_grid_and_fixed_levels(name, values):
     assert set(draw_levels(level(name), 64, rng()).flatten().tolist()) == values
 
@@ -400,9 +398,7 @@ def test_the_slanted_bound_is_an_integral_over_levels(prompt_len):
     x0, exact, n = all_texts(3, T)[[5]], 0.0, 4000
     with torch.no_grad():
         nats = {
-            holes: F.cross_entropy(
-                model(x0.masked_fill(torch.tensor(holes), 3))[0], x0[0], reduction="none"
-            ).tolist()
+            holes: F.cross_entropy(model(x0.masked_fill(torch.tensor(holes), 3))[0], x0[0], reduction="none").tolist()
             for holes in product((False, True), repeat=T)
             if not any(holes[:prompt_len])
         }
@@ -453,8 +449,7 @@ def test_stratified_levels_lower_the_variance_of_the_bound():
     """To a third of that of independent levels or less."""
     x0 = torch.zeros(200, 64, dtype=torch.int64)
     stratified, independent = (
-        sequence_bounds(SurerWithMoreToSee(), x0, draws=300, strata=strata)[0].sum(1).var()
-        for strata in (STRATA, 1)
+        sequence_bounds(SurerWithMoreToSee(), x0, draws=300, strata=strata)[0].sum(1).var() for strata in (STRATA, 1)
     )
     assert stratified < independent / 3
 
@@ -473,9 +468,7 @@ def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
 
 def test_a_share_of_the_visible_has_a_loss_and_half_of_it_is_replaced():
     """1810.04805, 10% kept and 10% random; neither prompt, nor holes, nor special tokens are touched."""
-    config = TrainConfig(
-        batch_size=3000, block_size=64, level=level("0.5"), prompt_len=Span(8, 8), visible=0.2
-    )
+    config = TrainConfig(batch_size=3000, block_size=64, level=level("0.5"), prompt_len=Span(8, 8), visible=0.2)
     shape = ModelConfig(vocab_size=13, mask_id=12, special_ids=(3, 12))
     split = torch.randint(0, 12, (5000,), generator=rng()).numpy()
     x0, xt, asked, weights = draw_batch(split, config, rng(), shape)
@@ -487,9 +480,7 @@ def test_a_share_of_the_visible_has_a_loss_and_half_of_it_is_replaced():
     assert asked[visible].float().mean() == pytest.approx(0.2, abs=0.01)
     assert xt[~asked].equal(x0[~asked])
     replaced = xt[asked & ~masked] != x0[asked & ~masked]
-    assert replaced.float().mean() == pytest.approx(
-        0.5 * 10 / 11, abs=0.02
-    )  # one of 11 is the same by chance
+    assert replaced.float().mean() == pytest.approx(0.5 * 10 / 11, abs=0.02)  # one of 11 is the same by chance
     assert not torch.isin(xt[asked & ~masked], torch.tensor([3, 12])).any()
     assert (weights[asked] * asked.sum()).unique().tolist() == pytest.approx([1])
 
@@ -565,9 +556,7 @@ def test_a_layer_computed_again_has_the_same_gradient_and_keeps_less(dropout):
     gradients, kept = [], []
     for again in (False, True):
         model = tiny_model(V=8, T=64, n_layer=4, dropout=dropout)
-        config = TrainConfig(
-            batch_size=4, block_size=64, prompt_len=Span(0, 0), max_iters=9, grad_checkpoint=again
-        )
+        config = TrainConfig(batch_size=4, block_size=64, prompt_len=Span(0, 0), max_iters=9, grad_checkpoint=again)
         run = Run(config, model.train(), torch.device("cpu"))
         run.model.zero_grad = lambda **_: None  # keep them to be compared
         batch = draw_batch(np.arange(200, dtype=np.uint16) % 8, config, rng(), model.config)
@@ -641,15 +630,11 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     decayed, not_decayed = adamw.param_groups
     assert not_decayed["weight_decay"] == 0
     assert all(p.ndim == 1 for p in not_decayed["params"])
-    assert len(decayed["params"]) + len(not_decayed["params"]) + len(matrices) == len(
-        list(model.parameters())
-    )
+    assert len(decayed["params"]) + len(not_decayed["params"]) + len(matrices) == len(list(model.parameters()))
 
 
 def test_learning_rate_follows_the_limit_that_binds():
-    run = Run(
-        TrainConfig(max_iters=100, max_minutes=10, lr=1.0, warmup=0.1), tiny_model(), torch.device("cpu")
-    )
+    run = Run(TrainConfig(max_iters=100, max_minutes=10, lr=1.0, warmup=0.1), tiny_model(), torch.device("cpu"))
     for step, minutes, progress in ((5, 0.1, 0.05), (5, 5.5, 0.55), (55, 0.1, 0.55), (10, 10, 1.0)):
         run.step, run.minutes = step, minutes
         assert run.progress() == progress

@@ -5,8 +5,8 @@
     python data/gpt2/prepare.py DIR --out mine.pt           # files that are already there
     python data/gpt2/prepare.py out/ckpt.pt --export DIR    # for the rest of the world to load
 
-The network is ours with blocks of one token, a shift and a few settings more (ModelConfig has them all), so
-this file is only about names: of settings, and of tensors. And about `<mask>`, which GPT-2 does not have.
+The network is in data/weights/gpt2.py. This file is only about names: of settings, and of tensors. And about
+`<mask>`, which GPT-2 does not have.
 DiffuGPT is one block, with a mask of its own; its files are known by the names of their tensors.
 """
 
@@ -23,7 +23,8 @@ from data.lib.corpus import DATA
 from data.lib.errors import Mistake, command
 from data.lib.tokenizer import BPETokenizer
 from data.weights import hub
-from model import ModelConfig, load_checkpoint
+from data.weights.gpt2 import Network
+from model import load_checkpoint
 
 FILES = "config.json", *hub.BPE_FILES
 REPOSITORIES = {
@@ -78,25 +79,20 @@ def read_config(path):
 
 
 def our_config(theirs, tokenizer, tied, opened=False):
-    """The ModelConfig of their config. opened: of a DiffuGPT, which reads a position more than it writes."""
-    return ModelConfig(
+    """Our config of their config. opened: of a DiffuGPT, which reads a position more than it writes."""
+    return Network.Config(
         vocab_size=tokenizer.vocab_size,
         mask_id=tokenizer.mask_id,
         special_ids=tokenizer.special_ids,
-        block_size=theirs["n_positions"] - opened,
+        context=theirs["n_positions"] - opened,
         n_layer=theirs["n_layer"],
         n_head=theirs["n_head"],
         n_embd=theirs["n_embd"],
         dropout=theirs["resid_pdrop"],
-        block_len=0 if opened else 1,
+        block=None if opened else 1,
         shift_id=tokenizer.first(START),
-        conv=0,
-        position="learned",
-        qk_norm=False,
         mlp_width=theirs["n_inner"] or 0,
         activation=hub.OUR_ACTIVATION[theirs["activation_function"]],
-        bias=True,
-        head_bias=False,
         norm_eps=theirs["layer_norm_epsilon"],
         tied=tied,
     )
@@ -108,7 +104,7 @@ def their_config(config, tokenizer):
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size - 1,
-        "n_positions": config.block_size,
+        "n_positions": config.n_positions,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
@@ -212,7 +208,7 @@ def convert(theirs, tokenizer, path, tensors):
     )
     config = functools.partial(our_config, theirs, tokenizer, opened=opened)
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(plain_name(name))}
-    return hub.convert(tensors, path, spelling, config, theirs["tie_word_embeddings"])
+    return hub.convert(tensors, path, spelling, Network, config, theirs["tie_word_embeddings"])
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
@@ -279,8 +275,8 @@ def export(path, folder):
     """Write the GPT-2 of our checkpoint to a folder in the layout of the hub's."""
     model, tokenizer, _ = load_checkpoint(path)
     config = model.config
-    if not isinstance(tokenizer, BPETokenizer) or START not in tokenizer.special:
-        raise Mistake(f"{path}: it is not a GPT-2, and only that can be exported; it has no {START}")
+    if model.family != "gpt2" or START not in tokenizer.special:
+        raise Mistake(f"{path}: it is not a GPT-2, and only that can be exported")
     theirs = their_config(config, tokenizer)
     hub.check_kind(path, config, our_config(theirs, tokenizer, config.tied), "GPT-2")
     special = {name: i for name, i in tokenizer.special.items() if name != "<mask>"}

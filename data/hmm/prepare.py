@@ -29,9 +29,7 @@ class PrepareConfig:
     name: str = flag("hmm", "folder of data/ to write")
     tokens: int = flag(4_000_000, "letters in all; a sixteenth of them validates", least=10_000)
     window: int = flag(64, "tokens of the windows whose entropy is printed", least=1)
-    score: str | None = flag(
-        None, "print nats per letter of a file's lines, and the share that is impossible"
-    )
+    score: str | None = flag(None, "print nats per letter of a file's lines, and the share that is impossible")
 
 
 def source():
@@ -105,14 +103,10 @@ def main():
         possible = [line for line in nats if np.isfinite(line).all()]
         mean = np.concatenate(possible).mean() if possible else np.inf
         share = 1 - len(possible) / len(nats)
-        print(
-            f"{mean:.4f} nats per letter of {len(possible)} lines; {share:.1%} of {len(nats)} are impossible"
-        )
+        print(f"{mean:.4f} nats per letter of {len(possible)} lines; {share:.1%} of {len(nats)} are impossible")
         return
     if config.window > config.tokens // 16:
-        raise Mistake(
-            f"--window {config.window}: longer than the validation split of --tokens {config.tokens}"
-        )
+        raise Mistake(f"--window {config.window}: longer than the validation split of --tokens {config.tokens}")
     model = source()
     letters = draw(config.tokens, model, SEED + 1)
     text = bytes(letters.astype(np.uint8) + ord("a")).decode()

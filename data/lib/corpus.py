@@ -241,7 +241,9 @@ def windows_at(split, places, T):
 
 
 def random_windows(split, B, T, generator):
-    """B windows of T tokens at random places: (B, T) int64; and how many tokens of each are a prompt of its own, (B, 1)."""
+    """B windows of T tokens at random places: (B, T) int64; and how many tokens of each are a prompt of its
+    own, (B, 1).
+    """
     import torch  # takes a second to load, which preparing a corpus need not wait for
 
     places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
@@ -249,8 +251,8 @@ def random_windows(split, B, T, generator):
 
 
 def spaced_windows(split, T, n_tokens):
-    """About n_tokens of a split, as windows of T tokens that are spaced evenly and don't overlap: (N, T) int64; and
-    how many tokens of each are a prompt of its own, (N, 1).
+    """About n_tokens of a split, as windows of T tokens that are spaced evenly and don't overlap: (N, T)
+    int64; and how many tokens of each are a prompt of its own, (N, 1).
     """
     count = max(1, min(n_tokens, len(split)) // T)
     places = np.linspace(0, n_windows(split, T) - 1, count).astype(np.int64)[:, None]

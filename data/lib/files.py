@@ -166,9 +166,7 @@ def download(url, path, sha256=None, instead="--file takes a copy of it", most=2
             raise Mistake(f"{url}: no download ({error.reason}); {instead}") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", type(error).__name__)
-        raise Mistake(
-            f"{url}: no download ({reason}); the same command goes on from here, or {instead}"
-        ) from None
+        raise Mistake(f"{url}: no download ({reason}); the same command goes on from here, or {instead}") from None
     if sha256:
         try:
             check_sha256(part, sha256)

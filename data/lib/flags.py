@@ -60,7 +60,9 @@ class Level(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """The masking rate of a token at level t: `t`, `slant:W` by its position, or `spindle:W` by its information."""
+    """The masking rate of a token at level t: `t`, `slant:W` by its position, or `spindle:W` by its
+    information.
+    """
 
     kind: str
     value: float = 0.0
@@ -78,8 +80,9 @@ class Rate(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Who sees whom. `canvas`: all see all. `shifted`: the same, and a position reads the token before its own.
-    `block:K`: each token sees its block of K and those before it. `causal`: each sees what stands before it.
+    """Who sees whom. `canvas`: all see all. `shifted`: the same, and a position reads the token before its
+    own. `block:K`: each token sees its block of K and those before it. `causal`: each sees what stands before
+    it.
     """
 
     kind: str

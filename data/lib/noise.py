@@ -1,7 +1,7 @@
 """Noise other than uniform: slanted by position, spindled by information, and a loss at visible tokens.
 
-train.py masks every token with probability t. A `--rate` changes this probability: rates(t, x0) returns the masking
-rate of each token and its slope in t, which `corrupt` and `hole_weights` take in place of t and 1.
+train.py masks every token with probability t. A `--rate` changes this probability: rates(t, x0) returns the
+masking rate of each token and its slope in t, which `corrupt` and `hole_weights` take in place of t and 1.
 """
 
 import functools
@@ -13,8 +13,8 @@ import torch
 def segment_lengths(model_config, T, weight):
     """Lengths of the stretches of a text of T tokens that have a noise level each: blocks, or the whole text.
 
-    On a canvas of several kinds of tokens each kind has its own level (2303.06555), so that the holes decide the
-    task; the bound has one level for all of them, and so has a loss with its weights.
+    On a canvas of several kinds of tokens each kind has its own level (2303.06555), so that the holes decide
+    the task; the bound has one level for all of them, and so has a loss with its weights.
     """
     if model_config.kinds and not model_config.block and weight == "mean":
         return [n for n, _, _ in model_config.kinds]
@@ -25,9 +25,10 @@ def segment_lengths(model_config, T, weight):
 def rates_of(rate, model_config, occurrences=None):
     """The function rates(t, x0) -> (rate, slope), (B, T) each, of a Rate that is not `t`.
 
-    slant:W masks the right end of each block first, so it is written last (the idea of AR-Diffusion, 2305.09515, in
-    mask form). spindle:W masks tokens of much information first (DiffusionBERT, 2211.15029); its slope is not the
-    rate's, since there is no bound. occurrences: how often each token is in the training text.
+    slant:W masks the right end of each block first, so it is written last (the idea of AR-Diffusion,
+    2305.09515, in mask form). spindle:W masks tokens of much information first (DiffusionBERT, 2211.15029);
+    its slope is not the rate's, since there is no bound. occurrences: how often each token is in the training
+    text.
     """
     token_nats = unigram_nats(occurrences) if rate.kind == "spindle" else None
 
@@ -55,16 +56,17 @@ def relative_information(x0, token_nats):
 
 
 def unigram_nats(occurrences):
-    """Minus the log of each token's share of a text, in nats, (V,) float32. Each counts once more than it occurs,
-    so that all are finite.
+    """Minus the log of each token's share of a text, in nats, (V,) float32. Each counts once more than it
+    occurs, so that all are finite.
     """
     smoothed = np.array(occurrences) + 1.0
     return torch.from_numpy(-np.log(smoothed / smoothed.sum()).astype(np.float32))
 
 
 def bound_holes(level, rate, exact_holes, grid_holes):
-    """How `sequence_bounds` of train.py draws holes and their weights: by one of its own functions, or slanted. For
-    spindle:W there is no bound, and it measures that of uniform rates. ValueError for a level without a bound.
+    """How `sequence_bounds` of train.py draws holes and their weights: by one of its own functions, or
+    slanted. For spindle:W there is no bound, and it measures that of uniform rates. ValueError for a level
+    without a bound.
     """
     slanted = rate.kind == "slant"
     if level.kind not in ("uniform", "grid") or (slanted and level.kind == "grid"):
@@ -77,8 +79,8 @@ def bound_holes(level, rate, exact_holes, grid_holes):
 def slanted_holes(x0, maskable, t, generator, K, slant):
     """What `exact_holes` of train.py returns, under the rates of slant:W.
 
-    Token i is masked at level s_i = (u_i + w (1 - i/(K-1))) / (1 + w), at which its rate rises above u_i. The first
-    k = ceil(tM) to be masked are holes, and the last of them is masked at level s:
+    Token i is masked at level s_i = (u_i + w (1 - i/(K-1))) / (1 + w), at which its rate rises above u_i. The
+    first k = ceil(tM) to be masked are holes, and the last of them is masked at level s:
         P(i is the last | the k) is proportional to r_i'(s) / r_i(s),   weight_i = M P(i is the last | the k).
     Its mean is that of rate'/rate over levels and holes (a test integrates it), but no weight is above M.
     """
@@ -100,8 +102,9 @@ def slanted_holes(x0, maskable, t, generator, K, slant):
 def with_visible(x0, xt, holes, maskable, share, model_config, generator):
     """Add a fraction `share` of the visible tokens to those that are trained on, and corrupt half of them.
 
-    This is BERT's own practice (1810.04805). Without it a network learns nothing about tokens that it sees, and
-    `--order remask`, which writes them anew, spoils them. Returns xt, the trained positions, and their weights.
+    This is BERT's own practice (1810.04805). Without it a network learns nothing about tokens that it sees,
+    and `--order remask`, which writes them anew, spoils them. Returns xt, the trained positions, and their
+    weights.
     """
     u = torch.rand(x0.shape, generator=generator)
     words = random_tokens(*x0.shape, model_config, generator)

@@ -35,10 +35,7 @@ def save_html(path, texts, names):
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     kept = "start", "holes", "steps", "seconds", "pixels"
     runs = [
-        [
-            {"name": name} | {field: getattr(history, field) for field in kept}
-            for name, history in zip(names, sides)
-        ]
+        [{"name": name} | {field: getattr(history, field) for field in kept} for name, history in zip(names, sides)]
         for sides in texts
     ]
     data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")  # no text ends the script it is in
@@ -107,9 +104,7 @@ def save_svg(path, texts, names):
             title = escape(inert(title)[-columns:])  # of a long name the end
             rows.append(f'<text class="step" x="{x}" y="22">{title}</text>')
             for y, line in enumerate(lines):
-                spans = "".join(
-                    f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line
-                )
+                spans = "".join(f'<tspan class="{k}">{escape(c)}</tspan>' if k else escape(c) for c, k in line)
                 rows.append(f'<text xml:space="preserve" x="{x}" y="{46 + 17 * y}">{spans}</text>')
             rows += squares(picture, pixels, x, 34 + 17 * len(lines), pixel)
             tallest = max(tallest, len(lines) + len(picture) * pixel / 17)

@@ -61,13 +61,14 @@ def total(tensor):
 
 
 def share_rows(loss_of, model, *tensors):
-    """loss_of(model, *tensors), (B,) on the model's device, of tensors with B rows. Each process computes some of the
-    rows, and leaves the others 0, so that the sum over the processes has all of them.
+    """loss_of(model, *tensors), (B,) on the model's device, of tensors with B rows. Each process computes
+    some of the rows, and leaves the others 0, so that the sum over the processes has all of them.
     """
     device, B = device_of(model), len(tensors[0])
     losses, first = torch.zeros(B, device=device), rank() % B
     own = slice(first, None, size())
-    # Every process makes a pass, because a sharded model needs them all; with few rows some passes repeat a row.
+    # Every process makes a pass, because a sharded model needs them all; with few rows some passes repeat a
+    # row.
     loss = loss_of(model, *send(device, *(tensor[own] for tensor in tensors)))  # (B / size,)
     if first == rank():
         losses[own] = loss

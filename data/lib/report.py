@@ -1,4 +1,6 @@
-"""What is shown and logged of a training run while it goes on: a progress bar, log.csv, evaluations with a sample."""
+"""What is shown and logged of a training run while it goes on: a progress bar, log.csv, evaluations with a
+sample.
+"""
 
 import csv
 import math
@@ -22,13 +24,13 @@ from data.lib.prompt import make_canvas, shown_of
 
 
 class Report:
-    """Shows and logs a run, one call after each step. It reads the loss, and so waits for the device, only when it
-    shows it.
+    """Shows and logs a run, one call after each step. It reads the loss, and so waits for the device, only
+    when it shows it.
     """
 
     def __init__(self, run, denoise, val, meta):
-        """denoise: the sampler, for a sample after each evaluation. val: the windows that are evaluated, and how many
-        tokens of each are a prompt. meta: that of the corpus.
+        """denoise: the sampler, for a sample after each evaluation. val: the windows that are evaluated, and
+        how many tokens of each are a prompt. meta: that of the corpus.
         """
         self.run, self.denoise, self.out_dir = run, denoise, Path(run.config.out_dir)
         self.bound_name = bound_name(run.model.config, **run.bound_flags, of_replies="chat" in meta)
@@ -55,7 +57,9 @@ class Report:
         self.tokens, self.last, self.shown = 0, time.perf_counter(), self.run.minutes
 
     def step(self, loss, norm, nats=None, stopped=False):
-        """Note a step with this loss, gradient norm and, if it was evaluated, bound. Mistake if one is not finite."""
+        """Note a step with this loss, gradient norm and, if it was evaluated, bound. Mistake if one is not
+        finite.
+        """
         run, config = self.run, self.run.config
         self.tokens += config.batch_size * config.context
         logs = nats is not None or run.step % config.log_every == 0
@@ -119,15 +123,19 @@ def sample(run, denoise, prompt):
 def bound_name(model_config, prompt_len=0, rate="t", level="uniform", of_replies=False):
     """What a bound with these settings is called."""
     name = "negative log-likelihood" if model_config.block == 1 else "NELBO"
-    settings = [f"level {level}" if str(level) != "uniform" else "", f"rate {rate}" if str(rate).startswith("slant") else ""]
+    settings = [
+        f"level {level}" if str(level) != "uniform" else "",
+        f"rate {rate}" if str(rate).startswith("slant") else "",
+    ]
     settings += [f"after a prompt of {prompt_len}" if prompt_len else ""]
     settings = ", ".join(filter(None, settings))
     return name + " of replies" * bool(of_replies) + (f" ({settings})" if settings else "")
 
 
 def bits_per_byte(nats, text_share, counts):
-    """Extrapolate from nats per token of some windows to a whole split. text_share: the fraction of the windows'
-    tokens that count. counts: how many tokens the split has, and bytes (for examples, those of the replies).
+    """Extrapolate from nats per token of some windows to a whole split. text_share: the fraction of the
+    windows' tokens that count. counts: how many tokens the split has, and bytes (for examples, those of the
+    replies).
     """
     return nats * text_share * counts["tokens"] / counts["bytes"] / math.log(2)
 
@@ -151,8 +159,8 @@ def print_bound(run, nats, error, draws, tokens, own_prompt, counts):
 
 
 def validation_windows(split, config):
-    """The windows of a split that evaluations score, (N, T) int64, and how many tokens of each are a prompt of its
-    own, (N, 1).
+    """The windows of a split that evaluations score, (N, T) int64, and how many tokens of each are a prompt
+    of its own, (N, 1).
     """
     n_tokens = config.eval_tokens or (len(split) if config.eval_only else 2**16)
     return tuple(map(torch.from_numpy, spaced_windows(split, config.context, n_tokens)))

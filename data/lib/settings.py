@@ -30,8 +30,8 @@ def attention_of(config):
 
 
 def attention_fields(attention, mask_id, old=None):
-    """The fields that give a ModelConfig this Attention. A model that goes on with it, whose config is old, keeps its
-    shift, the taps of its convolution, and the rows of its table of positions.
+    """The fields that give a ModelConfig this Attention. A model that goes on with it, whose config is old,
+    keeps its shift, the taps of its convolution, and the rows of its table of positions.
     """
     shift_id = None if old is None else old.shift_id
     if attention.kind in ("causal", "shifted") and shift_id is None:
@@ -52,8 +52,8 @@ SHAPE = ("n_layer", "n_head", "n_embd", "conv")
 
 
 def settle(given, config_class, methods, load_checkpoint):
-    """Combine the flags given, the method's, and what the checkpoint of --init_from was trained with: (config, model,
-    tokenizer, checkpoint), the latter three None for a run from scratch.
+    """Combine the flags given, the method's, and what the checkpoint of --init_from was trained with:
+    (config, model, tokenizer, checkpoint), the latter three None for a run from scratch.
     """
     method = methods[given.get("method", config_class.method)]
     config = config_class(**{**method, **given})
@@ -154,7 +154,9 @@ def model_config(config_class, config, tokenizer):
 
 
 def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint):
-    """The config for this model on this corpus, and the chat template of either. Mistake if they don't go together."""
+    """The config for this model on this corpus, and the chat template of either. Mistake if they don't go
+    together.
+    """
     if tokenizer.state != corpus_tokenizer.state:
         raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")
     template = meta.get("chat") or (checkpoint or {}).get("chat")

@@ -12,7 +12,7 @@ from data.lib.errors import command
 from data.lib.flags import argument, parse
 from model import load_checkpoint
 
-KEPT = "train", "bound", "token_nats", "chat", "step", "minutes"  # beside what it takes to sample
+KEPT = "train", "bound", "chat", "step", "minutes"  # beside what it takes to sample
 
 
 @dataclass

@@ -235,9 +235,7 @@ class WordPieceTokenizer(Tokenizer):
 
     def stands_alone(self, c):
         ascii_symbol = c.isascii() and not c.isalnum()
-        return (
-            ascii_symbol or unicodedata.category(c)[0] == "P" or (self.state["split_chinese"] and chinese(c))
-        )
+        return ascii_symbol or unicodedata.category(c)[0] == "P" or (self.state["split_chinese"] and chinese(c))
 
     def longest_matches(self, word):
         """Greedy, from the left; a word in which that fails is unknown, and in an alphabet its character."""

@@ -20,16 +20,18 @@ from data.lib.fast import Muon
 from data.lib.files import alone_in, link
 from data.lib.flags import as_plain
 from data.lib.machine import autocast, pick_device, send
-from data.lib.settings import check_unused
 from data.lib.processes import agree, average, gathered, piece_of, rank, size, spread, whole
+from data.lib.settings import check_unused
 
 
 class Run:
-    """A training run at one step, with everything that `--init_from resume` needs to go on as if never stopped."""
+    """A training run at one step, with everything that `--init_from resume` needs to go on as if never
+    stopped.
+    """
 
     def __init__(self, config, model, device=None, meta=None, tokenizer=None, template=None):
-        """device: by default that of config. meta: that of the corpus; without one, epochs have no length. template:
-        how the model chats.
+        """device: by default that of config. meta: that of the corpus; without one, epochs have no length.
+        template: how the model chats.
         """
         self.device = device = device or pick_device(config.device)
         self.config, self.model, self.tokenizer = config, model, tokenizer
@@ -81,8 +83,9 @@ class Run:
     # --- a step ----------------------------------------------------------------------------------
 
     def micro_batches(self, batch):
-        """Cut a batch, tensors of B rows, into --grad_accum micro-batches of this process, on the device; each has
-        levels from all of (0, 1]. Weights are multiplied by the number of processes, over which gradients average.
+        """Cut a batch, tensors of B rows, into --grad_accum micro-batches of this process, on the device;
+        each has levels from all of (0, 1]. Weights are multiplied by the number of processes, over which
+        gradients average.
         """
         # Dropout depends only on the seed, the step and the process, so it resumes.
         seed = np.random.SeedSequence([self.config.seed, self.step, rank()])
@@ -104,8 +107,8 @@ class Run:
         return whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
 
     def compile_ahead(self, draw, loss_of, *more):
-        """Have torch compile passes of every kind, and those of more functions, before the clock starts. They leave no
-        trace.
+        """Have torch compile passes of every kind, and those of more functions, before the clock starts. They
+        leave no trace.
         """
         generator, self.generator = self.generator, torch.Generator()
         for piece in self.micro_batches(draw()):
@@ -161,8 +164,8 @@ class Run:
             self.best = best
 
     def save(self, nats=math.inf):
-        """Write last.pt, and ckpt.pt if there is none, or if nats, the bound per token, is the lowest. A full disk
-        before the end of the run is no error: it is reported, and the run goes on.
+        """Write last.pt, and ckpt.pt if there is none, or if nats, the bound per token, is the lowest. A full
+        disk before the end of the run is no error: it is reported, and the run goes on.
         """
         folder = Path(self.config.out_dir)
         last, best = folder / "last.pt", nats < self.best or not (folder / "ckpt.pt").exists()
@@ -187,8 +190,8 @@ class Run:
                     old.unlink()
 
     def end(self, came, script):
-        """Unless the run is complete, end the process with the exit code of the signal that came (by default that of
-        Ctrl-C), and say on stderr how to go on.
+        """Unless the run is complete, end the process with the exit code of the signal that came (by default
+        that of Ctrl-C), and say on stderr how to go on.
         """
         if self.progress() >= 1:
             return
@@ -200,8 +203,9 @@ class Run:
 
 @contextmanager
 def underway(run, checkpoint):
-    """Context in which a run trains: it has its folder to itself, resumes where it should, and stops after the step
-    during which Ctrl-C or SIGTERM came, which the list that the context gives tells. It saves where it stopped.
+    """Context in which a run trains: it has its folder to itself, resumes where it should, and stops after
+    the step during which Ctrl-C or SIGTERM came, which the list that the context gives tells. It saves where
+    it stopped.
     """
     config = run.config
     if config.init_from == "resume":
@@ -218,7 +222,9 @@ def underway(run, checkpoint):
 
 
 class Optimizers:
-    """Muon on the layers' matrices and AdamW on everything else, or AdamW on everything, used like one optimizer."""
+    """Muon on the layers' matrices and AdamW on everything else, or AdamW on everything, used like one
+    optimizer.
+    """
 
     def __init__(self, model, config, dtype):
         matrices = [p for p in model.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"]

@@ -1,4 +1,6 @@
-"""What the sampler sees: the blocks of a canvas from left to right, a window that slides along, cache and guidance."""
+"""What the sampler sees: the blocks of a canvas from left to right, a window that slides along, cache and
+guidance.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +10,13 @@ from data.lib.machine import device_of, send
 
 
 def blocks(model, canvas, steps=None, block=None, guidance=0.0):
-    """Cut a canvas (B, T) into blocks, from left to right. For each that has holes, yield its number, a slice of
-    T, its steps (B, 1), and look(where) -> logits (N, V) at where (B, block), bool.
+    """Cut a canvas (B, T) into blocks, from left to right. For each that has holes, yield its number, a slice
+    of T, its steps (B, 1), and look(where) -> logits (N, V) at where (B, block), bool.
 
-    steps: of the whole canvas, which the blocks share by their holes, each at least one; None: 128, or half of a
-    row's holes if that is more. block: positions of a block; None: the model's own blocks, or else the whole
-    canvas, or if that is longer than the model sees, a quarter of what it sees. ValueError if it does not divide
-    the model's blocks.
+    steps: of the whole canvas, which the blocks share by their holes, each at least one; None: 128, or half
+    of a row's holes if that is more. block: positions of a block; None: the model's own blocks, or else the
+    whole canvas, or if that is longer than the model sees, a quarter of what it sees. ValueError if it does
+    not divide the model's blocks.
     """
     config, T = model.config, canvas.shape[1]
     W, K = config.context, config.block or T + config.context  # more than there are: one block
@@ -45,8 +47,9 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
 def window_of(part, block, T, W, K):
     """The slice of a canvas of T that the model, which sees W tokens, sees while it fills the block `part`.
 
-    Up to a quarter of W is in sight after the block. A model with blocks sees nothing after its own block of K,
-    and its window moves by whole blocks, about a quarter of W at a time, because each move empties the cache.
+    Up to a quarter of W is in sight after the block. A model with blocks sees nothing after its own block of
+    K, and its window moves by whole blocks, about a quarter of W at a time, because each move empties the
+    cache.
     """
     jump, ahead = (max(1, W // 4 // K) * K, K) if K < W else (1, min(W // 4, (W - block) // 2))
     unseen = (part.start // K + 1) * K  # where the model's next block begins
@@ -59,8 +62,8 @@ def look_at(model, canvas, prompt, window, part, K, guidance, cache):
 
     It sees the window of the canvas as it is when called. guidance w: (1 + w) times the logits minus w times
     those of a canvas whose prompt is masked too, which makes what the prompt makes likelier likelier still
-    (2410.18514). With a cache, blocks of K before this one are final; the first pass over a block reads the one
-    before as well, now that it is written.
+    (2410.18514). With a cache, blocks of K before this one are final; the first pass over a block reads the
+    one before as well, now that it is written.
     """
     mask_id, W, device = model.config.mask_id, model.config.context, device_of(model)
     (not_text,) = send(device, torch.tensor([mask_id, *model.config.special_ids]))

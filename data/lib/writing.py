@@ -105,7 +105,10 @@ class Session:
         by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
         for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
             if config.chat:
-                chat, length = chat_of(path, checkpoint, tokenizer), config.length or reply_length(checkpoint, W)
+                chat, length = (
+                    chat_of(path, checkpoint, tokenizer),
+                    config.length or reply_length(checkpoint, W),
+                )
                 canvases = [chat.canvas(messages, length) for messages in prompts]
             else:
                 canvases = [make_canvas(text, config.suffix, config.length, tokenizer, W) for text in prompts]
@@ -150,8 +153,8 @@ class Session:
 
 
 def nats_per_byte(model, tokenizer, text, log_likelihood):
-    """Nats per byte of a text under a judge that sets the most certain token in each step; a GPT's goes from the
-    left, because its blocks are single tokens.
+    """Nats per byte of a text under a judge that sets the most certain token in each step; a GPT's goes from
+    the left, because its blocks are single tokens.
     """
     ids = tokenizer.encode(text)
     nats = -log_likelihood(model, torch.tensor(ids), max(1, len(ids)), order="confidence")
@@ -182,7 +185,9 @@ def follow(plan, config, denoise, watch):
 
 
 def write(model, tokenizer, canvas, seeds, flags, config, denoise, watch):
-    """Fill a canvas (B, T): (ids, History or None) of each row, and the seconds that it took without showing it."""
+    """Fill a canvas (B, T): (ids, History or None) of each row, and the seconds that it took without showing
+    it.
+    """
     shown = config.watch or config.save is not None
     histories = [History(tokenizer, ids) for ids in canvas.tolist()] if shown else [None] * len(canvas)
     how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}

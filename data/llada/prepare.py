@@ -4,8 +4,8 @@
     python data/llada/prepare.py LLaDA-8B-Instruct          # which sample.py --chat talks to
     python data/llada/prepare.py DIR --out mine.pt          # files that are already there
 
-The network is Llama's with its attention open (ModelConfig has its settings), so this file is only about
-names: of settings, and of tensors. No tensor is changed, and none is in memory as a whole file is.
+The network is in data/weights/llada.py. This file is only about names: of settings, and of tensors. No tensor
+is changed, and none is in memory as a whole file is.
 """
 
 import functools
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake, command
 from data.weights import hub
-from model import ModelConfig
+from data.weights.llada import Network
 
 FILES = "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"
 REPOSITORIES = {
@@ -76,28 +76,23 @@ def read_config(path):
 
 
 def our_config(theirs, tokenizer, tied):
-    """The ModelConfig of their config. What ends a text, or a turn of a conversation, is written."""
+    """Our config of their config. What ends a text, or a turn of a conversation, is written."""
     ends = theirs["eos_token_id"], tokenizer.special.get("<|eot_id|>")
     end_ids = tuple(dict.fromkeys(i for i in ends if i in tokenizer.special_ids))
-    return ModelConfig(
+    return Network.Config(
         vocab_size=theirs["embedding_size"],
         mask_id=tokenizer.mask_id,
         special_ids=tuple(i for i in tokenizer.special_ids if i not in end_ids),
         end_ids=end_ids,
-        block_size=theirs["max_sequence_length"],
+        context=theirs["max_sequence_length"],
         n_layer=theirs["n_layers"],
         n_head=theirs["n_heads"],
         n_kv_head=theirs["n_kv_heads"],
         n_embd=theirs["d_model"],
         dropout=theirs["residual_dropout"],
-        conv=0,
-        qk_norm=False,
         rope_base=theirs["rope_theta"],
-        rms=True,
-        gated=True,
         mlp_width=theirs["mlp_hidden_size"],
         activation=hub.OUR_ACTIVATION[theirs["activation_type"]],
-        head_bias=False,
         norm_eps=theirs["rms_norm_eps"],
         tied=tied,
     )
@@ -136,7 +131,7 @@ SPELLING = hub.only_names(
 def convert(theirs, tokenizer, path, tensors):
     """Our model with their tensors, and the names of those that it has no use for."""
     may_tie = theirs["weight_tying"]
-    return hub.convert(tensors, path, SPELLING, functools.partial(our_config, theirs, tokenizer), may_tie)
+    return hub.convert(tensors, path, SPELLING, Network, functools.partial(our_config, theirs, tokenizer), may_tie)
 
 
 # --- conversations -------------------------------------------------------------------------------

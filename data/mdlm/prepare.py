@@ -23,7 +23,7 @@ from data.gpt2.prepare import read_tokenizer
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake, command
 from data.weights import hub
-from model import ModelConfig
+from data.weights.mdlm import Network
 
 MODELS = "mdlm-owt", "bd3lm-owt-block_size4", "bd3lm-owt-block_size8", "bd3lm-owt-block_size16"
 TOKENS = hub.files("openai-community/gpt2", *hub.BPE_FILES)  # theirs, which their repositories lack
@@ -61,23 +61,20 @@ def read_config(path):
 
 
 def our_config(theirs, tokenizer, tied):
-    """The ModelConfig of their config."""
+    """Our config of their config."""
     whole = theirs["model_type"] == "mdlm" or not theirs["cross_attn"]
     whole |= theirs["block_size"] >= theirs["model_length"]
-    return ModelConfig(
+    return Network.Config(
         vocab_size=theirs["vocab_size"],
         mask_id=tokenizer.mask_id,
         special_ids=(tokenizer.mask_id,),  # what stands between two texts was learned, and is written
-        block_size=theirs["model_length"],
+        context=theirs["model_length"],
         n_layer=theirs["n_blocks"],
         n_head=theirs["n_heads"],
         n_embd=theirs["hidden_dim"],
         dropout=theirs["dropout"],
-        block_len=0 if whole else theirs["block_size"],
-        conv=0,
-        qk_norm=False,
+        block=None if whole else theirs["block_size"],
         activation="gelu_tanh",
-        bias=True,
         tied=tied,
     )
 
@@ -129,7 +126,7 @@ def their_tensors(ours, n_level):
             parts[their_name(name)].append(tensor)
     theirs, C = {name: torch.cat(tensors) for name, tensors in parts.items()}, len(ours["final_norm.weight"])
     told = {"sigma_map.mlp.0": (n_level, LEVELS), "sigma_map.mlp.2": (n_level, n_level)}
-    layers = {name.split(".")[1] for name in ours if name.startswith("blocks.")}
+    layers = {name.split(".")[1] for name in ours if name.startswith("layers.")}
     told |= {f"blocks.{i}.adaLN_modulation": (6 * C, n_level) for i in layers}
     told |= {"output_layer.adaLN_modulation": (2 * C, n_level)}
     for name, shape in told.items() if n_level else ():
@@ -163,12 +160,13 @@ def our_tensors(found, names, n_level):
 
     shift, scale = modulated("")
     ours = folded("final_norm", 1 + scale, shift)
-    for place in sorted({name[: name.index(".", 7) + 1] for name in names if name.startswith("blocks.")}):
-        vectors = modulated(place)
+    for place in sorted({name[: name.index(".", 7) + 1] for name in names if name.startswith("layers.")}):
+        theirs = place.replace("layers.", "blocks.")
+        vectors = modulated(theirs)
         for (norm, matrix), (shift, scale, gate) in zip(HALVES, (vectors[:3], vectors[3:])):
             ours |= folded(place + norm, 1 + scale, shift)
             ours |= folded(place + matrix, gate, gate * found.get(their_name(f"{place}{matrix}.bias"), zeros))
-        for part, matrix in zip(("query", "key", "value"), found[f"{place}attn_qkv.weight"].chunk(3)):
+        for part, matrix in zip(("query", "key", "value"), found[f"{theirs}attn_qkv.weight"].chunk(3)):
             ours[f"{place}attention.{part}.weight"] = matrix.clone()
             ours[f"{place}attention.{part}.bias"] = zeros.type_as(matrix)
     return {name: ours[name] if name in ours else found[their_name(name)] for name in names}
@@ -185,7 +183,7 @@ def convert(theirs, tokenizer, path, tensors):
         functools.partial(their_tensors, n_level=n_level),
         functools.partial(our_tensors, n_level=n_level),
     )
-    return hub.convert(tensors, path, spelling, functools.partial(our_config, theirs, tokenizer), False)
+    return hub.convert(tensors, path, spelling, Network, functools.partial(our_config, theirs, tokenizer), False)
 
 
 # --- the command ---------------------------------------------------------------------------------

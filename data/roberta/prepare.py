@@ -4,8 +4,7 @@
     python data/roberta/prepare.py DIR --out bert.pt        # files that are already there
     python data/roberta/prepare.py out/ckpt.pt --export DIR # for the rest of the world to load
 
-The network is ours with `norm="post"`, `position="learned"` and a few settings more (ModelConfig
-has them all), so this file is only about names: of files, of settings, and of tensors.
+The network is in data/weights/bert.py. This file is only about names: of files, of settings, and of tensors.
 """
 
 import functools
@@ -18,7 +17,8 @@ from data.lib.corpus import DATA
 from data.lib.errors import Mistake, command
 from data.lib.tokenizer import BPETokenizer, WordPieceTokenizer
 from data.weights import hub
-from model import ModelConfig, load_checkpoint
+from data.weights.bert import BertConfig, Network
+from model import load_checkpoint
 
 FILES = "config.json", *hub.BPE_FILES, "pytorch_model.bin"
 REPOSITORIES = {
@@ -63,26 +63,21 @@ def read_config(path):
 
 
 def our_config(theirs, tokenizer, tied):
-    """The ModelConfig of their config."""
+    """The BertConfig of their config."""
     roberta = theirs["model_type"] == "roberta"
     first_position = theirs["pad_token_id"] + 1 if roberta else 0
     activation = hub.OUR_ACTIVATION[theirs["hidden_act"]]
-    return ModelConfig(
+    return BertConfig(
         vocab_size=theirs["vocab_size"],
         mask_id=tokenizer.mask_id,
         special_ids=tokenizer.special_ids,
-        block_size=theirs["max_position_embeddings"] - first_position,
+        context=theirs["max_position_embeddings"] - first_position,
         n_layer=theirs["num_hidden_layers"],
         n_head=theirs["num_attention_heads"],
         n_embd=theirs["hidden_size"],
         dropout=theirs["hidden_dropout_prob"],
-        conv=0,
-        norm="post",
-        position="learned",
         mlp_width=theirs["intermediate_size"],
         activation=activation,
-        bias=True,
-        qk_norm=False,
         norm_eps=theirs["layer_norm_eps"],
         token_types=theirs["type_vocab_size"],
         first_position=first_position,
@@ -104,7 +99,7 @@ def their_config(config, tokenizer):
         "hidden_act": hub.their_activation(config),
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
-        "max_position_embeddings": config.block_size + config.first_position,
+        "max_position_embeddings": config.n_positions,
         "type_vocab_size": config.token_types,
         "layer_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
@@ -176,7 +171,7 @@ def convert(theirs, tokenizer, path, tensors):
     tables = their("token_embedding.weight"), their("head.weight")
     spelling = hub.only_names(plain, tables, UNUSED, their)
     config = functools.partial(our_config, theirs, tokenizer)
-    return hub.convert(tensors, path, spelling, config, theirs["tie_word_embeddings"])
+    return hub.convert(tensors, path, spelling, Network, config, theirs["tie_word_embeddings"])
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -214,9 +209,7 @@ def read_tokenizer(folder, theirs):
     if read is read_wordpiece:  # nothing else depends on it, and files leave it out
         theirs["pad_token_id"] = pad_id
     if theirs["pad_token_id"] != pad_id:
-        raise Mistake(
-            f"{folder}: pad_token_id {theirs['pad_token_id']}, but the vocabulary's <pad> is {pad_id}"
-        )
+        raise Mistake(f"{folder}: pad_token_id {theirs['pad_token_id']}, but the vocabulary's <pad> is {pad_id}")
     return tokenizer
 
 
@@ -236,7 +229,7 @@ def export(path, folder):
     """Write the RoBERTa of our checkpoint to a folder in the layout of the hub's."""
     model, tokenizer, _ = load_checkpoint(path)
     config = model.config
-    if not isinstance(tokenizer, BPETokenizer) or not config.first_position:
+    if model.family != "bert" or not isinstance(tokenizer, BPETokenizer) or not config.first_position:
         raise Mistake(f"{path}: it is not a RoBERTa, and only that can be exported")
     theirs = their_config(config, tokenizer)
     hub.check_kind(path, config, our_config(theirs, tokenizer, config.tied), "RoBERTa")

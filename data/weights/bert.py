@@ -1,11 +1,20 @@
-"""BERT's and RoBERTa's network (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper head."""
+"""BERT's and RoBERTa's network (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper
+head.
+"""
 
 from dataclasses import dataclass
 
 import torch.nn as nn
 
 from data.lib.fast import Linear
-from data.weights.parts import ACTIVATIONS, BiasedLayer, PositionsConfig, UnplacedAttention, WithPositions, norm
+from data.weights.parts import (
+    ACTIVATIONS,
+    BiasedLayer,
+    PositionsConfig,
+    UnplacedAttention,
+    WithPositions,
+    norm,
+)
 
 
 @dataclass

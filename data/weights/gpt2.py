@@ -1,4 +1,6 @@
-"""GPT-2's network, and DiffuGPT's (2410.17891), which is the same one opened: biases and a table of positions."""
+"""GPT-2's network, and DiffuGPT's (2410.17891), which is the same one opened: biases and a table of
+positions.
+"""
 
 from data.weights.parts import BiasedLayer, PositionsConfig, UnplacedAttention, WithPositions, norm
 

@@ -24,7 +24,6 @@ from data.lib.errors import Mistake
 from data.lib.files import download, replacing
 from data.lib.flags import argument, flag, parse
 from data.lib.tokenizer import BPETokenizer
-from model import Transformer
 
 HUB = "https://huggingface.co"
 MOST_LAYERS = 1000  # each takes a thousandth of a second to make
@@ -278,7 +277,7 @@ def their_name(name, names, layer):
     if name in names:
         return names[name]
     prefix = ""
-    if name.startswith("blocks."):
+    if name.startswith("layers."):
         _, number, name = name.split(".", 2)
         prefix = f"{layer}.{number}."
     module, _, parameter = name.rpartition(".")
@@ -332,31 +331,30 @@ def only_names(plain_name, tables, unused, their_name):
     return Spelling(plain_name, tables, unused, their_tensors, our_tensors)
 
 
-def convert(tensors, path, spelling, our_config, may_tie):
-    """Our model with the tensors of a file, and the names of those that it has no use for.
+def convert(tensors, path, spelling, network, our_config, may_tie):
+    """A model of the class `network` with the tensors of a file, and the names of those that it has no use
+    for.
 
-    our_config(tied) -> ModelConfig; may_tie: whether the embedding may be the head's matrix.
+    our_config(tied) -> its config; may_tie: whether the embedding may be the head's matrix.
     """
     found = by_plain_name(tensors, spelling.plain_name, path)
     tied = tie(found, *spelling.tables, may_tie)
-    model = empty_model(our_config(tied), path)
+    model = empty_model(network, our_config(tied), path)
     expected = spelling.their_tensors(model.state_dict())
     check_tensors(found, expected, path)
     skipped = left_over(tensors, spelling.plain_name, expected, spelling.unused, path)
     return fill(model, spelling.our_tensors(found, model.state_dict())), skipped
 
 
-def empty_model(config, path):
-    """Our model without memory for its weights."""
+def empty_model(network, config, path):
+    """The model without memory for its weights."""
     if config.n_layer > MOST_LAYERS:
         raise Mistake(f"{path.parent / 'config.json'}: {config.n_layer:,} layers, {MOST_LAYERS:,} at most")
     try:
         with torch.device("meta"):
-            return Transformer(config)
+            return network(config)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise Mistake(
-            f"{path.parent / 'config.json'}: no model can be made of it ({str(error)[:200]})"
-        ) from None
+        raise Mistake(f"{path.parent / 'config.json'}: no model can be made of it ({str(error)[:200]})") from None
 
 
 def check_tensors(found, expected, path):
@@ -392,7 +390,6 @@ def not_used(skipped, theirs=None, dropout=None, *others):
 def fill(model, tensors):
     """The empty model with these weights, tensors by our names, in eval mode."""
     model.load_state_dict(tensors, assign=True)
-    model.tie()
     return model.eval()
 
 

@@ -1,4 +1,6 @@
-"""LLaDA's network (2502.09992), which is Llama's with open attention: RMSNorm, a gated MLP, shared keys and values."""
+"""LLaDA's network (2502.09992), which is Llama's with open attention: RMSNorm, a gated MLP, shared keys and
+values.
+"""
 
 from dataclasses import dataclass
 

@@ -24,9 +24,7 @@ FILES = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}
 
 @dataclass
 class PrepareConfig:
-    file: str | None = flag(
-        None, "a copy of the zip, or a folder with the raw files, instead of the download"
-    )
+    file: str | None = flag(None, "a copy of the zip, or a folder with the raw files, instead of the download")
     name: str | None = flag(None, "folder of data/ to write (default: that of this script)")
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path")
 
