@@ -18,7 +18,6 @@ row for each.
     python train.py --eval_only --init_from out/ckpt.pt
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,28 +28,18 @@ from data.lib.flags import flag
 from model import Transformer, load_checkpoint
 from sample import denoise
 
-UNIFORM, WHOLE = flags.Level("uniform"), flags.Span(0, 0)
-METHODS = {  # what differs from the defaults of TrainConfig; a flag overrides it
+UNIFORM = flags.Level("uniform")
+METHODS = {  # the flags of each method; those given beside --method win
     "default": {},
-    "bert": {"level": flags.Level("fixed", 0.15), "prompt_len": WHOLE},  # 1810.04805, without its 80/10/10
-    "roberta-diffusion": {"level": flags.Level("grid", 10), "one_level": True, "prompt_len": flags.Span(16, 16)},
-    "d3pm": {"level": flags.Level("grid", 100), "weight": "elbo", "prompt_len": WHOLE},  # 2107.03006
-    "mdlm": {"level": UNIFORM, "weight": "elbo", "prompt_len": WHOLE},  # 2406.07524, 2406.04329, 2502.09992
-    "ar-diffusion": {
-        "level": UNIFORM,
-        "rate": flags.Rate("slant", 1),
-        "weight": "elbo",
-        "prompt_len": WHOLE,
-    },  # 2305.09515
-    "diffusionbert": {"level": UNIFORM, "rate": flags.Rate("spindle", 0.3), "prompt_len": WHOLE},  # 2211.15029
-    "block-diffusion": {
-        "level": UNIFORM,
-        "weight": "elbo",
-        "attention": flags.Attention("block", 16),
-        "prompt_len": WHOLE,
-    },  # 2503.09573
-    "gpt": {"attention": flags.Attention("causal", 1)},
-    "diffugpt": {"level": UNIFORM, "weight": "elbo", "attention": flags.Attention("shifted"), "prompt_len": WHOLE},
+    "bert": {"level": "0.15", "prompt_len": "0"},  # 1810.04805, without its 80/10/10
+    "roberta-diffusion": {"level": "grid:10", "one_level": True, "prompt_len": "16"},  # Barry 2025
+    "d3pm": {"level": "grid:100", "weight": "elbo", "prompt_len": "0"},  # 2107.03006
+    "mdlm": {"level": "uniform", "weight": "elbo", "prompt_len": "0"},  # also MD4 2406.04329, LLaDA 2502.09992
+    "ar-diffusion": {"level": "uniform", "rate": "slant:1", "weight": "elbo", "prompt_len": "0"},  # 2305.09515
+    "diffusionbert": {"level": "uniform", "rate": "spindle:0.3", "prompt_len": "0"},  # 2211.15029
+    "block-diffusion": {"level": "uniform", "weight": "elbo", "prompt_len": "0", "attention": "block:16"},  # 2503.09573
+    "gpt": {"attention": "causal"},
+    "diffugpt": {"level": "uniform", "weight": "elbo", "prompt_len": "0", "attention": "shifted"},  # 2410.17891
 }
 
 
@@ -254,14 +243,6 @@ def nelbo(model, tokens, **settings):
     return (nats.mean(0).sum() / n_maskable.sum()).item()
 
 
-def standard_error(nats, n_maskable):
-    """Standard error of the bound over seeds, for the same text, from what `sequence_bounds` returns. It says nothing
-    about other texts, and needs two draws.
-    """
-    sums = torch.stack([group.sum(1) for group in nats.split(STRATA, dim=1)])  # (groups, draws)
-    return (sums.var(1).sum() / len(nats)).sqrt().item() / n_maskable.sum().item()
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 
@@ -318,23 +299,7 @@ def evaluate(run, tokens, own_prompt):
     """The bound of windows (N, T) in nats per token, after prompts of --prompt_len and of their own."""
     config = run.config
     with run.precision:
-        return nelbo(run.model, tokens, own_prompt + config.prompt_len.low, seed=config.seed, rate=config.rate)
-
-
-def print_bound(run, val_split, counts):
-    """Print the bound of a split, or of --eval_tokens of it, with its standard error."""
-    config, K = run.config, run.model.config.block
-    tokens, own_prompt = report.validation_windows(val_split, config)
-    # Two draws for 256 windows are enough for a standard error; a bound that is exact needs one.
-    draws = 1 if K == 1 else 1 + math.ceil(16 * STRATA / len(tokens))
-    with run.precision:
-        prompt_len = own_prompt + config.prompt_len.low
-        bounds = sequence_bounds(
-            run.model, tokens, prompt_len, draws, seed=config.seed, level=config.level, rate=config.rate
-        )
-    nats = (bounds[0].mean(0).sum() / bounds[1].sum()).item()
-    error = "exact" if K == 1 else f"standard error {standard_error(*bounds):.4f}"
-    report.print_bound(run, nats, error, draws, tokens, own_prompt, counts)
+        return nelbo(run.model, tokens, prompt_len=own_prompt + config.prompt_len.low, seed=config.seed, rate=config.rate)
 
 
 def main():
@@ -349,7 +314,7 @@ def main():
     config, template = settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
     run = training.Run(config, model, None, meta, tokenizer, template)
     if config.eval_only:
-        return print_bound(run, val_split, meta["val"])
+        return report.print_bound(run, sequence_bounds, val_split, meta["val"])
     val = report.validation_windows(val_split, config)
     rates = uniform_rates
     if config.rate.kind != "t":

@@ -146,9 +146,26 @@ def text_share(tokens, own_prompt, special_ids):
     return (~special & (torch.arange(tokens.shape[1]) >= own_prompt)).float().mean().item()
 
 
-def print_bound(run, nats, error, draws, tokens, own_prompt, counts):
-    """Print a bound of windows, in nats per token, and what it was measured on."""
-    config, n_prompt = run.config, own_prompt.sum().item()
+def standard_error(nats, n_maskable, strata=16):
+    """Standard error of the bound over seeds, for the same texts, from what `sequence_bounds` of train.py returns. It
+    needs two draws. strata: how many texts share stratified levels.
+    """
+    sums = torch.stack([group.sum(1) for group in nats.split(strata, dim=1)])  # (groups, draws)
+    return (sums.var(1).sum() / len(nats)).sqrt().item() / n_maskable.sum().item()
+
+
+def print_bound(run, sequence_bounds, val_split, counts):
+    """Print the bound of a split, or of --eval_tokens of it, with its standard error."""
+    config, K = run.config, run.model.config.block
+    tokens, own_prompt = validation_windows(val_split, config)
+    # Two draws for 256 windows are enough for a standard error; a bound that is exact needs one.
+    draws = 1 if K == 1 else 1 + math.ceil(256 / len(tokens))
+    settings = {"seed": config.seed, "level": config.level, "rate": config.rate}
+    with run.precision:
+        bounds, n_maskable = sequence_bounds(run.model, tokens, own_prompt + config.prompt_len.low, draws, **settings)
+    nats = (bounds.mean(0).sum() / n_maskable.sum()).item()
+    error = "exact" if K == 1 else f"standard error {standard_error(bounds, n_maskable):.4f}"
+    n_prompt = own_prompt.sum().item()
     name = bound_name(run.model.config, **run.bound_flags, level=config.level, of_replies=own_prompt.any())
     bits = bits_per_byte(nats, text_share(tokens, own_prompt, run.model.config.special_ids), counts)
     print(

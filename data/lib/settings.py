@@ -56,6 +56,7 @@ def settle(given, config_class, methods, load_checkpoint):
     (config, model, tokenizer, checkpoint), the latter three None for a run from scratch.
     """
     method = methods[given.get("method", config_class.method)]
+    method = {name: getattr(from_plain(config_class, method), name) for name in method}
     config = config_class(**{**method, **given})
     if config.init_from == "scratch":
         return with_canvas(without_noise(one_block(config), given), given), None, None, None
