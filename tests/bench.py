@@ -76,9 +76,9 @@ def matmul_flops(device, precision):
 
 def step_flops(model, config):
     """Those of the matrix products of one training step: forward once, backward twice."""
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
-    attention = 2 * config.n_layer * config.block_size * config.n_embd
-    return 6 * (matrices + attention) * config.batch_size * config.block_size
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    attention = 2 * config.n_layer * config.context * config.n_embd
+    return 6 * (matrices + attention) * config.batch_size * config.context
 
 
 def training_speed(device, **flags):
@@ -87,7 +87,7 @@ def training_speed(device, **flags):
     """
     torch.manual_seed(0)
     config = TrainConfig(max_iters=100, **flags)
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "context")}
     model = Transformer(ModelConfig(**shape)).to(device)
     if config.compile:
         model.compile()
@@ -295,9 +295,9 @@ def run_python(*arguments):
 
 
 GPT2 = {
-    "vocab_size": 50258, "mask_id": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
+    "vocab_size": 50258, "mask_id": 50257, "context": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
     "conv": 0, "position": "learned", "qk_norm": False, "bias": True, "head_bias": False, "tied": True,
-    "activation": "gelu_tanh", "block_len": 1, "shift_id": 50256,
+    "activation": "gelu_tanh", "block": 1, "shift_id": 50256,
 }  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def dial_rows(device):
         f"{ours:.2f} s, {240 / ours:.1f} tokens/s",
         measure,
     )
-    default = ModelConfig(block_size=1024, **attention_fields(Attention("causal", 1), 256))
+    default = ModelConfig(context=1024, **attention_fields(Attention("causal", 1), 256))
     for name, config in (("GPT-2 small", ModelConfig(**GPT2)), ("the default model", default)):
         (early, late), (few, many) = token_seconds(Transformer(config).to(device).eval(), (64, 1024), device)
         measure = f"{1e3 * (late - early):.2f} ms more; with attention left out {1e3 * (many - few):.2f} ms"

@@ -66,7 +66,7 @@ def kills(config):
     rng, lost = random.Random(config.seed), []
     with tempfile.TemporaryDirectory() as folder:
         last, log = Path(folder) / "last.pt", Path(folder) / "log.csv"
-        shape = "--n_layer 2 --n_embd 32 --n_head 1 --block_size 64 --batch_size 4 --eval_tokens 64 --log_every 1"
+        shape = "--n_layer 2 --n_embd 32 --n_head 1 --context 64 --batch_size 4 --eval_tokens 64 --log_every 1"
         flags = f"--data python {shape} --max_iters 100000 --evals 100000 --out_dir {folder}"
         for number in range(config.times):
             process, before = start(flags, "--init_from resume" if last.exists() else ""), step_in(last)

@@ -49,7 +49,7 @@ from data.lib.machine import autocast, pick_device
 from data.lib.prompt import MOST, shown_of
 from data.lib.settings import SHIPPED
 from model import load_checkpoint
-from sample import ORDERS, Recorded, denoise, draw, fit, negative_log_likelihood, read
+from sample import ORDERS, Recorded, denoise, draw, fit, log_likelihood, read
 from train import loss_of, nelbo, windows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,7 +188,7 @@ def levels(config, device):
 # --- a source of known entropy -------------------------------------------------------------------
 
 FLOOR = 1e-3  # share of the probability that scoring gives to all letters alike, so that errors are finite
-HMM = "--data hmm --n_embd 192 --block_size 64 --batch_size 64 --widen 0 --prompt_len 0 --max_minutes 6.5"
+HMM = "--data hmm --n_embd 192 --context 64 --batch_size 64 --widen 0 --prompt_len 0 --max_minutes 6.5"
 HMM += " --evals 12 --eval_tokens 262144"  # all that there are, so that the log is about the same text
 
 
@@ -257,7 +257,7 @@ def orders(config, device):
     """
     model, _, checkpoint = load_checkpoint(train("out-earlier", EARLIER), device)
     judge, _, _ = load_checkpoint(train("out-judge", EARLIER, "--max_minutes 15 --seed 1"), device)
-    T = model.config.block_size
+    T = model.config.context
     _, val, _, _ = load_corpus("python", T)
 
     def quality(texts):
@@ -324,7 +324,7 @@ def lengths(config, device):
 
 # --- prompts and answers -------------------------------------------------------------------------
 
-SUMS = "--data sums --block_size 48 --batch_size 64 --n_embd 128 --n_head 4 --level uniform --widen 0"
+SUMS = "--data sums --context 48 --batch_size 64 --n_embd 128 --n_head 4 --level uniform --widen 0"
 SUMS += " --max_iters 4000 --evals 5 --keep 5"  # ten minutes of two cores of a Xeon with AMX
 ANSWERING = "random", "confidence", "margin", "entropy", "left", "threshold"
 
@@ -338,7 +338,7 @@ def answers(config, device):
     print("| training steps | order | steps or tau | forward passes | sums | words backwards |")
     for panel, ckpt in zip(panels, (sorted(path.parent.glob("step-*.pt"))[2], path)):
         model, tokenizer, checkpoint = load_checkpoint(ckpt, device)
-        T, mask_id, ends = model.config.block_size, tokenizer.mask_id, model.config.end_ids
+        T, mask_id, ends = model.config.context, tokenizer.mask_id, model.config.end_ids
         _, val, _, _ = load_corpus("sums", T)
         x0, prompt_len = map(torch.from_numpy, windows_at(val, np.arange(2 * config.texts)[:, None], T))
         canvas = x0.masked_fill(torch.arange(T) >= prompt_len, mask_id)
@@ -468,7 +468,7 @@ def dial(config, device):
                     row += [f"{np.interp(fewest, seen, nats):.3f}"]
                     if seed == 0:
                         row += [f"{nelbo(model, some, draws=1 if name == 'causal' else 16):.3f}"]
-                        exact = negative_log_likelihood(model, some.flatten(), MOST, order="confidence")
+                        exact = -log_likelihood(model, some.flatten(), MOST, order="confidence")
                         row += [f"{exact / some.numel():.3f}"]
                 print("|", " | ".join([corpus, name, str(seed), *row]), "|", flush=True)
             for number, (seen, nats) in enumerate(logs[name]):
@@ -773,7 +773,7 @@ def counts(config, device):
     """
     model, tokenizer, _ = load_checkpoint(SHIPPED, device)
     train_split, val, _, _ = load_corpus("shakespeare")
-    learned, T = tokenizer.decode(train_split.tolist()), model.config.block_size
+    learned, T = tokenizer.decode(train_split.tolist()), model.config.context
     known, runs = set(WORD.findall(learned)), {learned[i : i + RUN] for i in range(len(learned) - RUN + 1)}
     print("| text | words that the training text has | characters copied |")
     ways = (T // 2, "random", 0.7), (T, "random", 0.5), (32, "random", 0.7), (T, "confidence", 0.9)

@@ -174,7 +174,7 @@ def damaged_checkpoint(good, folder, rng):
 
 def bad_checkpoint(good, folder, rng):
     """A whole file with a value of a stranger's choice."""
-    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "post.pt", "pictures.pt"])
+    name = rng.choice(["small.pt", "layers.pt", "bpe.pt", "post.pt", "pictures.pt"])
     content = torch.load(good / name, weights_only=True)
     content.pop("sums", None)
     content = change(content, rng)
@@ -295,7 +295,7 @@ def prompt(good, folder, rng):
     given = rng.choice([["--prompt", text], ["--prompt_file", folder / "p.txt"], ["--score", folder / "p.txt"]])
     more = ["--order", "left"] if given[0] == "--score" else rng.choice([[], ["--save", folder / "x.html"]])
     more += [] if given[0] == "--score" else rng.choice([["--length", "20"], [], ["--suffix", text]])
-    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "pictures.pt"])
+    name = rng.choice(["small.pt", "layers.pt", "bpe.pt", "pictures.pt"])
     return sample.main, ["--ckpt", good / name, "--dtype", "float32", *more, *given], None
 
 
@@ -423,16 +423,16 @@ def make_good(good):
     (good / "book.txt").write_text(lines)
     with contextlib.redirect_stdout(None):
         data.text.prepare.prepare(good / "book.txt", "book", ByteTokenizer())
-        flags = "--data book --n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_iters 2"
+        flags = "--data book --n_layer 1 --n_head 1 --n_embd 16 --context 16 --batch_size 2 --max_iters 2"
         flags += f" --eval_tokens 64 --evals 1 --prompt_len 0 --dtype float32 --out_dir {good}/out"
         assert run(train.main, flags.split()) == (0, "")
         turn = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]'
         (good / "talk.jsonl").write_text(f'{{"messages": {turn}}}\n{turn}\n' * 10)
         data.chat.prepare.prepare(good / "talk.jsonl", None, "talk", ByteTokenizer())
     shutil.copy(good / "out" / "ckpt.pt", good / "small.pt")
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16}
-    save_checkpoint(good / "blocks.pt", Transformer(ModelConfig(**shape, block_len=4)), ByteTokenizer())
-    talks = {**shape, "block_size": 48, "special_ids": (256,), "end_ids": (3,)}
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "context": 16}
+    save_checkpoint(good / "layers.pt", Transformer(ModelConfig(**shape, block=4)), ByteTokenizer())
+    talks = {**shape, "context": 48, "special_ids": (256,), "end_ids": (3,)}
     save_checkpoint(good / "talk.pt", Transformer(ModelConfig(**talks)), ByteTokenizer(), chat=BYTES)
     tokens, pattern = [chr(i) for i in range(256)] + ["in", "the"], r" ?\w+|\s+|[^\s\w]+"
     bpe = BPETokenizer(tokens, pattern)
@@ -444,7 +444,7 @@ def make_good(good):
     config = ModelConfig(len(tokens) + 2, len(tokens) + 1, **shape)
     save_checkpoint(good / "start.pt", Transformer(config), BPETokenizer(tokens, pattern, special=special))
     canvas = PictureTokenizer(4, 3, 2, 5)
-    config = ModelConfig(262, 256, **{**shape, "block_size": 10}, kinds=canvas.kinds)
+    config = ModelConfig(262, 256, **{**shape, "context": 10}, kinds=canvas.kinds)
     save_checkpoint(good / "pictures.pt", Transformer(config), canvas)
     pictures = [("train", canvas.canvas("ab", [i % 5] * 6), 10) for i in range(20)]
     with contextlib.redirect_stdout(None):

@@ -36,7 +36,7 @@ from data.lib.files import alone_in
 from data.lib.flags import Level, argument, flag, from_plain, parse
 from data.lib.history import inert
 from data.lib.machine import autocast, device_of, pick_device
-from data.lib.prompt import make_canvases
+from data.lib.prompt import make_canvas
 from data.lib.report import Report
 from data.lib.settings import SHAPE, check_training, check_unused, with_canvas
 from data.lib.tokenizer import tokenizer_from_state
@@ -103,7 +103,7 @@ class Gauss(Transformer):
         waves = torch.cos(torch.pi * levels[..., None] * torch.arange(WIDTH, device=z.device))
         x = self.read_in(torch.cat((z, guess, waves), 2))  # (B, T, C)
         sight, positions = self.sight(0, z.shape[1], None, z.device)
-        for layer in self.blocks:
+        for layer in self.layers:
             x = layer(x, sight)
         # What z itself says of its token, log N(z; alpha e, sigma^2), but for what all tokens share: the
         # network has to say only what the others say of it (2305.18619).
@@ -131,7 +131,7 @@ def draw_batch(split, config, generator, special_ids, level):
     """A batch as train.py's train takes it: x0, levels, which tokens have a loss, and what each counts, the
     mean over these; (B, T) each.
     """
-    B, T = config.batch_size, config.block_size
+    B, T = config.batch_size, config.context
     places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
     x0, own_prompt = map(torch.from_numpy, windows_at(split, places.numpy(), T))  # (B, T), (B, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
@@ -272,8 +272,8 @@ def evaluate(model, precision, tokens, own_prompt, counts, prompt_len=0, **flags
 
 def write(model, precision, tokenizer, prompt="", **flags):
     """A text that begins with a prompt, safe to show."""
-    T = model.config.block_size
-    canvases = make_canvases(prompt, suffix="", length=T, tokenizer=tokenizer, block_size=T)
+    T = model.config.context
+    canvases = make_canvas(prompt, suffix="", length=T, tokenizer=tokenizer, context=T)
     was_training = model.training
     with precision:
         text = denoise(model.eval(), torch.tensor(canvases[:1]), **flags)
@@ -288,9 +288,9 @@ def learn(config, given):
         config = dataclasses.replace(from_plain(GaussConfig, checkpoint["train"]), **given)
     config = with_canvas(config, given)
     check_training(config)
-    train_split, val_split, tokenizer, meta = load_corpus(config.data, config.block_size)
+    train_split, val_split, tokenizer, meta = load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
-    shape = {name: getattr(config, name) for name in (*SHAPE, "block_size", "dropout")}
+    shape = {name: getattr(config, name) for name in (*SHAPE, "context", "dropout")}
     shape |= {"special_ids": tokenizer.special_ids, "kinds": tokenizer.kinds}
     model_config = ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape)
     if checkpoint is None:
@@ -301,7 +301,7 @@ def learn(config, given):
     run = Run(config, model, pick_device(config.device), meta)
     if checkpoint:
         run.restore(checkpoint)
-    of_val = *windows(val_split, config.block_size, config.eval_tokens or 2**16), meta["val"]
+    of_val = *windows(val_split, config.context, config.eval_tokens or 2**16), meta["val"]
     report = Report(
         run,
         Path(config.out_dir),
@@ -338,7 +338,7 @@ def main():
     flags = {"slant": checkpoint["train"]["slant"], "seed": config.seed}
     if config.what == "sample":
         return print(write(model, precision, tokenizer, config.prompt, steps=config.steps or 128, **flags))
-    name, T, flags["steps"] = checkpoint["train"]["data"], model.config.block_size, config.steps or STEPS
+    name, T, flags["steps"] = checkpoint["train"]["data"], model.config.context, config.steps or STEPS
     _, val_split, _, meta = load_corpus(name, T)
     tokens, own_prompt = windows(val_split, T, config.eval_tokens or len(val_split))
     draws = 1 + math.ceil(256 / len(tokens))  # two for 256 windows, to show the error

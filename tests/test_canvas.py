@@ -329,7 +329,7 @@ def test_a_picture_of_two_models_has_two_panels(tmp_path):
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("watch") / "ckpt.pt"
-    save_checkpoint(path, Transformer(ModelConfig(n_embd=16, n_layer=1, block_size=64)), ByteTokenizer())
+    save_checkpoint(path, Transformer(ModelConfig(n_embd=16, n_layer=1, context=64)), ByteTokenizer())
     return path
 
 

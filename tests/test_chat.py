@@ -39,7 +39,7 @@ LLADA = {
     "end": "<|endoftext|>",
 }
 NAMES = "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>", "<mask>"
-SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 48 --batch_size 4 --eval_tokens 512 --dtype float32"
+SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --context 48 --batch_size 4 --eval_tokens 512 --dtype float32"
 
 
 def bpe(*names):
@@ -271,9 +271,9 @@ def test_a_malformed_line_is_named_and_nothing_is_written(line, reason, tmp_path
 
 
 def test_a_block_that_is_too_small_is_told_what_would_do(squares):
-    with pytest.raises(Mistake, match=r"of (\d+) tokens; --block_size \1 is the least") as caught:
+    with pytest.raises(Mistake, match=r"of (\d+) tokens; --context \1 is the least") as caught:
         load_corpus("squares", 40)
-    least = int(str(caught.value).split("--block_size ")[2].split()[0])
+    least = int(str(caught.value).split("--context ")[2].split()[0])
     load_corpus("squares", least)
     with pytest.raises(Mistake, match="too small"):
         load_corpus("squares", least - 1)
@@ -324,7 +324,7 @@ def examples(T=12):
 @pytest.mark.parametrize("level", [Level("fixed", 1.0), Level("uniform")], ids=str)
 def test_prompts_are_never_masked_and_padding_is_learned(level):
     split, rows = examples()
-    config = TrainConfig(batch_size=64, block_size=12, level=level, prompt_len=Span(0, 0))
+    config = TrainConfig(batch_size=64, context=12, level=level, prompt_len=Span(0, 0))
     shape, seen = ModelConfig(vocab_size=8, mask_id=7, special_ids=(7,), end_ids=(5,)), set()
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -448,7 +448,7 @@ def test_another_index_is_another_corpus_for_a_run(squares, tmp_path, monkeypatc
 def test_a_model_that_knew_no_end_learns_the_corpus_s(tmp_path, monkeypatch):
     """One whose `<|endoftext|>` was not text, as GPT-2's: it is learned from now on."""
     tokenizer = bpe("<|endoftext|>", "<mask>")
-    shape = {"block_size": 48, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    shape = {"context": 48, "n_layer": 1, "n_head": 1, "n_embd": 16}
     config = ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, special_ids=tokenizer.special_ids, **shape)
     save_checkpoint("base.pt", Transformer(config), tokenizer)
     write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
@@ -497,7 +497,7 @@ class Parrot(Transformer):
 
 @pytest.fixture
 def parrot(monkeypatch):
-    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=96, special_ids=(256,), end_ids=(3,))
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, context=96, special_ids=(256,), end_ids=(3,))
     model = Parrot(config)
     checkpoint = {"chat": BYTES}
     monkeypatch.setattr(sample, "load_checkpoint", lambda *_: (model.eval(), ByteTokenizer(), checkpoint))
@@ -570,7 +570,7 @@ def test_what_a_chat_cannot_be_is_refused(flags, reason, parrot, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("trained", "length"), [(None, 96), ({}, 96), ({"block_size": 24}, 24), ({"block_size": "9"}, 96)]
+    ("trained", "length"), [(None, 96), ({}, 96), ({"context": 24}, 24), ({"context": "9"}, 96)]
 )
 def test_a_chat_s_canvas_is_as_long_as_what_was_learned(trained, length, parrot, monkeypatch):
     lengths, canvas = [], Chat.canvas

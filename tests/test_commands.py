@@ -39,7 +39,7 @@ from data.text.prepare import prepare
 from model import ModelConfig, Transformer, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 32 --batch_size 4 --prompt_len 0:8 --eval_tokens 512"
+SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --context 32 --batch_size 4 --prompt_len 0:8 --eval_tokens 512"
 
 
 @pytest.fixture(scope="session")
@@ -464,7 +464,7 @@ def test_compiled_or_not_the_losses_are_the_same(flags, tmp_path, monkeypatch):
 
 
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):
-    flags = f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --block_size 32"
+    flags = f"--data book --init_from out/ckpt.pt --out_dir {tmp_path} --max_iters 1 --lr 1e-30 --context 32"
     run_train(monkeypatch, f"{flags} --batch_size 2 --prompt_len 0 --weight_decay 0 --dropout 0.3")
     assert load_checkpoint(tmp_path / "last.pt")[0].config.dropout == 0.3
     assert_same(weights(tmp_path / "last.pt")[1], weights(world / "out" / "ckpt.pt")[1])
@@ -565,13 +565,13 @@ def test_learned_positions_open_with_one_position_less(world, tmp_path, monkeypa
     go_on = f"--data book --init_from {tmp_path}/gpt/last.pt --attention canvas --prompt_len 0 --max_iters 3"
     run_train(monkeypatch, f"{go_on} --open_steps 2 --out_dir {tmp_path}/canvas")
     model = load_checkpoint(tmp_path / "canvas" / "last.pt")[0]
-    assert (model.config.block_size, model.config.shift_id, len(model.position_embedding.weight)) == (
+    assert (model.config.context, model.config.shift_id, len(model.position_embedding.weight)) == (
         31,
         256,
         32,
     )
     capsys.readouterr()
-    sentence = mistake(train.main, f"{go_on} --block_size 32 --out_dir new".split(), monkeypatch, capsys)
+    sentence = mistake(train.main, f"{go_on} --context 32 --out_dir new".split(), monkeypatch, capsys)
     assert "at most 31 tokens" in sentence
 
 
@@ -600,14 +600,14 @@ def test_a_causal_checkpoint_of_an_earlier_version_gives_the_same_logits(world, 
     shape = {
         "vocab_size": 257,
         "mask_id": 256,
-        "block_size": 8,
+        "context": 8,
         "n_layer": 1,
         "n_head": 1,
         "n_embd": 8,
         "conv": 3,
     }
-    model = Transformer(ModelConfig(**shape, block_len=1)).eval()
-    torch.nn.init.normal_(model.blocks[0].convolution.weight)
+    model = Transformer(ModelConfig(**shape, block=1)).eval()
+    torch.nn.init.normal_(model.layers[0].convolution.weight)
     earlier = {
         "config": {**shape, "causal": True},
         "model": model.state_dict(),
@@ -623,10 +623,10 @@ def test_a_causal_checkpoint_of_an_earlier_version_gives_the_same_logits(world, 
             torch.testing.assert_close(loaded(idx[:, :n]), logits[:, :n])
         x = model.token_embedding(idx)
         strip = torch.nn.functional.pad(x, (0, 0, 2, 0))
-        taps = model.blocks[0].convolution.weight[:, 0, 0]  # (C, 3)
+        taps = model.layers[0].convolution.weight[:, 0, 0]  # (C, 3)
         x = x + sum(strip[:, i : i + 8] * taps[:, i] for i in range(3))
         torch.testing.assert_close(
-            model.blocks[0].convolution(model.token_embedding(idx), model.sight(0, 8, None, "cpu")[0]), x
+            model.layers[0].convolution(model.token_embedding(idx), model.sight(0, 8, None, "cpu")[0]), x
         )
 
 
@@ -738,7 +738,7 @@ TRAIN_MISTAKES = {
     "--batch_size two": "two",
     "--norm middle": "pre",
     "--data nope": "ready are: book",
-    "--data book --block_size 1000000": "fewer than one --block_size",
+    "--data book --context 1000000": "fewer than one --context",
     "--level grid:0": "grid:N",
     "--level grid:x": "grid:N",
     "--level bell:0": "bell:S",
@@ -766,17 +766,17 @@ TRAIN_MISTAKES = {
     "--eval_only": "--init_from",
     "--init_from nope.pt --data book": "no such checkpoint",
     "--init_from resume --out_dir nowhere": "no such checkpoint",
-    "--data book --block_size 32 --max_iters 1": "--out_dir out: there is a run in it",
+    "--data book --context 32 --max_iters 1": "--out_dir out: there is a run in it",
     "--init_from out/ckpt.pt --data book --max_iters 1": "--out_dir out: there is a run in it",
     "--init_from resume --data other": "--data other: the run in out/last.pt reads book",
     "--init_from out/ckpt.pt --out_dir new --n_layer 3 --data book": "has 1",
     "--init_from resume": "complete",
     "--init_from resume --max_iters 9 --optimizer adamw": "not with these flags",
-    "--data book --out_dir book.txt --block_size 32 --prompt_len 0": "book.txt",
-    "--data book --out_dir book.txt/below --block_size 32 --prompt_len 0": "book.txt",
+    "--data book --out_dir book.txt --context 32 --prompt_len 0": "book.txt",
+    "--data book --out_dir book.txt/below --context 32 --prompt_len 0": "book.txt",
     "--attention block": "block:K for blocks of K tokens",
     "--attention sideways": "canvas, block:K",
-    "--attention block:5 --block_size 32 --data book": "K must divide --block_size 32",
+    "--attention block:5 --context 32 --data book": "K must divide --context 32",
     "--attention causal --level uniform --data book": "each token is a hole",
     "--attention causal --slant 1 --data book": "each token is a hole",
     "--init_from resume --attention causal --max_iters 9": "--attention causal: the model in",
@@ -788,9 +788,9 @@ TRAIN_MISTAKES = {
     "--init_from resume --max_iters 9 --open_steps 5": "it takes a causal model to",
     "--init_from resume --out_dir blocks --max_iters 9 --open_steps 5": "it takes a causal model to",
     "--init_from gpt/ckpt.pt --eval_only --level grid:9": "each token is a hole",
-    "--data book --block_size 32 --device nonsense": "nonsense",
-    "--data book --block_size 32 --device cpu:x": "cpu:x",
-    "--data book --block_size 32 --device cuda:99": "cuda:99",
+    "--data book --context 32 --device nonsense": "nonsense",
+    "--data book --context 32 --device cpu:x": "cpu:x",
+    "--data book --context 32 --device cuda:99": "cuda:99",
 }
 
 
@@ -823,8 +823,8 @@ SAMPLE_MISTAKES = {
     ("--prompt_file", "none.txt"): "none.txt: No such file",
     ("--prompt_file", "data"): "data: Is a directory",
     ("--prompt_file", "out/ckpt.pt"): "not UTF-8",
-    ("--block_len", "0"): "at least 1",
-    ("--block_len", "33"): "sees 32 tokens",
+    ("--block", "0"): "at least 1",
+    ("--block", "33"): "sees 32 tokens",
     ("--revise", "1"): "below 1",
     ("--revise", "0.1", "--order", "remask"): "--revise",
     ("--guidance", "1"): "--guidance",
@@ -839,7 +839,7 @@ SAMPLE_MISTAKES = {
     ("--score", os.devnull, "--order", "left"): "it is empty",
     ("--score", "book.txt", "--order", "left", "--temperature", "1"): "--temperature",
     ("--steps", "9" * 20): "at most",
-    ("--block_len", "32", "--length", "64"): "sees 32 tokens",
+    ("--block", "32", "--length", "64"): "sees 32 tokens",
     ("--save", "data/.svg"): ".html",
     ("--ckpt", "gpt/ckpt.pt", "--suffix", "x"): "--suffix: the model in gpt/ckpt.pt",
     ("--ckpt", "blocks/ckpt.pt", "--suffix", "x"): "--suffix: the model in blocks/ckpt.pt",
@@ -851,9 +851,9 @@ SAMPLE_MISTAKES = {
     ): "--order confidence: the model in gpt/ckpt.pt is causal",
     ("--ckpt", "gpt/ckpt.pt", "--order", "random"): "--order random: the model in gpt/ckpt.pt is causal",
     ("--ckpt", "gpt/ckpt.pt", "--steps", "3"): "--steps 3: the model in gpt/ckpt.pt is causal",
-    ("--ckpt", "gpt/ckpt.pt", "--block_len", "4"): "--block_len 4",
+    ("--ckpt", "gpt/ckpt.pt", "--block", "4"): "--block 4",
     ("--ckpt", "gpt/ckpt.pt", "--prompt", "a", "--guidance", "2"): "--guidance 2.0",
-    ("--ckpt", "blocks/ckpt.pt", "--block_len", "3"): "--block_len 3: it must divide",
+    ("--ckpt", "blocks/ckpt.pt", "--block", "3"): "--block 3: it must divide",
     ("--ckpt", "blocks/ckpt.pt", "--score", "book.txt"): "no one probability",
     ("--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", "--score", "book.txt"): "of one model at a time",
     ("--order", "left", "margin", "--score", "book.txt"): "under one order at a time",
@@ -942,7 +942,7 @@ def test_a_slim_checkpoint_is_the_model_in_bfloat16(world, tmp_path, monkeypatch
         assert q.dtype == torch.float32
         assert_same(q, p.bfloat16().float())
     assert "optimizers" not in rest
-    go_on = f"--init_from {tmp_path}/slim.pt --data book --out_dir {tmp_path}/on --max_iters 2 --block_size 32"
+    go_on = f"--init_from {tmp_path}/slim.pt --data book --out_dir {tmp_path}/on --max_iters 2 --context 32"
     run_train(monkeypatch, go_on)
     assert (
         "slim.pt: 9 tokens in"

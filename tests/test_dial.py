@@ -13,7 +13,7 @@ from data.lib.fast import Cache
 from data.lib.flags import Attention, Level, Span
 from data.lib.training import Run
 from model import ModelConfig, Transformer
-from sample import Recorded, denoise, draw, negative_log_likelihood
+from sample import Recorded, denoise, draw, log_likelihood
 from train import (
     TrainConfig,
     block_levels,
@@ -34,11 +34,11 @@ SHAPES = [
 ]
 LLAMA = {"conv": 0, "qk_norm": False, "rms": True, "gated": True, "n_kv_head": 1}
 SHAPES += [{"shift_id": None, **LLAMA}]
-CAUSAL = {"block_len": 1, "shift_id": MASK}
+CAUSAL = {"block": 1, "shift_id": MASK}
 
 
 def dial(K, T=8, **shape):
-    return tiny_model(V=5, T=T, block_len=K, **shape)
+    return tiny_model(V=5, T=T, block=K, **shape)
 
 
 def texts(B=3, T=8, seed=0):
@@ -110,11 +110,11 @@ def test_a_pass_reads_only_what_the_cache_does_not_know():
     """Appending costs one position a token; a block costs itself a step, and once more to become final."""
     for shape, expected in (
         (CAUSAL, [1] * 8),
-        ({"block_len": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
-        ({"block_len": 1}, [1] + [2] * 7),
+        ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
+        ({"block": 1}, [1] + [2] * 7),
         # Longer than the window, which moves by a quarter of it, or a block, and is read again.
         (CAUSAL, [1] * 8 + [7, 1] * 6),
-        ({"block_len": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
+        ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
     ):
         model, read = tiny_model(V=5, T=8, **shape), []
         model.token_embedding.register_forward_hook(lambda _, idx, out, read=read: read.append(idx[0].shape[1]))
@@ -175,7 +175,7 @@ BLOCKS = [(K, shift) for K in (1, 2, 4) for shift in (None, 3)]
 @pytest.mark.parametrize(("K", "shift"), BLOCKS)
 def test_the_block_bound_is_the_mean_over_orders_inside_blocks(K, shift):
     """By all sets of holes, each of k holes counting 1 / (k C(K, k)), through the doubled pass."""
-    model = tiny_model(V=3, T=4, block_len=K, shift_id=shift)
+    model = tiny_model(V=3, T=4, block=K, shift_id=shift)
     x0 = all_texts(3, 4)[[3, 17, 44, 80]]
     total = torch.zeros(len(x0))
     for places in product((False, True), repeat=K):
@@ -192,7 +192,7 @@ def test_the_block_bound_is_the_mean_over_orders_inside_blocks(K, shift):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("K", "shift"), [(2, None), (2, 3), (4, None)])
 def test_the_draws_of_corrupt_meet_the_block_bound(K, shift, seed):
-    model = tiny_model(V=3, T=4, block_len=K, shift_id=shift)
+    model = tiny_model(V=3, T=4, block=K, shift_id=shift)
     text = all_texts(3, 4)[44]
     expected = exact_bound(model, text).item()
 
@@ -204,7 +204,7 @@ def test_the_draws_of_corrupt_meet_the_block_bound(K, shift, seed):
     assert abs(nats.mean() - expected) < 3.5 * nats.std() / len(nats) ** 0.5
 
     # Batches as they are trained on, with stratified levels: independent of each other.
-    config = TrainConfig(batch_size=4, block_size=4, level=Level("uniform"), weight="elbo", prompt_len=Span(0, 0))
+    config = TrainConfig(batch_size=4, context=4, level=Level("uniform"), weight="elbo", prompt_len=Span(0, 0))
     split, generator = text.numpy(), torch.Generator().manual_seed(seed)
     batches = [draw_batch(split, config, generator, model.config) for _ in range(1000)]
     x0, xt, holes, weights = map(torch.cat, zip(*batches))
@@ -234,7 +234,7 @@ def test_levels_of_blocks_cover_each_text_and_belong_to_no_place():
 @torch.no_grad()
 def test_the_bound_of_one_token_blocks_is_the_chain_rule_and_exact():
     for shift_id in (None, 3):
-        model = tiny_model(V=3, T=4, block_len=1, shift_id=shift_id)
+        model = tiny_model(V=3, T=4, block=1, shift_id=shift_id)
         x0 = all_texts(3, 4)
         nats, _ = sequence_bounds(model, x0, draws=2)
         torch.testing.assert_close(nats[0], nats[1], atol=1e-5, rtol=0)
@@ -249,7 +249,7 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
     x0, _, _ = texts(B=16)
     config = TrainConfig(
         batch_size=16,
-        block_size=8,
+        context=8,
         level=Level("fixed", 1.0),
         prompt_len=Span(0, 0),
         attention=Attention("causal", 1),
@@ -259,7 +259,7 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
     logits = model(x0)[..., :5]  # what the holes are does not matter: nobody reads them
     assert F.cross_entropy(logits.flatten(0, 1), x0.flatten()).item() == pytest.approx(loss, abs=1e-5)
     assert float(nelbo(model, x0)) == pytest.approx(loss, abs=1e-5)
-    score = negative_log_likelihood(model, x0.flatten(), None, order="left") / 128
+    score = -log_likelihood(model, x0.flatten(), None, order="left") / 128
     assert score == pytest.approx(loss, abs=1e-5)
     _, xt, holes, weights = draw_batch(x0[0].numpy(), config, torch.Generator(), model.config)
     assert holes.all()
@@ -270,8 +270,8 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["left", "confidence"])
 def test_probabilities_of_all_texts_sum_to_one_in_blocks(order):
-    model = tiny_model(V=3, T=4, block_len=2)
-    nats = [negative_log_likelihood(model, text, 4, order=order) for text in all_texts(3, 4)]
+    model = tiny_model(V=3, T=4, block=2)
+    nats = [-log_likelihood(model, text, 4, order=order) for text in all_texts(3, 4)]
     assert torch.tensor(nats).neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
@@ -281,7 +281,7 @@ def test_probabilities_of_all_texts_sum_to_one_in_blocks(order):
 @torch.no_grad()
 @pytest.mark.parametrize("shift_id", [None, 3])
 def test_a_causal_model_draws_its_distribution(shift_id, device):
-    model = tiny_model(V=3, T=3, block_len=1, shift_id=shift_id).to(device)
+    model = tiny_model(V=3, T=3, block=1, shift_id=shift_id).to(device)
     nats, _ = sequence_bounds(model, all_texts(3, 3))
     *_, written = denoise(model, torch.full((4000, 3), 3, device=device), seeds=range(4000))
     counts = (written.cpu() * torch.tensor([9, 3, 1])).sum(1).bincount(minlength=27)
@@ -291,7 +291,7 @@ def test_a_causal_model_draws_its_distribution(shift_id, device):
 @torch.no_grad()
 def test_blocks_draw_their_distribution_in_any_order_inside():
     """p(text) is the product over blocks of the mean over both orders of their two tokens."""
-    model = tiny_model(V=3, T=4, block_len=2)
+    model = tiny_model(V=3, T=4, block=2)
     p = []
     for text in all_texts(3, 4):
         both = [[block_nats(model, text, start, order).neg().exp() for order in ((0, 1), (1, 0))] for start in (0, 2)]
@@ -346,7 +346,7 @@ def test_guidance_by_a_prompt_that_no_earlier_block_sees(shift_id, monkeypatch):
 
 
 def test_what_stands_after_a_block_is_not_seen():
-    for shape in (CAUSAL, {"block_len": 2}):
+    for shape in (CAUSAL, {"block": 2}):
         model = tiny_model(V=5, T=8, **shape)
         canvas = torch.tensor([[1, 2, MASK, MASK, 3, 4, 1, MASK], [1, 2, MASK, MASK, 0, 0, 0, MASK]])
         *_, written = denoise(model, canvas, seeds=[7, 7])
@@ -365,7 +365,7 @@ def test_a_row_is_written_the_same_beside_longer_and_shorter_prompts(K):
 
 def test_blocks_of_the_sampler_must_divide_those_of_the_model():
     with pytest.raises(ValueError, match="divide"):
-        next(denoise(dial(4), torch.full((1, 8), MASK), block_len=3))
+        next(denoise(dial(4), torch.full((1, 8), MASK), block=3))
 
 
 # --- from append to set --------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_blocks_of_the_sampler_must_divide_those_of_the_model():
 def opening(steps, open_steps=4):
     """A causal model's weights on a canvas, at a step of its opening; and its config as it was."""
     causal = dial(1, shift_id=MASK, conv=0)
-    opened = Transformer(ModelConfig(**{**vars(causal.config), "block_len": 0}))
+    opened = Transformer(ModelConfig(**{**vars(causal.config), "block": 0}))
     opened.load_state_dict(causal.state_dict())
     run = Run(TrainConfig(max_iters=9, open_steps=open_steps), opened, torch.device("cpu"))
     run.step = steps
@@ -397,7 +397,7 @@ def test_an_opened_canvas_sees_all_but_by_a_shift():
     """Position i reads token i - 1, the last token at position T, and each predicts its own."""
     opened = opening(0, open_steps=0)[1]
     x0, xt, holes = texts()
-    plain = Transformer(ModelConfig(**{**vars(opened.config), "shift_id": None, "block_size": 9}))
+    plain = Transformer(ModelConfig(**{**vars(opened.config), "shift_id": None, "context": 9}))
     plain.load_state_dict(opened.state_dict())
     read = F.pad(xt, (1, 0), value=MASK)
     torch.testing.assert_close(opened(xt), plain(read)[:, :8])
@@ -417,7 +417,7 @@ def test_a_pair_is_visible_with_the_probability_of_the_step():
 
 def test_training_opens_a_model_step_by_step():
     _, opened = opening(0)
-    run = Run(TrainConfig(max_iters=9, open_steps=2, block_size=8), opened.train(), torch.device("cpu"))
+    run = Run(TrainConfig(max_iters=9, open_steps=2, context=8), opened.train(), torch.device("cpu"))
     batch = *texts()[:2], texts()[2], torch.full((3, 8), 0.1)
     seen = []
     for _ in train(run, [batch] * 3):

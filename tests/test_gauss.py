@@ -23,7 +23,7 @@ from data.lib.tokenizer import GREYS
 from model import ModelConfig
 from train import mask_rates
 
-SMALL = "--data book --n_layer 1 --n_embd 16 --n_head 1 --block_size 32 --batch_size 4 --eval_tokens 64"
+SMALL = "--data book --n_layer 1 --n_embd 16 --n_head 1 --context 32 --batch_size 4 --eval_tokens 64"
 run, mistake = test_roberta.run, test_roberta.mistake
 JOINT = torch.tensor([[0.4, 0.05], [0.15, 0.4]])  # of two words, each of two tokens
 
@@ -38,7 +38,7 @@ class Posterior(nn.Module):
         super().__init__()
         (V, T), self.log_joint = (joint.shape[0], joint.ndim), joint.log().flatten()  # (V^T,)
         self.texts, self.sharpness = all_texts(V, T), sharpness
-        self.config = SimpleNamespace(vocab_size=V + 1, mask_id=V, block_size=T, special_ids=())
+        self.config = SimpleNamespace(vocab_size=V + 1, mask_id=V, context=T, special_ids=())
         self.anchor = nn.Parameter(torch.zeros(1))  # says which device the model is on
 
     def vectors(self):
@@ -218,7 +218,7 @@ def test_sampler_keeps_the_prompt_and_heeds_it():
 
 def small_network(**more):
     torch.manual_seed(0)
-    return Gauss(ModelConfig(vocab_size=7, mask_id=6, block_size=8, n_layer=1, n_embd=16, **more))
+    return Gauss(ModelConfig(vocab_size=7, mask_id=6, context=8, n_layer=1, n_embd=16, **more))
 
 
 def test_vectors_have_one_length_and_no_hole_is_predicted():
@@ -303,7 +303,7 @@ def test_resume_is_bitwise_identical(tmp_path, run):
 @pytest.mark.parametrize("corpus", ["book", "digits"])
 def test_a_run_is_sampled_and_scored(corpus, tmp_path, run, capsys):
     """Of text, and of canvases, on which each token stands where it may."""
-    small = SMALL.replace("--block_size 32", "").replace("book", corpus)
+    small = SMALL.replace("--context 32", "").replace("book", corpus)
     run(*f"train {small} --max_iters 2 --evals 1 --out_dir {tmp_path}".split(), main=gauss.main)
     capsys.readouterr()
     for _ in range(2):
@@ -328,7 +328,7 @@ def test_mistakes_are_one_sentence(tmp_path, run, mistake):
         (f"sample {ckpt} --steps 0", "--steps 0"),
         (f"train {SMALL} --spindle 1", "--spindle 1.0"),
         (f"train {SMALL} --out_dir {tmp_path}/out", "there is a run in it"),
-        ("train --data digits --block_size 64", "--block_size 64"),
+        ("train --data digits --context 64", "--context 64"),
         (f"train --init_from resume --max_iters 2 --out_dir {tmp_path}/out --n_layer 2", "another shape"),
         (f"bound --ckpt {tmp_path}/no.pt", "not a checkpoint"),
     ):

@@ -147,7 +147,7 @@ def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_
     model = in_memory(tmp_path / name, reference)
     largest = largest_difference(model, reference, lengths)
     print(f"{name}: the largest difference is {largest:.1e}")
-    assert model.config.block_size == 1024
+    assert model.config.context == 1024
     assert largest < 1e-4
 
 
@@ -155,7 +155,7 @@ def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_
 def test_logits_of_odd_shapes_are_those_of_the_reference_at_every_length(name, merges, tmp_path):
     reference = write_gpt2(tmp_path / "odd", merges[:20], **ODD[name])
     model = in_memory(tmp_path / "odd", reference)
-    lengths = range(1, model.config.block_size + 1)
+    lengths = range(1, model.config.context + 1)
     largest = largest_difference(model, reference, lengths)
     print(f"{name}: the largest difference is {largest:.1e}")
     assert len(lengths) == ODD[name]["n_positions"]
@@ -305,10 +305,10 @@ def test_diffugpt_s_logits_are_those_of_the_reference_that_sees_all(
     model, tokenizer, _ = load_checkpoint(tmp_path / "out.pt")
     config = model.config
     assert config.mask_id == (300 if mask == "a token" else V - more_rows)
-    assert (config.vocab_size, config.block_len, config.shift_id) == (V, 0, start)
-    assert config.block_size == SMALL["n_positions"] - 1  # the start is read at a position of its own
+    assert (config.vocab_size, config.block, config.shift_id) == (V, 0, start)
+    assert config.context == SMALL["n_positions"] - 1  # the start is read at a position of its own
     largest, text = 0.0, torch.arange(V) != config.mask_id
-    for T in range(1, config.block_size + 1):
+    for T in range(1, config.context + 1):
         ids = torch.randint(V, (3, T))
         read = torch.cat((torch.full((3, 1), start), ids), 1)  # (3, T + 1)
         theirs = reference(read, attention_mask=torch.zeros(3, 1, T + 1, T + 1)).logits[:, :T]
@@ -474,16 +474,16 @@ def test_only_a_gpt2_is_exported_and_only_to_a_folder_without_a_model(
     roberta = test_roberta.write_roberta(tmp_path / "roberta", merges[:200])
     save_weights(tmp_path / "roberta", roberta.state_dict())
     run(tmp_path / "roberta", "--out", tmp_path / "roberta.pt", main=roberta_prepare.main)
-    small = {"n_embd": 16, "n_layer": 1, "block_size": 16}
+    small = {"n_embd": 16, "n_layer": 1, "context": 16}
     tokens = {"vocab_size": tokenizer.vocab_size, "mask_id": tokenizer.mask_id}
     own = {**small, **tokens, "special_ids": tokenizer.special_ids}
     save_checkpoint(tmp_path / "bytes.pt", Transformer(ModelConfig(**small)), ByteTokenizer())
     save_checkpoint(tmp_path / "rope.pt", Transformer(ModelConfig(**own)), tokenizer)
-    opened, _, _ = load_checkpoint(checkpoint, block_len=0, block_size=23)
+    opened, _, _ = load_checkpoint(checkpoint, block=0, context=23)
     save_checkpoint(tmp_path / "opened.pt", opened, tokenizer)
     for name in ("roberta", "bytes", "rope", "opened"):
         assert "not a GPT-2" in mistake(tmp_path / f"{name}.pt", "--export", tmp_path / "new")
-    assert "block_len is 0" in mistake(tmp_path / "opened.pt", "--export", tmp_path / "new")
+    assert "block is 0" in mistake(tmp_path / "opened.pt", "--export", tmp_path / "new")
     sentence = mistake(checkpoint, "--export", tmp_path / "new", main=roberta_prepare.main)
     assert "not a RoBERTa" in sentence
     assert "in it already" in mistake(checkpoint, "--export", gpt2)
@@ -522,12 +522,12 @@ def opening():
 
 def test_an_opened_gpt2_trains_and_writes_what_stands_between(checkpoint, run, mistake, tmp_path, capsys):
     flags = (*opening(), "--open_steps", 2)
-    longer = ("--init_from", checkpoint, *flags, "--block_size", 24, "--max_iters", 1)
+    longer = ("--init_from", checkpoint, *flags, "--context", 24, "--max_iters", 1)
     assert "at most 23 tokens" in mistake(*longer, main=train.main)
-    trained = train_on_text(run, checkpoint, tmp_path, *flags, "--block_size", 23, "--max_iters", 4)
+    trained = train_on_text(run, checkpoint, tmp_path, *flags, "--context", 23, "--max_iters", 4)
     model, tokenizer, checkpoint = load_checkpoint(trained)
     assert checkpoint["step"] == 4
-    assert (model.config.block_len, model.config.block_size) == (0, 23)
+    assert (model.config.block, model.config.context) == (0, 23)
     assert model.config.shift_id == tokenizer.first(START)
     ids = torch.randint(model.config.mask_id, (1, 23))
     changed = ids.clone()

@@ -92,7 +92,7 @@ def shapes_of(settings):
     layer |= {"ff_norm": (C,), "ff_proj": (M, C), "up_proj": (M, C), "ff_out": (C, M)}
     shapes = {"wte": (V, C), "ln_f": (C,), "ff_out": (V, C)}
     for i in range(settings["n_layers"]):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     return {f"model.transformer.{name}.weight": shape for name, shape in shapes.items()}
 
 
@@ -137,7 +137,7 @@ def random_llama(settings):
             tensors[f"model.transformer.{OUTSIDE[module]}.weight"] = tensor.clone()
         else:
             _, _, number, module = module.split(".", 3)
-            tensors[f"model.transformer.blocks.{number}.{NAMES[module]}.weight"] = tensor.clone()
+            tensors[f"model.transformer.layers.{number}.{NAMES[module]}.weight"] = tensor.clone()
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes_of(settings)
     return model, tensors
 
@@ -209,7 +209,7 @@ def test_logits_are_those_of_the_reference_at_every_length(name, their_tokenizer
     reference, _ = write_llada(tmp_path / "odd", their_tokenizer, **ODD[name])
     run(tmp_path / "odd", "--out", tmp_path / "odd.pt")
     model = load_checkpoint(tmp_path / "odd.pt")[0]
-    largest = largest_difference(model, reference, range(1, model.config.block_size + 1))
+    largest = largest_difference(model, reference, range(1, model.config.context + 1))
     print(f"{name}: the largest difference is {largest:.1e}")
     assert model.config.tied == (name == "tied, one layer")
     assert largest < 1e-4
@@ -227,7 +227,7 @@ def test_logits_of_a_layer_of_the_real_width_are_those_of_the_reference(their_to
 
 def test_half_the_heads_of_keys_are_those_of_all_where_pairs_are_alike():
     """Llama's sharing says nothing but this."""
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16}
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context": 16}
     shared, whole = (Transformer(ModelConfig(n_kv_head=n, **shape)).eval() for n in (2, 4))
     tensors = shared.state_dict()
     for name, tensor in tensors.items():

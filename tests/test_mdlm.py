@@ -169,7 +169,7 @@ def test_logits_of_odd_shapes_are_those_of_the_reference(name, tmp_path):
     lengths = range(K, 25, K) if blocks else range(1, settings["model_length"] + 1)
     largest = largest_difference(model, tensors, settings, lengths, blocks)
     print(f"{name}: the largest difference is {largest:.1e}")
-    assert model.config.block_len == (K if blocks else 0)
+    assert model.config.block == (K if blocks else 0)
     assert largest < 1e-4
 
 

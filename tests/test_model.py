@@ -71,7 +71,7 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 def test_attention_is_softmax_of_scaled_products(canvas):
     model = tiny_model(V=5, T=8, position="learned")
-    attention = model.blocks[0].attention
+    attention = model.layers[0].attention
     x = torch.randn(3, 8, 16)
     q, k, v = (f(x).view(3, 8, 2, 8) for f in (attention.query, attention.key, attention.value))
     q, k = attention.query_norm(q), attention.key_norm(k)
@@ -84,8 +84,8 @@ def test_attention_is_softmax_of_scaled_products(canvas):
 @pytest.mark.parametrize("K", [1, 2, 3, 7])
 def test_convolution_is_a_weighted_sum_of_the_neighbours_that_are_seen(K, conv):
     """Of an even number one more is to the left; with K = 1 all are. What is after a block's end counts 0."""
-    model = tiny_model(T=7, conv=conv, block_len=K)
-    layer = model.blocks[0].convolution
+    model = tiny_model(T=7, conv=conv, block=K)
+    layer = model.layers[0].convolution
     x = torch.randn(2, 7, 16)
     w = layer.weight[:, 0, 0]  # (C, conv)
     right = min((conv - 1) // 2, K - 1)
@@ -103,7 +103,7 @@ def test_post_norm_normalises_what_a_block_writes():
         model = tiny_model(V=5, T=8, norm=norm)
         for p in [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]:
             torch.nn.init.ones_(p.weight)
-        out = model.blocks[0](torch.randn(1, 8, 16), model.sight(0, 8, None, "cpu")[0])
+        out = model.layers[0](torch.randn(1, 8, 16), model.sight(0, 8, None, "cpu")[0])
         normalised = torch.allclose(out, F.layer_norm(out, (16,)), atol=1e-3)
         assert normalised == unit
 
@@ -134,7 +134,7 @@ def test_dropout_zeroes_with_its_probability_and_keeps_the_mean():
 def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypatch):
     """On a CPU, with dropout or in bfloat16; with nothing dropped it gives what the fused kernel gives."""
     x0 = torch.tensor([[0, 1, 2, 4, 0, 0, 3, 3], [1, 1, 1, 2, 2, 2, 0, 0]])
-    model = tiny_model(V=5, T=8, dropout=0.5, block_len=K, shift_id=5 if K == 1 else None)
+    model = tiny_model(V=5, T=8, dropout=0.5, block=K, shift_id=5 if K == 1 else None)
     expected = model(torch.full_like(x0, 5), clean=x0)
     monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
     with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):

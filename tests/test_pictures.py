@@ -31,7 +31,7 @@ from data.lib.flags import Level, Span
 from data.lib.history import HOLE, History
 from data.lib.picture import save_histories
 from data.lib.pixels import as_shown, half_blocks
-from data.lib.prompt import make_canvases
+from data.lib.prompt import make_canvas
 from data.lib.terminal import Watch
 from data.lib.tokenizer import GREYS, ByteTokenizer, PictureTokenizer, tokenizer_from_state
 from model import ModelConfig, Transformer, load_checkpoint
@@ -43,7 +43,7 @@ CAUSAL = "--attention causal"
 TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
 T = 10
 SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
-GPT = {"block_len": 1, "shift_id": 256}
+GPT = {"block": 1, "shift_id": 256}
 
 run, mistake = test_roberta.run, test_roberta.mistake
 
@@ -70,7 +70,7 @@ def in_world(world, monkeypatch):
 def make_model(device="cpu", **config):
     """A random model of TOKENIZER's canvas, with opinions about everything."""
     torch.manual_seed(0)
-    config = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": T, "kinds": TOKENIZER.kinds, **config}
+    config = {"n_layer": 2, "n_head": 2, "n_embd": 16, "context": T, "kinds": TOKENIZER.kinds, **config}
     model = Transformer(ModelConfig(TOKENIZER.vocab_size, TOKENIZER.mask_id, **config))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.7)
@@ -87,7 +87,7 @@ def stands(tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [{}, {"block_len": 5}, {"block_len": 1, "shift_id": 256}, {"shift_id": 256}])
+@pytest.mark.parametrize("shape", [{}, {"block": 5}, {"block": 1, "shift_id": 256}, {"shift_id": 256}])
 def test_the_network_gives_nothing_to_what_may_not_stand_at_a_place(shape, device):
     """And to the rest what it would give without kinds, normalised: in all of a canvas, at holes, and in
     training, where a block is seen in two halves.
@@ -147,7 +147,7 @@ def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
     """
     model_config, generator = make_model().config, torch.Generator().manual_seed(0)
     split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
-    config = TrainConfig(block_size=T, batch_size=40_000, level=Level("uniform"), prompt_len=Span(0, 0))
+    config = TrainConfig(context=T, batch_size=40_000, level=Level("uniform"), prompt_len=Span(0, 0))
     for way, together in (({}, 1 / 5 / 7), ({"weight": "elbo"}, 1 / 11)):
         batch = draw_batch(split, replace(config, **way), generator, model_config)
         letters, pixels = batch[2][:, :4].sum(1), batch[2][:, 4:].sum(1)
@@ -162,7 +162,7 @@ def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
 def test_what_is_seen_and_has_a_loss_is_replaced_by_tokens_of_its_place():
     model_config, generator = make_model().config, torch.Generator().manual_seed(0)
     split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
-    config = TrainConfig(block_size=T, batch_size=1000, prompt_len=Span(0, 0), visible=0.5)
+    config = TrainConfig(context=T, batch_size=1000, prompt_len=Span(0, 0), visible=0.5)
     x0, xt, asked, _ = draw_batch(split, config, generator, model_config)
     assert (asked & (xt != 256) & (xt != x0)).float().mean() > 0.05
     assert stands(torch.where(xt == 256, x0, xt))
@@ -172,7 +172,7 @@ def test_what_is_seen_and_has_a_loss_is_replaced_by_tokens_of_its_place():
 
 
 def canvas_of(prompt, suffix="", tokenizer=TOKENIZER):
-    (ids,) = make_canvases(prompt, suffix, None, tokenizer, tokenizer.canvas_len)
+    (ids,) = make_canvas(prompt, suffix, None, tokenizer, tokenizer.canvas_len)
     return ids
 
 
@@ -229,9 +229,9 @@ def test_what_has_no_place_on_the_canvas_is_refused(prompt, suffix, words):
 
 def test_a_canvas_has_all_its_places():
     with pytest.raises(Mistake, match="--length 9: the model's canvas has 10 tokens"):
-        make_canvases("", "", 9, TOKENIZER, T)
+        make_canvas("", "", 9, TOKENIZER, T)
     for others in (3, 1000):  # beside a model that sees fewer tokens, or more
-        assert [len(ids) for ids in make_canvases("a<mask*2:3>④", "", None, TOKENIZER, others)] == [T, T]
+        assert [len(ids) for ids in make_canvas("a<mask*2:3>④", "", None, TOKENIZER, others)] == [T, T]
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_a_run_on_pictures_needs_no_flags_and_resumes_to_the_bit(more, prompt_le
     run(*f"--init_from resume --out_dir {tmp_path}/resumed".split(), main=train.main)
     assert read_checkpoint(tmp_path / "resumed" / "last.pt")["train"]["prompt_len"] == prompt_len
     model, tokenizer, checkpoint = load_checkpoint(tmp_path / "whole" / "last.pt")
-    assert (model.config.block_size, model.config.kinds) == (72, tokenizer.kinds)
+    assert (model.config.context, model.config.kinds) == (72, tokenizer.kinds)
     resumed = read_checkpoint(tmp_path / "resumed" / "last.pt")
     assert_same(resumed["model"], checkpoint["model"])
     with open(tmp_path / "whole" / "log.csv") as file:
@@ -425,10 +425,10 @@ def test_a_run_on_pictures_needs_no_flags_and_resumes_to_the_bit(more, prompt_le
 
 def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, mistake):
     out = f"--out_dir {tmp_path}/none"
-    words = mistake(*f"{SMALL} --block_size 64 {out}".split(), main=train.main)
-    assert "--block_size 64: a canvas of --data digits has 72 tokens" in words
+    words = mistake(*f"{SMALL} --context 64 {out}".split(), main=train.main)
+    assert "--context 64: a canvas of --data digits has 72 tokens" in words
     words = mistake(*f"{SMALL} --attention block:7 {out}".split(), main=train.main)
-    assert "K must divide --block_size 72" in words  # and 9 does, which does not divide the default's 256
+    assert "K must divide --context 72" in words  # and 9 does, which does not divide the default's 256
     run_train(monkeypatch, f"{SMALL} --attention block:9 --max_iters 1 --out_dir {tmp_path}/nine")
     assert not (tmp_path / "none").exists()
     ckpt = world / "out" / "last.pt"

@@ -16,7 +16,7 @@ from toys import make_book
 from data.lib.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 32 --batch_size 8 --eval_tokens 512 --log_every 1"
+SMALL = "--n_layer 2 --n_head 2 --n_embd 16 --context 32 --batch_size 8 --eval_tokens 512 --log_every 1"
 SMALL += " --dtype float32 --max_iters 20"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -297,7 +297,7 @@ def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_
     model = in_memory(tmp_path / name, reference.state_dict())
     largest = largest_difference(model, reference, lengths)
     print(f"{name}: the largest difference is {largest:.1e}")
-    assert model.config.block_size == 512
+    assert model.config.context == 512
     assert largest < 1e-4
 
 
@@ -344,11 +344,11 @@ def test_logits_of_odd_shapes_are_those_of_the_reference_at_every_length(name, m
     else:
         reference = write_bert(tmp_path / "odd", **ODD[name])
     model = in_memory(tmp_path / "odd", reference.state_dict())
-    lengths = range(2, model.config.block_size + 1)
+    lengths = range(2, model.config.context + 1)
     largest = largest_difference(model, reference, lengths)
     print(f"{name}: the largest difference is {largest:.1e}")
     unused = reference.config.pad_token_id + 1 if name.startswith("roberta") else 0
-    assert model.config.block_size == reference.config.max_position_embeddings - unused
+    assert model.config.context == reference.config.max_position_embeddings - unused
     assert largest < 1e-4
 
 
@@ -529,7 +529,7 @@ def test_fine_tuned_from_conversion_to_export(flags, originals, run, tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     arguments = ["--file", tmp_path, "--tokenizer", tmp_path / "a.pt"]
     run(*arguments, main=wikitext_prepare.main)
-    size = ["--block_size", 20, "--prompt_len", "0:4", "--evals", 1, "--epochs", 0.5]
+    size = ["--context", 20, "--prompt_len", "0:4", "--evals", 1, "--epochs", 0.5]
     out_dir = tmp_path / "out"
     files = ["--init_from", tmp_path / "a.pt", "--data", "wikitext2", "--out_dir", out_dir]
     run(*flags, *size, *files, main=train.main)

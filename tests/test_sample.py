@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toys import Conditionals, all_texts, chi_square_p, tiny_model
 
 from data.lib.errors import Mistake
-from data.lib.prompt import make_canvases, split_prompt
+from data.lib.prompt import make_canvas, split_prompt
 from data.lib.settings import unseen
 from data.lib.tokenizer import ByteTokenizer
 from model import ModelConfig
@@ -149,7 +149,7 @@ def test_prompt_stays_and_every_canvas_ends_complete(order, data):
     rows = data.draw(st.lists(st.lists(st.integers(0, 5), min_size=T, max_size=T), min_size=1, max_size=4))
     start = torch.tensor(rows)
     prompt = start != 5
-    flags = {"block_len": data.draw(st.sampled_from([None, 1, 3]))}
+    flags = {"block": data.draw(st.sampled_from([None, 1, 3]))}
     flags["revise"] = 0.0 if order == "remask" else data.draw(st.sampled_from([0.0, 0.3]))
     flags["guidance"] = data.draw(st.sampled_from([0.0, 1.0]))
     canvases = steps_of(model, start, steps, order, temperature=0.7, **flags)
@@ -160,7 +160,7 @@ def test_prompt_stays_and_every_canvas_ends_complete(order, data):
     assert not (canvases[-1] == 5).any()
     if order == "threshold":
         assert len(canvases) <= max(1, (~prompt).sum())
-    elif flags["block_len"] is None and model.config.block_size == T and not prompt.all():
+    elif flags["block"] is None and model.config.context == T and not prompt.all():
         n_open = (~prompt).sum(1)
         staying = order != "remask" and not flags["revise"]
         n_steps = n_open.clamp(min=1, max=steps) if staying else torch.full_like(n_open, steps)
@@ -221,7 +221,7 @@ def test_only_what_the_rule_needs_has_logits(order):
     """
     model, rows = tiny_model(V=5, T=8), []
     model.register_forward_hook(lambda module, inputs, logits: rows.append(len(logits)))
-    complete(model, torch.full((2, 8), 5), steps=4, order=order, block_len=4, tau=1.0)
+    complete(model, torch.full((2, 8), 5), steps=4, order=order, block=4, tau=1.0)
     expected = {"remask": [4, 8, 4, 8], "threshold": [8, 6, 4, 2] * 2}
     assert rows == expected.get(order, [4] * 4 if order in BLIND else [8, 4, 8, 4])
 
@@ -276,19 +276,19 @@ def sureness(order, probabilities):
     return sum(q * math.log(q) for q in p if q > 0)
 
 
-@pytest.mark.parametrize("block_len", [None, 4])
+@pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("order", ["confidence", "margin", "entropy", "left"])
-def test_orders_equal_a_slow_loop(order, block_len):
+def test_orders_equal_a_slow_loop(order, block):
     """Temperature 0, one token a step: the first hole of all by the rule, one at a time."""
     model = tiny_model(V=7, T=10)
     canvas = torch.full((3, 10), 7)
     canvas[1, 4] = 2
-    result = complete(model, canvas, 20, order, temperature=0, block_len=block_len)
+    result = complete(model, canvas, 20, order, temperature=0, block=block)
     for row, expected in zip(result, canvas.clone()):
         while (expected == 7).any():
             p = model(expected[None])[0].softmax(-1)
             holes = [i for i in range(10) if expected[i] == 7]
-            holes = [i for i in holes if i // (block_len or 10) == holes[0] // (block_len or 10)]
+            holes = [i for i in holes if i // (block or 10) == holes[0] // (block or 10)]
             best = holes[0] if order == "left" else max(holes, key=lambda i: sureness(order, p[i]))
             expected[best] = p[best].argmax()
         assert row.tolist() == expected.tolist()
@@ -345,7 +345,7 @@ def test_random_and_remask_equal_a_slow_loop():
         assert complete(model, start[None], 4, order, 0, seeds=[5])[0].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("flags", [{}, {"block_len": 3}, {"revise": 0.3, "top_p": 0.9}, {"guidance": 1.0}])
+@pytest.mark.parametrize("flags", [{}, {"block": 3}, {"revise": 0.3, "top_p": 0.9}, {"guidance": 1.0}])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_row_is_written_the_same_in_any_batch(order, flags, device):
     """Prompts and holes of all kinds, and a canvas that is longer than the model's."""
@@ -446,7 +446,7 @@ def test_guidance_is_the_formula():
 
 
 def test_a_long_canvas_is_seen_through_a_window_that_moves():
-    """Every pass sees block_size tokens at most; blocks come from left to right."""
+    """Every pass sees context tokens at most; blocks come from left to right."""
     model, seen = tiny_model(V=5, T=16), []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     start = torch.full((2, 100), 5)
@@ -467,7 +467,7 @@ def test_a_long_canvas_is_seen_through_a_window_that_moves():
 class Cycle(torch.nn.Module):
     """Knows that text goes 0 1 2 3 0 1 ..: from the nearest token to the left it is sure of the next ones."""
 
-    config = ModelConfig(vocab_size=5, mask_id=4, block_size=64)
+    config = ModelConfig(vocab_size=5, mask_id=4, context=64)
 
     def forward(self, idx, where, clean=None, cache=None):
         logits = torch.zeros(*idx.shape, 5)
@@ -502,8 +502,8 @@ def test_holes_in_a_prompt():
 
 
 def test_canvases_of_a_prompt():
-    def canvases(prompt, length=None, suffix="", block_size=16):
-        return make_canvases(prompt, suffix, length, ByteTokenizer(), block_size)
+    def canvases(prompt, length=None, suffix="", context=16):
+        return make_canvas(prompt, suffix, length, ByteTokenizer(), context)
 
     assert canvases("ab") == [[97, 98] + [256] * 14]
     assert canvases("é<mask*3>b") == [[*"é".encode(), 256, 256, 256, 98]]
@@ -518,7 +518,7 @@ def test_canvases_of_a_prompt():
         [256, 256, 97, 256, 256],
     ]
     assert [len(ids) for ids in canvases("a<mask*1:3>", 6, "b")] == [6, 6, 6]
-    assert len(canvases("a<mask*40>")[0]) == 41  # longer than block_size
+    assert len(canvases("a<mask*40>")[0]) == 41  # longer than context
     assert len(canvases("a" * 20, 30)[0]) == 30
     for prompt, length in (("too long", 4), ("a" * 17, None), ("a<mask*4>", 4)):
         with pytest.raises(Mistake, match="the canvas has"):
@@ -528,7 +528,7 @@ def test_canvases_of_a_prompt():
 
 
 @pytest.mark.parametrize(
-    ("block_len", "text", "expected"),
+    ("block", "text", "expected"),
     [
         (1, "ab__", False),
         (1, "a_b_", True),
@@ -541,8 +541,8 @@ def test_canvases_of_a_prompt():
         (0, "_bcd" * 9, False),  # a canvas sees all
     ],
 )
-def test_which_holes_are_filled_without_seeing_some_text(block_len, text, expected):
-    config = ModelConfig(vocab_size=257, mask_id=256, block_size=16, block_len=block_len, special_ids=(36,))
+def test_which_holes_are_filled_without_seeing_some_text(block, text, expected):
+    config = ModelConfig(vocab_size=257, mask_id=256, context=16, block=block, special_ids=(36,))
     assert unseen([256 if c == "_" else ord(c) for c in text], config) == expected
 
 

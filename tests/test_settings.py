@@ -28,7 +28,7 @@ TRAIN = {
     "n_layer": ["1", "2"],
     "n_head": ["1", "2", "4"],
     "n_embd": ["16", "32"],
-    "block_size": ["16", "32"],
+    "context": ["16", "32"],
     "dropout": ["0", "0.1"],
     "conv": ["0", "1", "4", "5"],
     "attention": ["canvas", "block:4", "block:1", "causal"],
@@ -51,18 +51,18 @@ TRAIN = {
     "eval_tokens": ["64"],
     "log_every": ["1", "7"],
     "dtype": ["float32", "bfloat16", "float16"],
-    "init_from": ["scratch", "canvas.pt", "blocks.pt", "causal.pt"],
+    "init_from": ["scratch", "canvas.pt", "layers.pt", "causal.pt"],
     "open_steps": ["0", "2"],
     "eval_only": [True],
     "device": ["cpu"],
     "compile": [True],
     "seed": ["0", "1"],
 }
-SHAPE = {"block_size": "32", "n_layer": "1", "n_embd": "16"}
+SHAPE = {"context": "32", "n_layer": "1", "n_embd": "16"}
 
 # What a flag is nothing without.
 NEEDS = {
-    "block_size": {"prompt_len": "0"},
+    "context": {"prompt_len": "0"},
     "eval_only": {"init_from": "canvas.pt"},
     "open_steps": {"init_from": "causal.pt", "attention": "canvas"},
     "weight": {"level": "uniform"},
@@ -73,7 +73,7 @@ NEEDS = {
     "chat": {"prompt": "a"},
 }
 SAMPLE = {
-    "ckpt": ["canvas.pt", "blocks.pt", "causal.pt", "canvas.pt causal.pt"],
+    "ckpt": ["canvas.pt", "layers.pt", "causal.pt", "canvas.pt causal.pt"],
     "prompt": ["a", "a<mask*3>b", "a<mask*1:2>"],
     "prompt_file": ["book.txt"],
     "suffix": ["end"],
@@ -82,7 +82,7 @@ SAMPLE = {
     "steps": ["1", "4"],
     "order": [*sample.ORDERS, "random left"],
     "tau": ["0", "0.9"],
-    "block_len": ["4", "8"],
+    "block": ["4", "8"],
     "revise": ["0", "0.1"],
     "guidance": ["0", "1"],
     "temperature": ["0", "1"],
@@ -106,8 +106,8 @@ def world(tmp_path_factory):
     torch.set_num_threads(1)  # the models are small
     make_book(folder, n_lines=100)
     (folder / "book.txt").write_text("line 1 of")
-    shape = {"n_layer": 2, "n_head": 1, "n_embd": 16, "block_size": 32}
-    kinds = {"canvas": {}, "blocks": {"block_len": 8}, "causal": {"block_len": 1, "shift_id": 256, "conv": 0}}
+    shape = {"n_layer": 2, "n_head": 1, "n_embd": 16, "context": 32}
+    kinds = {"canvas": {}, "blocks": {"block": 8}, "causal": {"block": 1, "shift_id": 256, "conv": 0}}
     for name, more in kinds.items():
         model, nats = Transformer(ModelConfig(**shape, **more)), torch.ones(257)
         save_checkpoint(folder / f"{name}.pt", model, ByteTokenizer(), token_nats=nats, chat=BYTES)

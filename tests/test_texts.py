@@ -34,7 +34,7 @@ from data.weights import hub
 from model import load_checkpoint
 
 START = "<|endoftext|>"
-SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --block_size 16 --batch_size 2 --max_iters 2 --evals 1"
+SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --context 16 --batch_size 2 --max_iters 2 --evals 1"
 SMALL += " --eval_tokens 64 --prompt_len 0 --dtype float32"
 
 run, mistake = test_roberta.run, test_roberta.mistake
@@ -243,7 +243,7 @@ def test_a_long_shard_is_read_in_pieces_and_kept_whole(gpt2, shards, run):
 
 def test_a_gpt2_goes_on_with_fineweb(gpt2, shards, run, tmp_path):
     run("--dir", shards, "--tokenizer", gpt2, main=fineweb.main)
-    flags = f"--init_from {gpt2} --data fineweb --out_dir {tmp_path}/out --max_iters 2 --block_size 8"
+    flags = f"--init_from {gpt2} --data fineweb --out_dir {tmp_path}/out --max_iters 2 --context 8"
     run(*flags.split(), "--dtype", "float32", main=train.main)
     assert read_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
 

@@ -19,7 +19,7 @@ from data.lib.fast import Muon, cross_entropy, orthogonalised, rows_at_once
 from data.lib.flags import Level, Span
 from data.lib.training import Run
 from model import ModelConfig
-from sample import denoise, negative_log_likelihood
+from sample import denoise, log_likelihood
 from train import (
     STRATA,
     TrainConfig,
@@ -182,7 +182,7 @@ def test_a_pass_has_no_more_rows_than_its_logits_allow(monkeypatch):
     monkeypatch.setattr("train.rows_at_once", lambda most, T, V: 2)
     monkeypatch.setattr("sample.rows_at_once", lambda most, T, V: 2)
     nelbo(model, texts)
-    negative_log_likelihood(model, texts.flatten(), order="left")
+    -log_likelihood(model, texts.flatten(), order="left")
     assert max(sizes) == 2
 
 
@@ -299,7 +299,7 @@ def test_special_tokens_are_never_masked_and_never_counted():
     model = tiny_model(V=3, T=3, special_ids=(1, 3))
     x0 = torch.tensor([[0, 1, 2]])
     batch = torch.arange(1000).numpy() % 3
-    config = TrainConfig(block_size=3, batch_size=64, level=level("1"), prompt_len=Span(0, 0))
+    config = TrainConfig(context=3, batch_size=64, level=level("1"), prompt_len=Span(0, 0))
     _, _, holes, weights = draw_batch(batch, config, rng(), model.config)
     assert holes.float().mean() == pytest.approx(2 / 3)
     assert weights.unique().tolist() == pytest.approx([1 / (2 * 64)])
@@ -311,7 +311,7 @@ def test_special_tokens_are_never_masked_and_never_counted():
 
 def test_one_level_for_the_whole_batch():
     """Barry 2025: a rate from 0.1, 0.2 .. 1 per batch."""
-    flags = {"one_level": True, "block_size": 4096, "batch_size": 4, "prompt_len": Span(0, 0)}
+    flags = {"one_level": True, "context": 4096, "batch_size": 4, "prompt_len": Span(0, 0)}
     config = TrainConfig(level=level("grid:10"), **flags)
     levels = set()
     for seed in range(60):
@@ -456,7 +456,7 @@ def test_stratified_levels_lower_the_variance_of_the_bound():
 
 def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
     corpus = np.arange(1000, dtype=np.uint16)
-    config = TrainConfig(batch_size=400, block_size=16, prompt_len=Span(2, 5), level=level("1"))
+    config = TrainConfig(batch_size=400, context=16, prompt_len=Span(2, 5), level=level("1"))
     x0, xt, holes, weights = draw_batch(corpus, config, rng(), ModelConfig(mask_id=1000))
     assert xt.equal(x0.masked_fill(holes, 1000))
     assert (x0.diff(dim=1) == 1).all()
@@ -468,7 +468,7 @@ def test_batches_are_windows_of_the_corpus_with_prompts_of_every_length():
 
 def test_a_share_of_the_visible_has_a_loss_and_half_of_it_is_replaced():
     """1810.04805, 10% kept and 10% random; neither prompt, nor holes, nor special tokens are touched."""
-    config = TrainConfig(batch_size=3000, block_size=64, level=level("0.5"), prompt_len=Span(8, 8), visible=0.2)
+    config = TrainConfig(batch_size=3000, context=64, level=level("0.5"), prompt_len=Span(8, 8), visible=0.2)
     shape = ModelConfig(vocab_size=13, mask_id=12, special_ids=(3, 12))
     split = torch.randint(0, 12, (5000,), generator=rng()).numpy()
     x0, xt, asked, weights = draw_batch(split, config, rng(), shape)
@@ -501,7 +501,7 @@ def test_training_overfits_one_batch(optimizer, device):
     torch.manual_seed(0)
     config = TrainConfig(
         batch_size=4,
-        block_size=16,
+        context=16,
         level=level("0.5"),
         lr=0.01,
         max_iters=60,
@@ -525,7 +525,7 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole_batch():
         model = tiny_model(V=3, T=8)
         config = TrainConfig(
             batch_size=8,
-            block_size=8,
+            context=8,
             grad_accum=pieces,
             prompt_len=Span(0, 3),
             dtype="float32",
@@ -542,10 +542,10 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole_batch():
 def test_in_float16_an_update_with_a_gradient_that_is_not_finite_changes_no_weight():
     """One parameter of Muon's alone is enough, though AdamW's gradients are finite."""
     model = tiny_model(V=3, T=8)
-    config = TrainConfig(batch_size=4, block_size=8, prompt_len=Span(0, 0), dtype="float16", max_iters=9)
+    config = TrainConfig(batch_size=4, context=8, prompt_len=Span(0, 0), dtype="float16", max_iters=9)
     run = Run(config, model, torch.device("cpu"))
     before = [p.clone() for p in model.parameters()]
-    model.blocks[0].mlp.up.weight.register_hook(lambda gradient: gradient * torch.inf)
+    model.layers[0].mlp.up.weight.register_hook(lambda gradient: gradient * torch.inf)
     _, norm = update(run, draw_batch(np.arange(100, dtype=np.uint16) % 3, config, rng(), model.config))
     assert not math.isfinite(norm)
     assert all(p.equal(q) for p, q in zip(model.parameters(), before))
@@ -556,7 +556,7 @@ def test_a_layer_computed_again_has_the_same_gradient_and_keeps_less(dropout):
     gradients, kept = [], []
     for again in (False, True):
         model = tiny_model(V=8, T=64, n_layer=4, dropout=dropout)
-        config = TrainConfig(batch_size=4, block_size=64, prompt_len=Span(0, 0), max_iters=9, grad_checkpoint=again)
+        config = TrainConfig(batch_size=4, context=64, prompt_len=Span(0, 0), max_iters=9, grad_checkpoint=again)
         run = Run(config, model.train(), torch.device("cpu"))
         run.model.zero_grad = lambda **_: None  # keep them to be compared
         batch = draw_batch(np.arange(200, dtype=np.uint16) % 8, config, rng(), model.config)
@@ -574,12 +574,12 @@ def test_a_layer_computed_again_has_the_same_gradient_and_keeps_less(dropout):
     assert kept[1] < kept[0]
 
 
-@pytest.mark.parametrize("attention", [{}, {"block_len": 4}, {"block_len": 1, "shift_id": 8}], ids=str)
+@pytest.mark.parametrize("attention", [{}, {"block": 4}, {"block": 1, "shift_id": 8}], ids=str)
 def test_the_number_of_holes_changes_and_the_model_is_compiled_once(attention):
     counter = CompileCounter()
     model = tiny_model(V=8, T=128, **attention)
     model.compile(backend=counter, fullgraph=True)
-    config = TrainConfig(batch_size=6, block_size=128, grad_accum=2, compile=True, max_iters=9)
+    config = TrainConfig(batch_size=6, context=128, grad_accum=2, compile=True, max_iters=9)
     config.prompt_len = Span(0, 3)
     run, split = Run(config, model.train(), torch.device("cpu")), np.arange(999, dtype=np.uint16) % 8
     batches = [draw_batch(split, config, rng(seed), model.config, level=level("0.6")) for seed in range(9)]
@@ -590,11 +590,11 @@ def test_the_number_of_holes_changes_and_the_model_is_compiled_once(attention):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda on this machine")
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("attention", [{}, {"block_len": 4}, {"block_len": 1, "shift_id": 8}], ids=str)
+@pytest.mark.parametrize("attention", [{}, {"block": 4}, {"block": 1, "shift_id": 8}], ids=str)
 def test_a_step_does_not_wait_for_the_device(attention, optimizer):
     device = torch.device("cuda")
     model = tiny_model(V=8, T=16, dropout=0.1, **attention).to(device)
-    config = TrainConfig(batch_size=4, block_size=16, grad_accum=2, max_iters=9, optimizer=optimizer)
+    config = TrainConfig(batch_size=4, context=16, grad_accum=2, max_iters=9, optimizer=optimizer)
     config.prompt_len = Span(0, 3)
     run, split = Run(config, model.train(), device), np.arange(200, dtype=np.uint16) % 8
     batches = [draw_batch(split, config, rng(seed), model.config) for seed in range(5)]
@@ -612,7 +612,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
     for clip in (0, 1e-3):
         model = tiny_model(V=3, T=8)
         config = TrainConfig(
-            batch_size=4, block_size=8, prompt_len=Span(0, 0), grad_clip=clip, max_iters=9, dtype="float32"
+            batch_size=4, context=8, prompt_len=Span(0, 0), grad_clip=clip, max_iters=9, dtype="float32"
         )
         run = Run(config, model, torch.device("cpu"))
         run.model.zero_grad = lambda **_: None
@@ -626,7 +626,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model = tiny_model()
     adamw, muon = Run(TrainConfig(max_iters=1), model, torch.device("cpu")).optimizers
     matrices = {id(p) for p in muon.param_groups[0]["params"]}
-    assert matrices == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+    assert matrices == {id(p) for p in model.layers.parameters() if p.ndim == 2}
     decayed, not_decayed = adamw.param_groups
     assert not_decayed["weight_decay"] == 0
     assert all(p.ndim == 1 for p in not_decayed["params"])
@@ -720,12 +720,12 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("attention", [{}, {"block_len": 4}, {"block_len": 1, "shift_id": 8}], ids=str)
+@pytest.mark.parametrize("attention", [{}, {"block": 4}, {"block": 1, "shift_id": 8}], ids=str)
 def test_every_product_is_in_the_precision_of_the_run(attention, dtype, optimizer, dropout):
     """Of training, with the optimizer, and of sampling: another one can take a hundred times as long."""
     model = tiny_model(V=8, T=16, dropout=dropout, **attention)
     config = TrainConfig(
-        batch_size=4, block_size=16, max_iters=9, dtype=dtype, optimizer=optimizer, prompt_len=Span(0, 3)
+        batch_size=4, context=16, max_iters=9, dtype=dtype, optimizer=optimizer, prompt_len=Span(0, 3)
     )
     run = Run(config, model.train(), torch.device("cpu"))
     with Products() as training:
@@ -740,7 +740,7 @@ def test_every_product_is_in_the_precision_of_the_run(attention, dtype, optimize
 
 def test_pieces_of_a_batch_are_alike():
     """Each piece of --grad_accum has levels from all of (0, 1], so that none has many more holes."""
-    config = TrainConfig(batch_size=16, block_size=64, grad_accum=4, level=level("uniform"), max_iters=9)
+    config = TrainConfig(batch_size=16, context=64, grad_accum=4, level=level("uniform"), max_iters=9)
     config.prompt_len, shares = Span(0, 0), []
 
     def watch(model, x0, xt, holes, weights):

@@ -10,14 +10,14 @@ import torch.nn as nn
 import data.lib.corpus
 from data.lib.tokenizer import ByteTokenizer
 from data.text.prepare import prepare
-from model import ModelConfig, Transformer
+from model import Transformer
 
 
-def tiny_model(V=3, T=3, seed=0, **config):
-    """A random Transformer over V tokens and `<mask>`, with weights large enough to have opinions."""
+def tiny_model(V=3, T=3, seed=0, network=Transformer, **config):
+    """A random network over V tokens and `<mask>`, with weights large enough to have opinions."""
     torch.manual_seed(seed)
-    config = {"n_layer": 2, "n_head": 2, "n_embd": 16, "conv": 3, **config}
-    model = Transformer(ModelConfig(vocab_size=V + 1, mask_id=V, block_size=T, **config))
+    small = {"n_layer": 2, "n_head": 2, "n_embd": 16} | ({"conv": 3} if network is Transformer else {})
+    model = network(network.Config(vocab_size=V + 1, mask_id=V, context=T, **{**small, **config}))
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     return model.eval()
@@ -41,7 +41,7 @@ class Conditionals(nn.Module):
         super().__init__()
         self.joint = joint / joint.sum()
         self.T, self.V = joint.ndim, joint.shape[0]
-        self.config = SimpleNamespace(vocab_size=self.V + 1, mask_id=self.V, block_size=self.T, special_ids=(), K=2**31)
+        self.config = SimpleNamespace(vocab_size=self.V + 1, mask_id=self.V, context=self.T, special_ids=(), block=None)
         self.anchor = nn.Parameter(torch.zeros(1))  # says which device the model is on
         self.calls = 0
 
