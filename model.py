@@ -1,7 +1,7 @@
 """The denoiser: a Transformer that reads text with holes and predicts which token belongs in each of them.
 
-A hole is a position that shows `<mask>`. The network needs no time input, because the holes themselves show the
-noise level (2406.03736). It never predicts `<mask>` (2406.07524). Two settings decide who sees whom:
+A hole is a position that shows `<mask>`. The network has no time input, because the number of holes tells the noise
+level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings decide who sees whom:
 
     block     a text is written in blocks of K tokens, and a token sees its own block and those before it
     shift_id  each position reads the token before the one that it predicts; this id is read at the start
@@ -13,20 +13,18 @@ noise level (2406.03736). It never predicts `<mask>` (2406.07524). Two settings 
     None   id        DiffuGPT (2410.17891)
 
 Differences from GPT-2: rotary positions; normalised queries and keys; a short convolution at the start of each
-layer; no biases; a head of its own instead of the tied embedding. `attend`, `linear`, `Linear` and `Dropout` do
-what torch's functions do, but faster on a CPU. Published models are subclasses, in data/weights/.
+layer; no biases; no tied embedding. `attend`, `linear`, `Linear` and `Dropout` do what torch's do, but faster on a
+CPU. Published models are subclasses, in data/weights/.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.lib.checkpoint import check_config, read_checkpoint
-from data.lib.errors import Mistake
+from data.lib.checkpoint import check_config, published_network, read_checkpoint, refused
 from data.lib.fast import Cache, Dropout, Linear, allowed_tokens, attend, linear, rows_at
 from data.lib.tokenizer import tokenizer_from_state
 
@@ -41,8 +39,8 @@ class ModelConfig:
     n_head: int = 2
     n_embd: int = 160
     dropout: float = 0.0
-    special_ids: tuple[int, ...] = ()  # tokens that are not text: never masked in training, never written
-    end_ids: tuple[int, ...] = ()  # tokens that end a text: trained and written, and nothing after one is shown
+    special_ids: tuple[int, ...] = ()  # never masked in training, never written
+    end_ids: tuple[int, ...] = ()  # end a text: trained and written, and nothing after one is shown
     kinds: tuple[tuple[int, int, int], ...] = ()  # the tokenizer's table of what may stand where; (): anything
     block: int | None = None  # K; None: the canvas is one block
     shift_id: int | None = None  # read before the first token; None: each position reads its own token
@@ -59,28 +57,28 @@ class ModelConfig:
 
 # --- who sees whom -------------------------------------------------------------------------------
 #
-# A hole is predicted from the blocks before its own, without holes, and from what its own block still shows. In
-# training every block has holes, so a pass reads the text twice, [clean ; noisy], at the same positions. Each
-# block, clean or noisy, sees itself and the clean blocks before it. When text is written, the blocks before are
-# finished, so it is read once, and a Cache keeps the keys and values of finished blocks.
+# A hole is predicted from the finished blocks before its own and from what its own block shows. In training every
+# block has holes, so a pass reads the text twice, [clean ; noisy], at the same positions. Each block, clean or noisy,
+# sees itself and the clean blocks before it. In writing, the blocks before are finished, so the text is read once, and
+# a Cache keeps what the layers made of finished blocks.
 
 
 class Layout(NamedTuple):
-    """What the layers need to know about a forward pass over S positions, the clean copy's first."""
+    """What the layers need to know about a pass over S positions, the clean copy's first."""
 
     angles: tuple  # cos and sin of the rotary embedding, (S, D/2) each
     sees: torch.Tensor | None  # (S, cached + S) bool, row by row; None: all see all, unless `causal`
     causal: bool  # every position sees itself and those before it
     n_clean: int  # positions of the clean copy
-    strip: int  # positions that a convolution processes as one row: a block, or everything
+    strip: int  # positions that a convolution takes as one row: a block, or all
     cache: Cache | None
-    first: int = 0  # only positions from here on are computed; those before are only seen
+    first: int = 0  # positions before this one are seen, but not computed
 
 
 def who_sees(positions, n_clean, n_cached, K):
-    """Return (S, n_cached + S) bool: a row for each position that sees, a column for each that is seen.
+    """(S, n_cached + S) bool: a row for each position that sees, a column for each that is seen.
 
-    positions (S,): those of the pass, the n_clean of the clean copy first. The n_cached before them are clean.
+    positions (S,): those of the pass, the n_clean of the clean copy first. The n_cached before them are clean, too.
     """
     S, device = len(positions), positions.device
     noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # a text that is read once is clean
@@ -144,10 +142,10 @@ class MLP(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Add to each token a weighted sum of its neighbours, channel by channel, where it may see them.
+    """Add to each token a weighted sum of the neighbours that it may see, channel by channel.
 
-    Most of what determines a token stands next to it, and this is the cheapest way to look there: a short
-    depthwise convolution as in Primer (2109.08668), here on the residual stream. The weights start at 0.
+    Most of what determines a token stands next to it, and this is the cheapest way to look there: a short depthwise
+    convolution as in Primer (2109.08668), but on the residual stream. The weights start at 0.
     """
 
     def __init__(self, config):
@@ -158,7 +156,7 @@ class Convolution(nn.Module):
 
     def forward(self, x, layout):
         (B, S, C), K, left, right = x.shape, layout.strip, self.left, self.right
-        # Each block, clean or noisy, has the clean tokens before it to its left, and zeros to its right.
+        # To the left of each block, clean or noisy, are the clean tokens before it; to its right, zeros.
         if layout.cache is None:
             before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
         else:
@@ -208,10 +206,10 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def read(self, idx, clean):
-        """The token that is read at each position of idx (B, T), which is its own unless there is a shift.
+        """The token that is read at each position of idx (B, T): its own, or with a shift the one before.
 
-        With a shift it is the token before. At the start of a block that token belongs to another block, so it
-        comes from the clean text. A canvas also reads its last token, at position T: (B, T + 1).
+        At the start of a block the one before belongs to another block, so it comes from the clean text. A canvas
+        with a shift also reads its last token, at position T: (B, T + 1).
         """
         config, T = self.config, idx.shape[1]
         if config.shift_id is None:
@@ -228,7 +226,7 @@ class Transformer(nn.Module):
         return rotary_angles(positions, self.config.n_embd // self.config.n_head)
 
     def unembed(self, x, positions):
-        """Logits (..., V) of the last layer's vectors (N, C) or (B, N, C), which stand at positions (N,)."""
+        """Logits (.., V) of the last layer's vectors (.., N, C), which stand at positions (N,)."""
         bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
         is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
         logits = linear(self.final_norm(x), self.head.weight, bias.masked_fill(is_mask, -torch.inf))
@@ -238,27 +236,27 @@ class Transformer(nn.Module):
         return logits.masked_fill(~allowed[positions], -torch.inf)
 
     def plan(self, n_clean, n, cache, device):
-        """The Layout of a pass over n_clean positions of a clean copy and then the n after the cached ones."""
+        """The Layout of a pass over n_clean positions of a clean copy, and the n positions after the cached ones."""
         n_cached, K = cache.length if cache else 0, self.config.block or n
         positions = torch.arange(n_cached, n_cached + n, device=device)
         positions = torch.cat((positions[:n_clean], positions))  # (S,); nothing is cached beside a clean copy
         causal = K == 1 < n and not (n_clean or n_cached)
         sees = None if n <= K or causal else who_sees(positions, n_clean, n_cached, K)
-        # Blocks of one token only look to the left, so without a clean copy they can be one row.
+        # Blocks of one token only look to the left, so without a clean copy they are one row.
         strip = n if K == 1 and not n_clean else min(K, n)
         return Layout(self.angles(positions), sees, causal, n_clean, strip, cache), positions
 
     def forward(self, idx, where=None, clean=None, cache=None):
         """Logits (B, T, V) of the token that belongs at each position of idx (B, T) int64.
 
-        where: (B, T) bool, or its indices (N,) and (N,) as nonzero gives them. Only the logits of these N
-            positions are computed, (N, V): a loss needs no others, and they would be the largest tensor.
-        clean: (B, T), the text without holes, which later blocks see. Without it they see idx, which is right
-            if only the last block has holes.
+        where: (B, T) bool, or its indices as nonzero gives them: only compute the logits of these N positions,
+            (N, V). A loss needs no others, and they would be the largest tensor of all.
+        clean: (B, T), the text without holes, of which each block sees those before it. By default idx, which is
+            right if only the last block has holes.
         cache: a Cache. Only the positions after its `length` are read, and only they count in `where`.
         """
         T, n_cached = idx.shape[1], cache.length if cache else 0
-        # The last block has no later one that sees it; a canvas is one block; a GPT only reads clean tokens.
+        # The last block is not needed, since none sees it. A canvas is one block, and a GPT only reads clean tokens.
         K = self.config.block or T
         n_clean = 0 if clean is None or self.is_gpt else (T - 1) // K * K
         clean = idx if clean is None else clean
@@ -280,27 +278,22 @@ class Transformer(nn.Module):
 
 
 def load_checkpoint(path, device="cpu", keep=None, **changes):
-    """Read a checkpoint: (model in eval mode, tokenizer, the whole dict).
+    """Read a checkpoint: (model in eval mode, tokenizer, the whole dict). Mistake if it is none of setitem's.
 
-    keep: a dtype. Matrices that the file holds in it stay so, on a CPU mapped from the file, and all others
-    become float32. changes: fields of the config to set otherwise, such as dropout. Raises Mistake if the file
-    is not a checkpoint of setitem.
+    keep: a dtype. Matrices that the file holds in it stay so (on a CPU they stay in the file); otherwise all become
+    float32. changes: fields of the config to set otherwise, such as dropout.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        if (family := checkpoint["family"]) not in ("setitem", "bert", "gpt2", "mdlm", "llada"):
-            raise ValueError(f"its family {family!r} is unknown")
-        network = Transformer if family == "setitem" else import_module(f"data.weights.{family}").Network
-        config = network.Config(**{**checkpoint["config"], **changes})
-        check_config(config, checkpoint)
+    with refused(path):
+        network = Transformer if checkpoint["family"] == "setitem" else published_network(checkpoint["family"])
+        config, tokenizer = (
+            network.Config(**{**checkpoint["config"], **changes}),
+            tokenizer_from_state(checkpoint["tokenizer"]),
+        )
+        check_config(config, tokenizer, checkpoint)
         with torch.device("meta"):  # takes no memory, and draws no random weights
             model = network(config)
         model.load_state_dict(checkpoint["model"], assign=True)
-        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        if any(getattr(tokenizer, name) != getattr(config, name) for name in ("vocab_size", "mask_id", "kinds")):
-            raise ValueError("its tokenizer belongs to another model")
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
     matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}
     dtype = keep if matrices == {keep} else torch.float32
     return model.to(device, dtype).eval(), tokenizer, checkpoint

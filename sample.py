@@ -65,8 +65,8 @@ class SampleConfig:
 def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
     """Set the holes of canvas (B, W), in place, in n_steps (B, 1) or as many as `how_many` makes it take.
 
-    look(where) -> logits (N, V): what the model predicts at N positions. take(logits, u, where) -> tokens (N,).
-    noise: iterator over the random numbers of each step, as `uniforms` yields them.
+    look(where) -> logits (N, V), what the model predicts there. take(logits, u, where) -> tokens (N,). noise yields
+    the random numbers of each step, see `uniforms`.
     """
     n_holes = (canvas == mask_id).sum(1, keepdim=True)  # (B, 1)
     n_steps = n_steps.minimum(n_holes.clamp(min=1))  # no step without a token
@@ -80,14 +80,14 @@ def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
         logits = look(holes)  # (N, V)
         scores = score_holes(score, logits, holes, order_noise)  # (B, W)
         chosen = highest(scores, holes, how_many(scores, n))
-        canvas[chosen] = take(pick(logits, chosen[holes]), u[chosen], chosen)  # .setitem
+        canvas[chosen] = take(logits[send(logits.device, chosen[holes])[0]], u[chosen], chosen)  # .setitem
         yield
 
 
 def fill_and_revise(canvas, n_steps, look, take, noise, mask_id, score, revise):
-    """The same, but each step masks each written token again with probability `revise` (ReMDM, 2503.00307).
+    """The same, but each step masks written tokens again with probability `revise` (ReMDM, 2503.00307).
 
-    It masks no more of them than there will be holes after the step. The model still sees them in this step.
+    It masks no more of them than there will be holes after the step, and only after the model has seen them.
     """
     is_open = canvas == mask_id  # (B, W)
     n_open = is_open.sum(1, keepdim=True)
@@ -101,12 +101,12 @@ def fill_and_revise(canvas, n_steps, look, take, noise, mask_id, score, revise):
         logits = look(holes)
         chosen = highest(score_holes(score, logits, holes, order_noise), holes, n)
         canvas[again] = mask_id
-        canvas[chosen] = take(pick(logits, chosen[holes]), u[chosen], chosen)
+        canvas[chosen] = take(logits[send(logits.device, chosen[holes])[0]], u[chosen], chosen)
         yield
 
 
 def rewrite(canvas, n_steps, look, take, noise, mask_id):
-    """Order `remask`: each step writes everything anew and then masks a smaller share again (Barry 2025).
+    """Order `remask`: each step writes everything anew, then masks a smaller fraction again (Barry 2025).
 
     The model sees the tokens that it replaces. Those that would be masked again are not drawn at all.
     """
@@ -127,11 +127,6 @@ def due(step, n_steps, n_holes):
     return (n_holes * step / n_steps).round().long().minimum(n_holes)
 
 
-def pick(logits, where):
-    """The rows of logits (N, V) at where (N,), bool."""
-    return logits[send(logits.device, where)[0]]
-
-
 @torch.no_grad()
 def denoise(
     model, canvas, steps=None, order="random", temperature=1.0, top_k=0, top_p=1.0, *, seeds=None,
@@ -139,18 +134,17 @@ def denoise(
 ):  # fmt: skip
     """Fill the holes of canvas (B, T) int64, on any device, in `steps` steps; yield the canvas after each.
 
-    A hole is where canvas is `model.config.mask_id`. All other tokens are prompt, and stay. After step k of n,
-    k/n of each row's holes are set, rounded. By default there are 128 steps, or half as many as a row has holes
-    if that is more. `threshold` and `entropy-bound` take as many steps as they need.
+    A hole is where canvas is `model.config.mask_id`; all other tokens are prompt, and stay. After step k of n, k/n of
+    each row's holes are set. By default n is 128, or half of the row's holes if that is more.
 
-    order: a key of ORDERS, or "remask". tau and gamma: see `how_many`.
-    block: fill the canvas from left to right in blocks of this many positions, which share the steps
-        (semi-autoregressive, 2502.09992). By default one block, or the model's own; a canvas longer than the
-        model's context slides through it. ValueError if it does not divide the model's own blocks.
-    revise: see `fill_and_revise`. guidance: strength of classifier-free guidance by the prompt (2410.18514).
+    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`. revise: see `fill_and_revise`.
+    block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
+        2502.09992). By default one block, or the model's own. A canvas longer than the model's context slides
+        through it. ValueError if K does not divide the model's blocks.
+    guidance: strength of classifier-free guidance by the prompt (2410.18514).
     seeds: one for each row (0, 1, ..). A row's random numbers depend on nothing else.
     text (B, T): set the tokens of this text instead of drawing them.
-    log_p (B, T) float32: gets the log of the probability that the model gave each token that is set, in nats.
+    log_p (B, T) float32: gets the log probability of each token that is set, in nats.
     """
     wanted, canvas = canvas.device, canvas.to("cpu", copy=True)  # logits stay on the model's device
     if order == "remask":
@@ -180,14 +174,13 @@ def denoise(
 
 # --- orders: which holes are set next ------------------------------------------------------------
 #
-# An order is a score: the holes with the highest scores are set. Scores may depend on the model's distribution at
-# each hole, but never on the token that is drawn. So with one hole per step at temperature 1, an order draws exactly
-# from the product of p(x_i | tokens set before it). This joint distribution differs a little from order to order,
-# because a network's conditional distributions don't quite agree with each other.
+# An order is a score, and the holes with the highest scores are set. Scores never depend on the token that is drawn.
+# So with one hole per step, at temperature 1, an order draws exactly from the product of p(x_i | tokens set before).
+# These joint distributions differ a little between orders, because a network's conditionals don't quite agree.
 
 
 def random(logits, noise, place):
-    """MDLM 2406.07524, MD4 2406.04329. There the number of holes to set is random too: it is binomial."""
+    """MDLM 2406.07524, MD4 2406.04329; there the number of holes to set is random, too."""
     return noise
 
 
@@ -196,7 +189,7 @@ def left(logits, noise, place):
 
 
 def confidence(logits, noise, place):
-    """Top-1 probability. MaskGIT (2202.04200) and LLaDA (2502.09992) use that of the token they have drawn."""
+    """Top-1 probability; MaskGIT 2202.04200 and LLaDA 2502.09992 take that of the token they have drawn."""
     return logits.softmax(-1).amax(-1)
 
 
@@ -223,11 +216,11 @@ ORDERS = {
 
 
 def how_many(scores, n, order, tau, gamma):
-    """How many holes a step sets, (B, 1), by their scores (B, W): n, which keeps the pace, but for two orders.
+    """How many holes a step sets, (B, 1), given their scores (B, W): n, except for two orders, which set at least one.
 
-    threshold: every hole with confidence of at least tau, and at least one (Fast-dLLM, 2505.22618).
-    entropy-bound: the most certain holes, as long as their summed entropy minus the largest of them is at most
-    gamma nats, and at least one (EB-Sampler, 2505.24857).
+    threshold: every hole with a confidence of at least tau (Fast-dLLM, 2505.22618).
+    entropy-bound: the most certain holes, while their summed entropy minus the largest one is at most gamma nats
+    (EB-Sampler, 2505.24857).
     """
     if order == "threshold":
         return (scores >= tau).sum(1, keepdim=True).clamp(min=1)
@@ -238,14 +231,14 @@ def how_many(scores, n, order, tau, gamma):
 
 
 def shortlist(score, holes, n, noise):
-    """The holes that the model is asked about: all, or those to be set, if an order can choose without looking."""
+    """The holes to ask the model about: all, or only those to set, if the order chooses without looking."""
     if score in (random, left):
         return highest(score(None, noise, torch.arange(holes.shape[1]).expand(holes.shape)), holes, n)
     return holes
 
 
 def score_holes(score, logits, holes, noise):
-    """Scores of all holes of a canvas (B, W), from logits (N, V): (B, W), minus infinity elsewhere."""
+    """Scores (B, W) of N holes (B, W) with logits (N, V); minus infinity elsewhere."""
     place = torch.arange(holes.shape[1]).expand(holes.shape)
     scores = in_parts(lambda logits, *more: score(logits.float(), *more), logits, noise[holes], place[holes])
     return torch.full_like(noise, -torch.inf).masked_scatter(holes, scores.cpu())
@@ -260,17 +253,16 @@ def highest(scores, holes, n):
 
 # --- how a token is drawn ------------------------------------------------------------------------
 #
-# Draws must follow the softmax, also at a vocabulary of 50,000. In float32 they don't: Gumbel noise and cumulative
-# sums lose the tail of the distribution. That lowers the temperature unnoticed, and makes text look better than the
-# model is (2409.02908). So sums and random numbers are float64, a few rows at a time.
+# Draws must follow the softmax, also at a vocabulary of 50,000. In float32, Gumbel noise and cumulative sums lose the
+# tail of the distribution. That lowers the temperature unnoticed, and makes text look better than the model is
+# (2409.02908). So sums and random numbers are float64, a few rows at a time.
 
 
 def uniforms(seeds, number, W):
-    """Yield the random numbers of each step of block `number`, W positions wide, as three tensors (B, W).
+    """Yield the random numbers of each step in block `number`, W positions wide, as three tensors (B, W).
 
-    They are for the order and for revising, float32 in [0, 1), and for the draw, float64 in (0, 1]. They depend
-    only on the row's seed, the block, the step and the position (Philox, a counter-based generator), so a row is
-    written the same in every batch.
+    Two are float32 in [0, 1), for the order and for revising. The third is float64 in (0, 1], for the draw. They
+    depend only on the row's seed, the block, the step and the position, so every batch writes a row alike.
     """
     streams = [np.random.Philox(key=seed, counter=[0, 0, 0, number]) for seed in seeds]
     rows = [np.random.Generator(stream) for stream in streams]
@@ -280,12 +272,12 @@ def uniforms(seeds, number, W):
 
 
 def first(sums, x):
-    """The index at which each row of sums (N, V), which rise, first reaches x (N, 1): (N, 1)."""
-    return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)  # the last one where sums are nan
+    """Where each row of rising sums (N, V) first reaches x (N, 1): (N, 1). Where they are nan, it is the end."""
+    return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw a token from each row of logits (N, V): the one that u (N,) float64, uniform in (0, 1], selects.
+    """Draw a token from each row of logits (N, V), the one that u (N,), uniform in (0, 1], selects: (N,).
 
     top_k: only from the k most likely. top_p: only from the most likely that add up to it (1904.09751).
     """
@@ -313,7 +305,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def log_probability(logits, tokens):
-    """Log probability of tokens (N,) under logits (N, V), in nats: (N,) float32, on the CPU. Mistake if it is nan."""
+    """Log probability of tokens (N,) under logits (N, V), in nats, (N,) on the CPU. Mistake if it is nan."""
     log_p = in_parts(lambda x, y: x.float().log_softmax(-1).gather(1, y[:, None]).squeeze(1), logits, tokens).cpu()
     if log_p.isnan().any():
         raise Mistake("the model's logits are not finite; --dtype float32 may help")
@@ -321,10 +313,10 @@ def log_probability(logits, tokens):
 
 
 def log_likelihood(model, tokens, steps=None, **flags):
-    """Log of the probability that the sampler writes tokens (N,) at temperature 1, in nats (DUEL, 2603.01367).
+    """Log of the probability that `denoise` with these flags writes tokens (N,) at temperature 1, in nats.
 
-    It is exact for an order without random numbers. The text is cut into windows of the model's context, which
-    are independent of each other. flags: those of `denoise`.
+    It is exact for orders without random numbers (DUEL, 2603.01367). The text is cut into independent windows of the
+    model's context.
     """
     W, nats = model.config.context, 0.0
     whole, batch_size = len(tokens) // W * W, rows_at_once(32, W, model.config.vocab_size)

@@ -4,13 +4,12 @@ A text x0 of T tokens is corrupted at noise level t in (0, 1]. Each token become
 probability that rises with t, its rate. The network sees the corrupted text xt and predicts x0 at the holes:
 
     xt, holes = corrupt(x0, rate, maskable, u, mask_id)
-    logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes
+    logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes; clean shows a block those before it
     loss = (weights[holes] * cross_entropy(logits, x0[holes])).sum()
 
 Four choices make a method: how t is drawn, the rate of each token, the weight of each hole in the loss, and who
 sees whom (model.py). BERT has t = 0.15, and text diffusion draws t from all of (0, 1]. A model that writes in
-blocks treats each block as a text of its own, and a GPT is blocks of one token, all of them holes. METHODS has a
-row for each.
+blocks treats each block as a text of its own, and a GPT has blocks of one token, all of them holes.
 
     python train.py                                      # ten minutes, on the source of Python's library
     python train.py --method mdlm --data shakespeare --max_minutes 5 --out_dir out-mdlm
@@ -101,9 +100,8 @@ class TrainConfig:
 def draw_levels(level, B, n, generator):
     """Draw noise levels t in (0, 1] for n segments of each of B texts: (B, n).
 
-    The levels of a segment are stratified over the batch: spread evenly over (0, 1] with a random offset, so that
-    every batch covers all levels. That lowers the variance of the loss and leaves its mean unchanged. Levels of
-    different segments are independent.
+    Levels are stratified over the batch: spread evenly over (0, 1] with a random offset, so that every batch covers
+    all of them. That lowers the variance of the loss and leaves its mean unchanged. Segments are independent.
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
     t = t.gather(0, torch.rand(B, n, generator=generator).argsort(0))  # shuffled
@@ -115,7 +113,7 @@ def draw_levels(level, B, n, generator):
 
 
 def uniform_rates(t, x0):
-    """The masking rate of each token at levels t (B, T), and its slope in t. See also `noise.rates_of`."""
+    """The masking rate of each token at levels t (B, T), and its slope in t. `noise.rates_of` has others."""
     return t, 1.0
 
 
@@ -149,18 +147,15 @@ def loss_of(model, x0, xt, holes, weights):
 
 
 def which_maskable(x0, prompt_len, special_ids):
-    """Which tokens of x0 (B, T) may be masked, bool: no special ones, and not the first prompt_len, a number or
-    (B, 1).
-    """
+    """Which tokens of x0 (B, T) may be masked, bool: none of the first prompt_len (B, 1), and no special ones."""
     special = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype))
     return ~special & (torch.arange(x0.shape[1]) >= prompt_len)
 
 
 def draw_batch(split, config, generator, model_config, level=None, rates=uniform_rates):
-    """Draw a batch of windows from a split, corrupted at levels drawn from `level` (config.level): x0, xt, holes and
-    weights, (B, T) each.
+    """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: by default config's.
 
-    Each segment of a text has a level of its own: the whole text, or each block of a model that writes in blocks.
+    Each segment has a noise level of its own. It is the whole text, or a block of a model that writes in blocks.
     """
     B, T, level = config.batch_size, config.context, level or config.level
     x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T), (B, 1)
@@ -179,11 +174,10 @@ def draw_batch(split, config, generator, model_config, level=None, rates=uniform
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The expectation of the loss with weight elbo is the bound. To measure it, holes and weights are drawn in another way
-# that has the same expectation and less variance, and that doesn't depend on what one trained with. The bound of a
-# text that is written in blocks is the sum of its blocks' bounds. A block of one token is always a hole, so its bound
-# is exact. Levels are stratified over STRATA texts at a time: enough to remove most of the variance, and few enough to
-# leave many groups, whose spread tells the standard error.
+# The expected loss with weight elbo is the bound. To measure it, holes and weights are drawn in another way, which has
+# the same expectation and less variance, whatever one trained with. The bound of a text written in blocks is the sum
+# of its blocks' bounds. A block of one token is always a hole, so its bound is exact. Levels are stratified over
+# STRATA texts at a time: enough to remove most variance, few enough to leave many groups for a standard error.
 
 STRATA = 16
 
@@ -209,11 +203,10 @@ def grid_holes(x0, maskable, t, generator, K):
 def sequence_bounds(
     model, tokens, prompt_len=0, draws=1, batch_size=None, seed=0, level=UNIFORM, rate=flags.Rate("t"), strata=STRATA
 ):
-    """Estimate the NELBO of each text of tokens (N, T) int64 without bias: nats (draws, N), and the number of its
-    maskable tokens, (N,).
+    """Estimate the NELBO of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable, (N,).
 
-    It is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], with t uniform in (0, 1] (2406.07524), or
-    D3PM's bound with t in 1/N .. 1 for grid:N. The draws are independent, and the same seed gives the same numbers.
+    It is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524). For grid:N it
+    is D3PM's, t one of 1/N .. 1. Draws are independent of each other. The same seed gives the same numbers.
     """
     (N, T), K = tokens.shape, model.config.block or tokens.shape[1]
     if T % K:
@@ -235,9 +228,9 @@ def sequence_bounds(
 
 
 def nelbo(model, tokens, **settings):
-    """Estimate the negative evidence lower bound of tokens (N, T) int64, in nats per token. See `sequence_bounds`.
+    """Estimate the negative evidence lower bound of texts (N, T), in nats per token; settings as above.
 
-    With uniform levels it is the mean negative log-likelihood over all orders of generation (2406.03736).
+    With uniform levels it equals the mean negative log-likelihood over all orders of generation (2406.03736).
     """
     nats, n_maskable = sequence_bounds(model, tokens, **settings)
     return (nats.mean(0).sum() / n_maskable.sum()).item()
@@ -253,7 +246,7 @@ def learning_rate(config, progress):
 
 
 def widened(config, progress):
-    """The config's level. A bell starts as the middle level alone and widens over the first `widen` of the run."""
+    """The config's level; a bell starts as the middle level alone and widens over the first `widen` of the run."""
     if config.level.kind != "bell" or not config.widen:
         return config.level
     return config.level._replace(value=config.level.value * min(1.0, progress / config.widen))
@@ -262,7 +255,7 @@ def widened(config, progress):
 def update(run, batch):
     """Make one optimizer step on a batch: its loss in nats, and the gradient's norm.
 
-    They are zero-dimensional tensors; calling .item() on them waits for the device.
+    They are zero-dimensional tensors; calling .item() on them synchronises.
     """
     loss, lr = 0.0, learning_rate(run.config, run.progress())
     for x0, xt, holes, weights in run.micro_batches(batch):
@@ -274,7 +267,7 @@ def update(run, batch):
         group["lr"] = lr
     run.scaler.unscale_(run.optimizer)
     norm = run.clip()
-    run.scaler.step(run.optimizer)  # in float16 it leaves out a step whose gradient has overflowed
+    run.scaler.step(run.optimizer)  # in float16 it skips a step whose gradient overflowed
     run.scaler.update()
     run.optimizer.zero_grad()
     run.step += 1
@@ -282,7 +275,7 @@ def update(run, batch):
 
 
 def train(run, split, val, log, rates, came):
-    """Train on a split until the run ends or a signal comes. val: windows to evaluate, and their prompts' lengths."""
+    """Train on a split until the run ends or a signal came. val: windows to evaluate, and their prompts' lengths."""
     config, stopped = run.config, False
     while not stopped and run.progress() < 1:
         level = widened(config, run.progress())
@@ -292,14 +285,16 @@ def train(run, split, val, log, rates, came):
         log.step(loss, norm, nats, stopped)
         if nats is not None:
             run.save(nats)
-            log.evaluation(nats, prompt=val[0][0, : val[1][0]])
+            log.evaluation(nats)
 
 
 def evaluate(run, tokens, own_prompt):
     """The bound of windows (N, T) in nats per token, after prompts of --prompt_len and of their own."""
     config = run.config
     with run.precision:
-        return nelbo(run.model, tokens, prompt_len=own_prompt + config.prompt_len.low, seed=config.seed, rate=config.rate)
+        return nelbo(
+            run.model, tokens, prompt_len=own_prompt + config.prompt_len.low, seed=config.seed, rate=config.rate
+        )
 
 
 def main():
@@ -309,10 +304,9 @@ def main():
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
     if model is None:
-        tokenizer = corpus_tokenizer
-        model = Transformer(settings.model_config(Transformer.Config, config, tokenizer))
+        model = Transformer(settings.model_config(Transformer.Config, config, corpus_tokenizer))
     config, template = settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
-    run = training.Run(config, model, None, meta, tokenizer, template)
+    run = training.Run(config, model, None, meta, corpus_tokenizer, template)
     if config.eval_only:
         return report.print_bound(run, sequence_bounds, val_split, meta["val"])
     val = report.validation_windows(val_split, config)
@@ -321,7 +315,8 @@ def main():
         rates = noise.rates_of(config.rate, model.config, meta["occurrences"])
     with training.underway(run, checkpoint) as came, report.Report(run, denoise, val, meta) as log:
         if config.compile:
-            run.compile_ahead(lambda: draw_batch(train_split, config, run.generator, model.config), loss_of)
+            batch = draw_batch(train_split, config, torch.Generator(), model.config)
+            run.compile_ahead(batch, loss_of, lambda: evaluate(run, *val), log.sample)
         train(run, train_split, val, log, rates, came)
     run.end(came, "train.py")
 

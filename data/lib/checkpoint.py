@@ -4,6 +4,8 @@ import dataclasses
 import os
 import warnings
 import zipfile
+from contextlib import contextmanager
+from importlib import import_module
 from typing import get_type_hints
 
 import torch
@@ -136,10 +138,29 @@ def is_finite(tensor):
     return all(part.sum(dtype=torch.float32).isfinite() for part in tensor.flatten().split(2**22))
 
 
-def check_config(config, checkpoint):
-    """Raise ValueError unless a ModelConfig is of the types of its defaults, and of the size of what its
-    checkpoint has.
-    """
+FAMILIES = "bert", "gpt2", "mdlm", "llada"  # of published networks, each a module of data/weights/
+
+
+def published_network(family):
+    """The class of a family's network. ValueError if there is no such family."""
+    if family not in FAMILIES:
+        raise ValueError(f"its family {family!r} is unknown")
+    return import_module(f"data.weights.{family}").Network
+
+
+@contextmanager
+def refused(path):
+    """Context in which what a stranger's checkpoint can cause becomes a Mistake that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
+
+
+def check_config(config, tokenizer, checkpoint):
+    """Raise ValueError unless a ModelConfig has values of the right types, and fits its tokenizer and the weights."""
+    if any(getattr(tokenizer, name) != getattr(config, name) for name in ("vocab_size", "mask_id", "kinds")):
+        raise ValueError("its tokenizer belongs to another model")
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not has_type(kind, value) or (type(value) in (int, float) and not 0 <= value <= 10**7):

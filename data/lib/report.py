@@ -33,6 +33,7 @@ class Report:
         how many tokens of each are a prompt. meta: that of the corpus.
         """
         self.run, self.denoise, self.out_dir = run, denoise, Path(run.config.out_dir)
+        self.prompt = val[0][0, : val[1][0]]  # (n,), and n is 0 but for examples
         self.bound_name = bound_name(run.model.config, **run.bound_flags, of_replies="chat" in meta)
         self.share, self.counts = text_share(*val, run.model.config.special_ids), meta["val"]
 
@@ -83,9 +84,13 @@ class Report:
     def to_bits(self, nats):
         return bits_per_byte(nats, self.share, self.counts)
 
-    def evaluation(self, nats, prompt):
-        """Show the bound, and a sample that begins with a prompt (n,)."""
-        text = textwrap.indent(sample(self.run, self.denoise, prompt), "  | ", lambda line: True)
+    def sample(self):
+        """A short text, safe to show; of a corpus of examples the reply to the first prompt."""
+        return sample(self.run, self.denoise, self.prompt)
+
+    def evaluation(self, nats):
+        """Show the bound, and a sample."""
+        text = textwrap.indent(self.sample(), "  | ", lambda line: True)
         self.bar.write(
             f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.bound_name} "
             f"{nats:.3f} nats per token = {self.to_bits(nats):.3f} bits per byte. A sample:\n{text}"

@@ -158,11 +158,11 @@ def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpo
     """The config for this model on this corpus, and the chat template of either. Mistake if they don't go
     together.
     """
-    if tokenizer.state != corpus_tokenizer.state:
+    if tokenizer is not None and tokenizer.state != corpus_tokenizer.state:
         raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")
     template = meta.get("chat") or (checkpoint or {}).get("chat")
     if "chat" in meta:
-        config = with_examples(config, given, model.config, Chat(template, tokenizer))
+        config = with_examples(config, given, model.config, Chat(template, corpus_tokenizer))
     if config.compile:
         model.compile()
     return config, template

@@ -106,18 +106,16 @@ class Run:
         largest = self.config.grad_clip or math.inf
         return whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
 
-    def compile_ahead(self, draw, loss_of, *more):
+    def compile_ahead(self, batch, loss_of, *more):
         """Have torch compile passes of every kind, and those of more functions, before the clock starts. They
         leave no trace.
         """
-        generator, self.generator = self.generator, torch.Generator()
-        for piece in self.micro_batches(draw()):
+        for piece in self.micro_batches(batch):
             with self.precision:
                 loss_of(self.network, *piece).sum().backward()
         self.optimizer.zero_grad()
         for function in more:
             function()
-        self.generator = generator
         self.start_clock()
 
     # --- saving and resuming ---------------------------------------------------------------------

@@ -58,7 +58,7 @@ def main(description, home, repositories, what, convert, export=None):
         raise Mistake(f"{folder}: no such folder, and not one of {', '.join(repositories)}")
     model, tokenizer, unused, more = convert(folder)
     try:
-        check_config(model.config, {"model": model.state_dict()})
+        check_config(model.config, tokenizer, {"model": model.state_dict()})
     except ValueError as error:
         raise Mistake(f"{folder / 'config.json'}: no model can be made of it ({error})") from None
     out = Path(config.out or home / f"{folder.resolve().name}.pt")
