@@ -97,7 +97,7 @@ def fill_and_revise(canvas, n_steps, look, take, noise, mask_id, score, revise):
         candidates = is_open & ~holes & (step <= n_steps) & (revise_noise < revise)
         again = highest(-revise_noise, candidates, n_open - target)
         n = target - (is_open & ~holes & ~again).sum(1, keepdim=True)
-        holes = shortlist(score, holes, n, order_noise)
+        holes = shortlist(score, holes & (n > 0), n, order_noise)
         logits = look(holes)
         chosen = highest(score_holes(score, logits, holes, order_noise), holes, n)
         canvas[again] = mask_id
@@ -146,6 +146,8 @@ def denoise(
     text (B, T): set the tokens of this text instead of drawing them.
     log_p (B, T) float32: gets the log probability of each token that is set, in nats.
     """
+    if revise and order in ("threshold", "entropy-bound", "remask"):
+        raise ValueError(f"revise {revise}: not with order {order}, which has no use for it")
     wanted, canvas = canvas.device, canvas.to("cpu", copy=True)  # logits stay on the model's device
     if order == "remask":
         loop = rewrite
@@ -160,7 +162,7 @@ def denoise(
 
         def take(logits, u, where, part=part):
             if text is None:
-                tokens = draw(logits, u, temperature, top_k, top_p)
+                tokens = draw(logits, u, temperature, top_k, top_p).to(logits.device)
             else:
                 (tokens,) = send(logits.device, text[:, part][where])
             if log_p is not None:
@@ -226,7 +228,7 @@ def how_many(scores, n, order, tau, gamma):
         return (scores >= tau).sum(1, keepdim=True).clamp(min=1)
     if order == "entropy-bound":
         entropy = -scores.sort(1, descending=True).values  # lowest first; infinite where there is no hole
-        return (entropy.cumsum(1) - entropy <= gamma).sum(1, keepdim=True).clamp(min=1)
+        return 1 + (entropy[:, :-1].cumsum(1) <= gamma).sum(1, keepdim=True)
     return n
 
 

@@ -1,4 +1,4 @@
-"""What the network promises, whatever its weights."""
+"""What holds for the networks with any weights."""
 
 import math
 
@@ -10,14 +10,18 @@ from toys import tiny_model
 import data.lib.fast as fast
 from data.lib.fast import Dropout
 from data.lib.machine import autocast
-from model import rotary_angles, rotate
+from data.weights import bert, gpt2, llada, mdlm
+from model import Transformer, rotary_angles, rotate
 
-SHAPES = [
-    {"norm": norm, "position": position, "conv": conv}
-    for norm in ("pre", "post")
-    for position in ("rope", "learned")
-    for conv in (0, 5)
-]
+SHAPES = {
+    "setitem": {"conv": 5},
+    "setitem without convolution": {"conv": 0},
+    "bert": {"network": bert.Network},
+    "gpt2": {"network": gpt2.Network},
+    "mdlm": {"network": mdlm.Network},
+    "llada": {"network": llada.Network, "n_kv_head": 1},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 @pytest.fixture
@@ -25,7 +29,15 @@ def canvas(device):
     return torch.randint(0, 6, (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def with_unit_norms(model):
+    """The model, whose norms neither scale nor shift any more. BERT's would make small random values smaller."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+    return model
+
+
+@every_shape
 def test_where_gives_the_same_logits_as_the_full_pass(shape, canvas, device):
     model = tiny_model(V=5, T=8, **shape).to(device)
     where = canvas == model.config.mask_id
@@ -33,7 +45,7 @@ def test_where_gives_the_same_logits_as_the_full_pass(shape, canvas, device):
     torch.testing.assert_close(model(canvas, where=where), model(canvas)[where])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 def test_mask_is_never_predicted(shape, canvas, device):
     model = tiny_model(V=5, T=8, **shape).to(device)
     logits = model(canvas)
@@ -42,7 +54,7 @@ def test_mask_is_never_predicted(shape, canvas, device):
     assert logits[..., : model.config.mask_id].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 def test_on_a_canvas_every_token_sees_all_others(shape, canvas, device):
     changed = canvas.clone()
     changed[:, 5] = (canvas[:, 5] + 1) % 5
@@ -52,11 +64,13 @@ def test_on_a_canvas_every_token_sees_all_others(shape, canvas, device):
 
 
 def test_learned_positions_tell_order_apart_and_rotary_ones_only_distance():
-    same = torch.zeros(1, 8, dtype=torch.int64)  # equal tokens: only positions can differ
-    rope = tiny_model(V=5, T=8, conv=0)(same)[..., :5]
-    learned = tiny_model(V=5, T=8, conv=0, position="learned")(same)[..., :5]
-    torch.testing.assert_close(rope, rope[:, :1].expand_as(rope))
-    assert (learned - learned[:, :1])[:, 1:].abs().amax(-1).gt(1e-3).all()
+    same = torch.zeros(1, 8, dtype=torch.int64)  # the tokens are equal, so only positions can differ
+    for shape in ({"conv": 0}, {"network": mdlm.Network}, {"network": llada.Network}):
+        rotary = tiny_model(V=5, T=8, **shape)(same)[..., :5]
+        torch.testing.assert_close(rotary, rotary[:, :1].expand_as(rotary))
+    for network in (bert.Network, gpt2.Network):
+        learned = with_unit_norms(tiny_model(V=5, T=8, network=network))(same)[..., :5]
+        assert (learned - learned[:, :1])[:, 1:].abs().amax(-1).gt(1e-3).all()
 
 
 def test_rotary_products_depend_on_the_distance_alone():
@@ -69,25 +83,29 @@ def test_rotary_products_depend_on_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
 
 
-def test_attention_is_softmax_of_scaled_products(canvas):
-    model = tiny_model(V=5, T=8, position="learned")
+@pytest.mark.parametrize("network", [Transformer, gpt2.Network])
+def test_attention_is_softmax_of_scaled_products(network):
+    """Queries and keys are normalised and rotated, but not those of a network with a table of positions."""
+    model = tiny_model(V=5, T=8, network=network)
     attention = model.layers[0].attention
     x = torch.randn(3, 8, 16)
     q, k, v = (f(x).view(3, 8, 2, 8) for f in (attention.query, attention.key, attention.value))
-    q, k = attention.query_norm(q), attention.key_norm(k)
+    if network is Transformer:
+        q, k = attention.query_norm(q), attention.key_norm(k)
+        q, k = (rotate(y, *rotary_angles(torch.arange(8), 8)) for y in (q, k))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(8)
     mixed = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(3, 8, 16)
-    torch.testing.assert_close(attention(x, model.sight(0, 8, None, "cpu")[0]), attention.out(mixed))
+    torch.testing.assert_close(attention(x, model.plan(0, 8, None, "cpu")[0]), attention.out(mixed))
 
 
 @pytest.mark.parametrize("conv", [1, 4, 5])
-@pytest.mark.parametrize("K", [1, 2, 3, 7])
+@pytest.mark.parametrize("K", [1, 2, 3, 7, None])
 def test_convolution_is_a_weighted_sum_of_the_neighbours_that_are_seen(K, conv):
-    """Of an even number one more is to the left; with K = 1 all are. What is after a block's end counts 0."""
+    """If their number is even, one more is to the left, and with K = 1 all are. Tokens after a block's end count 0."""
     model = tiny_model(T=7, conv=conv, block=K)
     layer = model.layers[0].convolution
     x = torch.randn(2, 7, 16)
-    w = layer.weight[:, 0, 0]  # (C, conv)
+    w, K = layer.weight[:, 0, 0], K or 7  # w: (C, conv)
     right = min((conv - 1) // 2, K - 1)
     expected = x.clone()
     for i in range(7):
@@ -95,17 +113,14 @@ def test_convolution_is_a_weighted_sum_of_the_neighbours_that_are_seen(K, conv):
             j = i + tap - (conv - 1 - right)
             if 0 <= j < 7 and j // K <= i // K:
                 expected[:, i] += w[:, tap] * x[:, j]
-    torch.testing.assert_close(layer(x, model.sight(0, 7, None, "cpu")[0]), expected)
+    torch.testing.assert_close(layer(x, model.plan(0, 7, None, "cpu")[0]), expected)
 
 
-def test_post_norm_normalises_what_a_block_writes():
-    for norm, unit in (("pre", False), ("post", True)):
-        model = tiny_model(V=5, T=8, norm=norm)
-        for p in [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]:
-            torch.nn.init.ones_(p.weight)
-        out = model.layers[0](torch.randn(1, 8, 16), model.sight(0, 8, None, "cpu")[0])
-        normalised = torch.allclose(out, F.layer_norm(out, (16,)), atol=1e-3)
-        assert normalised == unit
+def test_only_bert_normalises_what_a_layer_writes():
+    for network in (Transformer, gpt2.Network, mdlm.Network, bert.Network):
+        model = with_unit_norms(tiny_model(V=5, T=8, network=network))
+        out = model.layers[0](torch.randn(1, 8, 16), model.plan(0, 8, None, "cpu")[0])
+        assert torch.allclose(out, F.layer_norm(out, (16,)), atol=1e-3) == (network is bert.Network)
 
 
 def test_autocast_asks_the_machine(monkeypatch):
@@ -123,16 +138,16 @@ def test_dropout_zeroes_with_its_probability_and_keeps_the_mean():
         out = Dropout(p).train()(x)
         zeros = (out == 0).float()
         assert zeros.mean().item() == pytest.approx(p, abs=0.003)
-        assert (zeros[:-1] * zeros[1:]).mean().item() == pytest.approx(p * p, abs=0.003)  # its neighbours' too
+        assert (zeros[:-1] * zeros[1:]).mean().item() == pytest.approx(p * p, abs=0.003)  # neighbours are independent
         assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
         assert Dropout(p).eval()(x) is x
     assert Dropout(0.0).train()(x).equal(x)
 
 
-@pytest.mark.parametrize("K", [0, 1, 4])
+@pytest.mark.parametrize("K", [None, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypatch):
-    """On a CPU, with dropout or in bfloat16; with nothing dropped it gives what the fused kernel gives."""
+    """A CPU takes it with dropout and in bfloat16. If nothing is dropped, it agrees with the fused kernel."""
     x0 = torch.tensor([[0, 1, 2, 4, 0, 0, 3, 3], [1, 1, 1, 2, 2, 2, 0, 0]])
     model = tiny_model(V=5, T=8, dropout=0.5, block=K, shift_id=5 if K == 1 else None)
     expected = model(torch.full_like(x0, 5), clean=x0)
@@ -147,7 +162,7 @@ def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypat
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatch):
-    """A vector where the machine is faster at it: in the same precision, with the same result."""
+    """Some machines multiply it faster as a vector. Precision and result are the same."""
     layer, rows = fast.Linear(8, 5, bias), torch.randn(1, 3, 8)
     with autocast(torch.device("cpu"), dtype):
         for vectors in (True, False):
@@ -162,7 +177,7 @@ def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatc
 @pytest.mark.parametrize("sight", ["all", "causal", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_written_out_is_that_of_torch(dtype, sight, device):
-    """As bfloat16 takes it in training, and dropout in any precision, here so little that none is dropped."""
+    """Training in bfloat16 takes it, and so does dropout in any precision. Here dropout is too small to drop any."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 64, 8, dtype=dtype, device=device)
     mask = (torch.rand(64, 64, device=device) < 0.5) | torch.eye(64, dtype=torch.bool, device=device)

@@ -156,6 +156,7 @@ def load_corpus(name, context=1):
         intact &= len(occurrences) == tokenizer.vocab_size
         intact &= all(type(number) is int and 0 <= number < 2**62 for number in numbers)
         intact &= min(meta[split]["bytes"] for split in SPLITS) > 0
+        intact &= all(type(meta[split]["sha256"]) is str for split in SPLITS)
         intact &= not (tokenizer.kinds and "chat" in meta)
         intact &= not any(len(split) % max(1, tokenizer.canvas_len) for split in (train, val))
         if "chat" in meta:
@@ -266,7 +267,7 @@ def check_tokens(folder, meta, tokenizer):
     files, note = [folder / f"{split}.bin" for split in SPLITS], folder / "checked.json"
     kind = id_type(tokenizer)
     stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, files)]
-    kept = [meta[split].get("sha256") for split in SPLITS]
+    kept = [meta[split]["sha256"] for split in SPLITS]
     # Whoever copies a folder gets files of another time, at which he cannot have forged the note.
     found = [tokenizer.vocab_size, *kept, *map(list, stats), *map(list, tokenizer.kinds)]
     with suppress(OSError, ValueError):
@@ -280,7 +281,7 @@ def check_tokens(folder, meta, tokenizer):
                 ids = np.frombuffer(buffer, kind, size // kind.itemsize)
                 if ids.max(initial=0) >= tokenizer.vocab_size or (ids == tokenizer.mask_id).any():
                     raise Mistake(f"{path}: it has tokens that are not its tokenizer's; prepare it again")
-        if sha256 not in (None, digest.hexdigest()):
+        if sha256 != digest.hexdigest():
             raise Mistake(f"{path}: its sha256 is not that of meta.json; prepare it again")
         start, places = 0, np.memmap(path, kind, "r").reshape(-1, max(1, tokenizer.canvas_len))
         for n, first, end in tokenizer.kinds:
