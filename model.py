@@ -1,7 +1,7 @@
 """The denoiser: a Transformer that reads text with holes and predicts which token belongs in each of them.
 
 A hole is a position that shows `<mask>`. The network has no time input, because the number of holes tells the noise
-level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings decide who sees whom:
+level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings define the method:
 
     block     a text is written in blocks of K tokens, and a token sees its own block and those before it
     shift_id  each position reads the token before the one that it predicts; this id is read at the start
@@ -13,7 +13,7 @@ level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings de
     None   id        DiffuGPT (2410.17891)
 
 Differences from GPT-2: rotary positions; normalised queries and keys; a short convolution at the start of each
-layer; no biases; no tied embedding. `attend`, `linear`, `Linear` and `Dropout` do what torch's do, but faster on a
+layer; no biases; untied embeddings. `attend`, `linear`, `Linear` and `Dropout` do what torch's do, but faster on a
 CPU. Published models are subclasses, in data/weights/.
 """
 
@@ -31,7 +31,7 @@ from data.lib.tokenizer import tokenizer_from_state
 
 @dataclass
 class ModelConfig:
-    learned_positions = False  # a published model may have a table of positions instead of rotations
+    learned_positions = False  # not a field; published models may have a table of positions
     vocab_size: int = 257
     mask_id: int = 256
     context: int = 256  # the most tokens that the model sees at once
@@ -40,9 +40,9 @@ class ModelConfig:
     n_embd: int = 160
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # never masked in training, never written
-    end_ids: tuple[int, ...] = ()  # end a text: trained and written, and nothing after one is shown
-    kinds: tuple[tuple[int, int, int], ...] = ()  # the tokenizer's table of what may stand where; (): anything
-    block: int | None = None  # K; None: the canvas is one block
+    end_ids: tuple[int, ...] = ()  # end a text: learned and written; nothing after one is shown
+    kinds: tuple[tuple[int, int, int], ...] = ()  # rows (n, first, end): ids of [first, end) for n places; (): anything
+    block: int | None = None  # tokens; None: the canvas is one block
     shift_id: int | None = None  # read before the first token; None: each position reads its own token
     conv: int = 5  # taps of each layer's convolution; 0: no convolution
     conv_right: int | None = None  # how many of them look to the right; None: half, but within the block
@@ -59,15 +59,15 @@ class ModelConfig:
 #
 # A hole is predicted from the finished blocks before its own and from what its own block shows. In training every
 # block has holes, so a pass reads the text twice, [clean ; noisy], at the same positions. Each block, clean or noisy,
-# sees itself and the clean blocks before it. In writing, the blocks before are finished, so the text is read once, and
+# sees itself and the clean blocks before it. When writing, earlier blocks are finished, so the text is read once, and
 # a Cache keeps what the layers made of finished blocks.
 
 
 class Layout(NamedTuple):
-    """What the layers need to know about a pass over S positions, the clean copy's first."""
+    """What the layers need to know about a pass over S positions, those of the clean copy first."""
 
     angles: tuple  # cos and sin of the rotary embedding, (S, D/2) each
-    sees: torch.Tensor | None  # (S, cached + S) bool, row by row; None: all see all, unless `causal`
+    sees: torch.Tensor | None  # (S, cached + S) bool; None: all see all, unless `causal`
     causal: bool  # every position sees itself and those before it
     n_clean: int  # positions of the clean copy
     strip: int  # positions that a convolution takes as one row: a block, or all
@@ -81,10 +81,10 @@ def who_sees(positions, n_clean, n_cached, K):
     positions (S,): those of the pass, the n_clean of the clean copy first. The n_cached before them are clean, too.
     """
     S, device = len(positions), positions.device
-    noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # a text that is read once is clean
+    noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # without a copy none counts as noisy
     block = torch.cat((torch.arange(n_cached, device=device), positions)) // K
     block_noisy, own = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
-    same_copy = ~(block_noisy ^ noisy[:, None])  # torch.compile fails at == for bool
+    same_copy = ~(block_noisy ^ noisy[:, None])  # torch.compile fails on bool ==
     return (block < own) & ~block_noisy | (block == own) & same_copy
 
 
@@ -116,14 +116,14 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
 
     def place(self, q, k, layout):
-        """Tell queries and keys (B, S, H, D) where they stand."""
+        """Rotate queries and keys (B, S, H, D) by their positions."""
         cos, sin = layout.angles
         return rotate(q, cos[layout.first :], sin[layout.first :]), rotate(k, cos, sin)
 
     def forward(self, x, layout):
         q, k, v = self.query(x[:, layout.first :]), self.key(x), self.value(x)
         q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in (q, k, v))  # (B, S, H, D)
-        q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)  # CUDA makes norms float32
+        q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)  # CUDA's autocast leaves norms in float32
         q, k, v = (y.transpose(1, 2) for y in (*self.place(q, k, layout), v))  # (B, H, S, D)
         if layout.cache is not None:
             k, v = layout.cache.join((self, "key"), k), layout.cache.join((self, "value"), v)
@@ -156,13 +156,13 @@ class Convolution(nn.Module):
 
     def forward(self, x, layout):
         (B, S, C), K, left, right = x.shape, layout.strip, self.left, self.right
-        # To the left of each block, clean or noisy, are the clean tokens before it; to its right, zeros.
         if layout.cache is None:
             before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
         else:
             before = layout.cache.join(self, x, left)[:, layout.cache.length :]
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), layout.n_clean // K
         before = before.unfold(1, left, K).transpose(2, 3)  # (B, S / K or more, left, C)
+        # Before noisy block i stand the same clean tokens as before clean block i; after each block, zeros.
         before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
         after = x.new_zeros(B, blocks.shape[1], right, C)
         rows = torch.cat((before, blocks, after), 2)  # (B, blocks, left + K + right, C)
@@ -206,10 +206,10 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
 
     def read(self, idx, clean):
-        """The token that is read at each position of idx (B, T): its own, or with a shift the one before.
+        """The token read at each position of idx (B, T): its own or, with a shift, the one before.
 
-        At the start of a block the one before belongs to another block, so it comes from the clean text. A canvas
-        with a shift also reads its last token, at position T: (B, T + 1).
+        At the start of a block the one before belongs to another block, so it comes from the clean text. A shifted
+        canvas also reads its last token, which the others see: (B, T + 1).
         """
         config, T = self.config, idx.shape[1]
         if config.shift_id is None:
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         return torch.where(torch.arange(n, device=idx.device) % (config.block or n) == 0, clean, idx)
 
     def embed(self, tokens, positions):
-        """Vectors of tokens (B, S) at positions (S,): (B, S, C)."""
+        """Vectors of tokens (B, S) at positions (S,), which published models use: (B, S, C)."""
         return self.dropout(self.token_embedding(tokens))
 
     def angles(self, positions):
@@ -236,11 +236,11 @@ class Transformer(nn.Module):
         return logits.masked_fill(~allowed[positions], -torch.inf)
 
     def plan(self, n_clean, n, cache, device):
-        """The Layout of a pass over n_clean positions of a clean copy, and the n positions after the cached ones."""
+        """Layout and positions (S,) of a pass over n_clean of a clean copy, then the n after the cached ones."""
         n_cached, K = cache.length if cache else 0, self.config.block or n
         positions = torch.arange(n_cached, n_cached + n, device=device)
         positions = torch.cat((positions[:n_clean], positions))  # (S,); nothing is cached beside a clean copy
-        causal = K == 1 < n and not (n_clean or n_cached)
+        causal = K == 1 and n > 1 and not (n_clean or n_cached)
         sees = None if n <= K or causal else who_sees(positions, n_clean, n_cached, K)
         # Blocks of one token only look to the left, so without a clean copy they are one row.
         strip = n if K == 1 and not n_clean else min(K, n)
@@ -249,14 +249,14 @@ class Transformer(nn.Module):
     def forward(self, idx, where=None, clean=None, cache=None):
         """Logits (B, T, V) of the token that belongs at each position of idx (B, T) int64.
 
-        where: (B, T) bool, or its indices as nonzero gives them: only compute the logits of these N positions,
-            (N, V). A loss needs no others, and they would be the largest tensor of all.
-        clean: (B, T), the text without holes, of which each block sees those before it. By default idx, which is
+        where: (B, T) bool, or its nonzero indices: only compute the logits of these N positions, (N, V). A loss
+            needs no others, and they would be the largest tensor of all.
+        clean: (B, T), the text without holes, of which a block sees its earlier blocks. By default idx, which is
             right if only the last block has holes.
         cache: a Cache. Only the positions after its `length` are read, and only they count in `where`.
         """
         T, n_cached = idx.shape[1], cache.length if cache else 0
-        # The last block is not needed, since none sees it. A canvas is one block, and a GPT only reads clean tokens.
+        # No block sees the last clean one. A canvas is one block and a GPT reads only clean tokens: they have no copy.
         K = self.config.block or T
         n_clean = 0 if clean is None or self.is_gpt else (T - 1) // K * K
         clean = idx if clean is None else clean
@@ -265,23 +265,23 @@ class Transformer(nn.Module):
         x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], tokens), 1), positions)  # (B, S, C)
         for layer in self.layers[:-1]:
             x = layer(x, layout)
-        if n_clean:  # the last layer's vectors of the clean copy are not needed
+        if n_clean:
             layout = layout._replace(first=n_clean, sees=layout.sees[n_clean:])
         x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C)
         if cache:
-            cache.length = T if self.is_gpt else cache.final
+            cache.length = T if self.is_gpt else cache.final  # where the sampler's block begins
         positions = torch.arange(n_cached, T, device=idx.device)
         if where is None:
             return self.unembed(x, positions)
-        n, rows = rows_at(where, n_cached, T)
+        n, rows = rows_at(where, n_cached, T)  # padded to a few sizes, for which a CPU keeps kernels
         return self.unembed(x.flatten(0, 1).index_select(0, rows), positions[rows % (T - n_cached)])[:n]
 
 
 def load_checkpoint(path, device="cpu", keep=None, **changes):
-    """Read a checkpoint: (model in eval mode, tokenizer, the whole dict). Mistake if it is none of setitem's.
+    """Read a checkpoint: (model in eval mode, tokenizer, the whole dict). Mistake if it is not setitem's.
 
-    keep: a dtype. Matrices that the file holds in it stay so (on a CPU they stay in the file); otherwise all become
-    float32. changes: fields of the config to set otherwise, such as dropout.
+    keep: a dtype that the weights stay in if all matrices have it (on a CPU they stay in the file); else they become
+    float32. changes: fields of the config to override, such as dropout.
     """
     checkpoint = read_checkpoint(path)
     with refused(path):

@@ -5,8 +5,8 @@ An autoregressive model calls `.append(token)` on its text. This one calls `.set
     python sample.py --prompt "ROMEO:" --watch
     python sample.py --prompt "Good morrow, my <mask*6>." --order confidence
     python sample.py --length 2000 --order entropy --save run.html
-    python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # append and set
-    python sample.py --ckpt out-sums/ckpt.pt --chat    # a conversation, one line of stdin for each turn
+    python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # append beside set
+    python sample.py --ckpt out-sums/ckpt.pt --chat    # a conversation on stdin
 """
 
 import functools
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.lib.errors import Mistake, command
 from data.lib.fast import in_parts, rows_at_once
-from data.lib.flags import flag, parse
+from data.lib.flags import Dtype, flag, parse
 from data.lib.machine import send
 from data.lib.window import blocks
 from data.lib.writing import Session
@@ -29,44 +29,43 @@ from model import load_checkpoint
 
 @dataclass
 class SampleConfig:
-    ckpt: list[str] = flag((), "checkpoint, or several (out/ckpt.pt, or else data/shakespeare/ckpt.pt)")
-    prompt: list[str] = flag((), "text to start from, or several; <mask> is a hole in it, <mask*8> are eight")
-    prompt_file: list[str] = flag((), "the same from a file, or from - for stdin")
+    ckpt: list[str] = flag((), "one or more checkpoints (out/ckpt.pt, or else data/shakespeare/ckpt.pt)")
+    prompt: list[str] = flag((), "one or more texts to start from; <mask> is a hole, <mask*8> are eight")
+    prompt_file: list[str] = flag((), "the same from files; - is stdin")
     suffix: str = flag("", "text after the holes")
-    chat: bool = flag(False, "prompts, or else lines of stdin, are messages; only the replies are printed")
-    length: int | None = flag(None, "tokens of the canvas (context, or the prompt's)", least=1, most=10**6)
+    chat: bool = flag(False, "treat prompts, or lines of stdin, as messages; print only the replies")
+    length: int | None = flag(
+        None, "tokens of the canvas (those of the prompt if it has holes, or context)", least=1, most=10**6
+    )
     steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=10**6)
     order: list[
         Literal["random", "left", "confidence", "margin", "entropy", "threshold", "entropy-bound", "remask"]
     ] = flag(("random",), "which holes are set first; several orders are compared")
-    tau: float = flag(0.9, "threshold: set every hole with this confidence", least=0, most=1)
-    gamma: float = flag(0.5, "entropy-bound: bound of the summed entropy, in nats", least=0)
-    block: int | None = flag(None, "fill the canvas from left to right in blocks of K tokens", least=1)
-    revise: float = flag(0.0, "probability that a step masks a written token again", least=0, below=1)
+    tau: float = flag(0.9, "threshold: set every hole that is at least this confident", least=0, most=1)
+    gamma: float = flag(0.5, "entropy-bound: limit of the summed entropy, in nats", least=0)
+    block: int | None = flag(None, "fill the canvas from left to right in blocks of this many tokens", least=1)
     guidance: float = flag(0.0, "strength of classifier-free guidance by the prompt", least=0, most=1e3)
     temperature: float = flag(0.7, "divides the logits; 0 takes the most likely token", least=0, most=1e6)
     top_k: int = flag(0, "draw from the k most likely tokens; 0 for all", least=0)
-    top_p: float = flag(1.0, "draw from the most likely tokens that add up to this", above=0, most=1)
+    top_p: float = flag(1.0, "draw from the most likely tokens with this total probability", above=0, most=1)
     num_samples: int = flag(1, "texts for each prompt, with successive seeds", least=1, most=10_000)
     seed: int = flag(0, "the same seed writes the same text", least=0, most=2**32)
     judge: str | None = flag(None, "checkpoint that says how likely each text is, in nats per byte")
-    score: str | None = flag(None, "print how likely a file's text is under the order and steps; - is stdin")
+    score: str | None = flag(None, "print how likely this order and steps make a file's text; - is stdin")
     watch: bool = flag(False, "show the canvas while it fills")
-    save: str | None = flag(None, "write how it filled, as a page (run.html) or an animation (run.svg)")
+    save: str | None = flag(None, "save how it filled, as a page (run.html) or an animation (run.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "precision of matrix products, and of weights that the file holds in it"
-    )
+    dtype: Dtype = flag("auto", "precision of matrix products, and of weights stored in it")
 
 
 # --- the loop ------------------------------------------------------------------------------------
 
 
 def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
-    """Set the holes of canvas (B, W), in place, in n_steps (B, 1) or as many as `how_many` makes it take.
+    """Fill the holes of canvas (B, W), in place, in n_steps (B, 1) unless `how_many` sets the pace; yield after each.
 
-    look(where) -> logits (N, V), what the model predicts there. take(logits, u, where) -> tokens (N,). noise yields
-    the random numbers of each step, see `uniforms`.
+    look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens, drawn from some
+    rows of the logits. noise yields the random numbers of each step (`uniforms`). score: a value of ORDERS.
     """
     n_holes = (canvas == mask_id).sum(1, keepdim=True)  # (B, 1)
     n_steps = n_steps.minimum(n_holes.clamp(min=1))  # no step without a token
@@ -74,49 +73,28 @@ def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
         holes = canvas == mask_id  # (B, W)
         if not holes.any():
             return
-        order_noise, _, u = next(noise)
-        n = due(step, n_steps, n_holes) - (n_holes - holes.sum(1, keepdim=True))
-        holes = shortlist(score, holes, n, order_noise)
-        logits = look(holes)  # (N, V)
-        scores = score_holes(score, logits, holes, order_noise)  # (B, W)
-        chosen = highest(scores, holes, how_many(scores, n))
-        canvas[chosen] = take(logits[send(logits.device, chosen[holes])[0]], u[chosen], chosen)  # .setitem
-        yield
-
-
-def fill_and_revise(canvas, n_steps, look, take, noise, mask_id, score, revise):
-    """The same, but each step masks written tokens again with probability `revise` (ReMDM, 2503.00307).
-
-    It masks no more of them than there will be holes after the step, and only after the model has seen them.
-    """
-    is_open = canvas == mask_id  # (B, W)
-    n_open = is_open.sum(1, keepdim=True)
-    for step in range(1, n_steps.max() + 1):
-        holes, target = canvas == mask_id, due(step, n_steps, n_open)
-        order_noise, revise_noise, u = next(noise)
-        candidates = is_open & ~holes & (step <= n_steps) & (revise_noise < revise)
-        again = highest(-revise_noise, candidates, n_open - target)
-        n = target - (is_open & ~holes & ~again).sum(1, keepdim=True)
-        holes = shortlist(score, holes & (n > 0), n, order_noise)
-        logits = look(holes)
-        chosen = highest(score_holes(score, logits, holes, order_noise), holes, n)
-        canvas[again] = mask_id
-        canvas[chosen] = take(logits[send(logits.device, chosen[holes])[0]], u[chosen], chosen)
+        order_noise, u = next(noise)
+        n = due(step, n_steps, n_holes) - (n_holes - holes.sum(1, keepdim=True))  # due by now, less those set
+        asked = shortlist(score, holes, n, order_noise)
+        logits = look(asked)  # (N, V)
+        scores = score_holes(score, logits, asked, order_noise)  # (B, W)
+        chosen = highest(scores, asked, how_many(scores, n))
+        canvas[chosen] = take(logits, chosen[asked], u, chosen)  # .setitem
         yield
 
 
 def rewrite(canvas, n_steps, look, take, noise, mask_id):
-    """Order `remask`: each step writes everything anew, then masks a smaller fraction again (Barry 2025).
+    """Order `remask`: each step draws new tokens for a growing share of the places, and masks all others (the post).
 
-    The model sees the tokens that it replaces. Those that would be masked again are not drawn at all.
+    The model sees the tokens that it replaces.
     """
     is_open = canvas == mask_id  # (B, W)
     n_open = is_open.sum(1, keepdim=True)
     for step in range(1, n_steps.max() + 1):
-        order_noise, _, u = next(noise)
+        order_noise, u = next(noise)
         going = is_open & (step <= n_steps)
         chosen = highest(order_noise, going, due(step, n_steps, n_open))
-        tokens = take(look(chosen), u[chosen], chosen)
+        tokens = take(look(chosen), chosen[chosen], u, chosen)
         canvas[going] = mask_id
         canvas[chosen] = tokens
         yield
@@ -130,39 +108,36 @@ def due(step, n_steps, n_holes):
 @torch.no_grad()
 def denoise(
     model, canvas, steps=None, order="random", temperature=1.0, top_k=0, top_p=1.0, *, seeds=None,
-    tau=0.9, gamma=0.5, block=None, revise=0.0, guidance=0.0, text=None, log_p=None,
+    tau=0.9, gamma=0.5, block=None, guidance=0.0, text=None, log_p=None,
 ):  # fmt: skip
     """Fill the holes of canvas (B, T) int64, on any device, in `steps` steps; yield the canvas after each.
 
     A hole is where canvas is `model.config.mask_id`; all other tokens are prompt, and stay. After step k of n, k/n of
-    each row's holes are set. By default n is 128, or half of the row's holes if that is more.
+    each row's holes are set, unless the order sets its own pace. By default n is as for --steps.
 
-    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`. revise: see `fill_and_revise`.
+    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`.
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
-        2502.09992). By default one block, or the model's own. A canvas longer than the model's context slides
-        through it. ValueError if K does not divide the model's blocks.
+        2502.09992). By default the model's own blocks, or all of the canvas; or, if that is longer than the model's
+        context, quarters of the context, which slides along. ValueError if K does not divide the model's blocks.
     guidance: strength of classifier-free guidance by the prompt (2410.18514).
-    seeds: one for each row (0, 1, ..). A row's random numbers depend on nothing else.
-    text (B, T): set the tokens of this text instead of drawing them.
-    log_p (B, T) float32: gets the log probability of each token that is set, in nats.
+    seeds: one for each row (0, 1, ..).
+    text (B, T), on the CPU: set the tokens of this text instead of drawing them.
+    log_p (B, T) float32, on the CPU: receives the log probability, at temperature 1, of each token that is set, in nats.
     """
-    if revise and order in ("threshold", "entropy-bound", "remask"):
-        raise ValueError(f"revise {revise}: not with order {order}, which has no use for it")
     wanted, canvas = canvas.device, canvas.to("cpu", copy=True)  # logits stay on the model's device
     if order == "remask":
         loop = rewrite
-    elif revise:
-        loop = functools.partial(fill_and_revise, score=ORDERS[order], revise=revise)
     else:
         pace = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
         loop = functools.partial(fill, score=ORDERS[order], how_many=pace)
     if not (canvas == model.config.mask_id).any():
         yield canvas.to(wanted)
-    for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):
+    for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):  # look asks the model
 
-        def take(logits, u, where, part=part):
+        def take(logits, rows, u, where, part=part):
+            logits = logits[send(logits.device, rows)[0]]
             if text is None:
-                tokens = draw(logits, u, temperature, top_k, top_p).to(logits.device)
+                tokens = draw(logits, u[where], temperature, top_k, top_p).to(logits.device)
             else:
                 (tokens,) = send(logits.device, text[:, part][where])
             if log_p is not None:
@@ -191,7 +166,7 @@ def left(logits, noise, place):
 
 
 def confidence(logits, noise, place):
-    """Top-1 probability; MaskGIT 2202.04200 and LLaDA 2502.09992 take that of the token they have drawn."""
+    """Top-1 probability; MaskGIT 2202.04200 and LLaDA 2502.09992 use the drawn token's."""
     return logits.softmax(-1).amax(-1)
 
 
@@ -221,7 +196,7 @@ def how_many(scores, n, order, tau, gamma):
     """How many holes a step sets, (B, 1), given their scores (B, W): n, except for two orders, which set at least one.
 
     threshold: every hole with a confidence of at least tau (Fast-dLLM, 2505.22618).
-    entropy-bound: the most certain holes, while their summed entropy minus the largest one is at most gamma nats
+    entropy-bound: the most certain holes, while their summed entropy less the largest is at most gamma nats
     (EB-Sampler, 2505.24857).
     """
     if order == "threshold":
@@ -246,40 +221,40 @@ def score_holes(score, logits, holes, noise):
     return torch.full_like(noise, -torch.inf).masked_scatter(holes, scores.cpu())
 
 
-def highest(scores, holes, n):
-    """Mark the n (B, 1) holes of each row with the highest scores: (B, W) bool."""
-    ranking = scores.masked_fill(~holes, -torch.inf).argsort(descending=True, stable=True)
+def highest(scores, among, n):
+    """Mark the n (B, 1) positions `among` (B, W) those of each row that have the highest scores: (B, W) bool."""
+    ranking = scores.masked_fill(~among, -torch.inf).argsort(descending=True, stable=True)
     first = torch.arange(scores.shape[1]) < n  # (B, W)
-    return holes & torch.zeros_like(holes).scatter(1, ranking, first)
+    return among & torch.zeros_like(among).scatter(1, ranking, first)
 
 
 # --- how a token is drawn ------------------------------------------------------------------------
 #
-# Draws must follow the softmax, also at a vocabulary of 50,000. In float32, Gumbel noise and cumulative sums lose the
-# tail of the distribution. That lowers the temperature unnoticed, and makes text look better than the model is
-# (2409.02908). So sums and random numbers are float64, a few rows at a time.
+# Draws must follow the softmax, even at a vocabulary of 50,000. In float32, Gumbel noise and cumulative sums lose the
+# tail of the distribution. That silently lowers the temperature and flatters the model (2409.02908). So sums and random
+# numbers are float64, a few rows at a time.
 
 
 def uniforms(seeds, number, W):
-    """Yield the random numbers of each step in block `number`, W positions wide, as three tensors (B, W).
+    """Yield the random numbers of each step in block `number`, W positions wide, as two tensors (B, W).
 
-    Two are float32 in [0, 1), for the order and for revising. The third is float64 in (0, 1], for the draw. They
-    depend only on the row's seed, the block, the step and the position, so every batch writes a row alike.
+    Those for the order are float32 in [0, 1), those for the draw float64 in (0, 1]. They depend only on the row's seed,
+    the block, the step and the position, whatever batch the row is in.
     """
     streams = [np.random.Philox(key=seed, counter=[0, 0, 0, number]) for seed in seeds]
     rows = [np.random.Generator(stream) for stream in streams]
     while True:
-        order_noise, revise_noise, u = torch.from_numpy(np.stack([row.random((W, 3)) for row in rows])).unbind(-1)
-        yield order_noise.float(), revise_noise.float(), 1 - u
+        order_noise, u = torch.from_numpy(np.stack([row.random((W, 2)) for row in rows])).unbind(-1)
+        yield order_noise.float(), 1 - u
 
 
 def first(sums, x):
-    """Where each row of rising sums (N, V) first reaches x (N, 1): (N, 1). Where they are nan, it is the end."""
+    """Index at which each row of rising sums (N, V) first reaches x (N, 1): (N, 1). The last one if they are nan."""
     return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)
 
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw a token from each row of logits (N, V), the one that u (N,), uniform in (0, 1], selects: (N,).
+    """Draw a token from each row of logits (N, V), selected by u (N,), uniform in (0, 1]: (N,).
 
     top_k: only from the k most likely. top_p: only from the most likely that add up to it (1904.09751).
     """
@@ -296,8 +271,8 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         if top_k or top_p < 1:
             weights, ids = weights.topk(min(top_k or V, V))  # largest first
         sums = weights.cumsum(-1, dtype=torch.float64)
-        total = sums.gather(1, first(sums, top_p * sums[:, -1:]))
-        tokens = first(sums, u[:, None] * total)  # u > 0, so a weight of 0 is never drawn
+        kept = sums.gather(1, first(sums, top_p * sums[:, -1:]))  # what the nucleus adds up to
+        tokens = first(sums, u[:, None] * kept)  # u > 0, so a weight of 0 is never drawn
         return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
     return in_parts(draw_part, logits, u)
@@ -335,11 +310,7 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
-    session = Session(SampleConfig(**given), given, load_checkpoint)
-    if session.config.score is not None:
-        session.print_score(log_likelihood)
-    else:
-        session.write(denoise, log_likelihood)
+    Session(SampleConfig(**given), given, load_checkpoint).run(denoise, log_likelihood)  # flags go there by name
 
 
 if __name__ == "__main__":

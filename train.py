@@ -1,15 +1,15 @@
 """Train a masked text diffusion model: mask random tokens of a text, and train a network to fill them in.
 
 A text x0 of T tokens is corrupted at noise level t in (0, 1]. Each token becomes `<mask>`, a hole, with a
-probability that rises with t, its rate. The network sees the corrupted text xt and predicts x0 at the holes:
+probability, its rate, that rises with t. The network sees the corrupted text xt and predicts x0 at the holes:
 
     xt, holes = corrupt(x0, rate, maskable, u, mask_id)
-    logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes; clean shows a block those before it
+    logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes; for `clean` see model.py
     loss = (weights[holes] * cross_entropy(logits, x0[holes])).sum()
 
 Four choices make a method: how t is drawn, the rate of each token, the weight of each hole in the loss, and who
-sees whom (model.py). BERT has t = 0.15, and text diffusion draws t from all of (0, 1]. A model that writes in
-blocks treats each block as a text of its own, and a GPT has blocks of one token, all of them holes.
+sees whom (model.py). BERT fixes t = 0.15; text diffusion draws t from (0, 1]. A model that writes in blocks treats
+each block as a text of its own. In a GPT a block is one token and t = 1, so every token is a hole.
 
     python train.py                                      # ten minutes, on the source of Python's library
     python train.py --method mdlm --data shakespeare --max_minutes 5 --out_dir out-mdlm
@@ -28,16 +28,20 @@ from model import Transformer, load_checkpoint
 from sample import denoise
 
 UNIFORM = flags.Level("uniform")
-METHODS = {  # the flags of each method; those given beside --method win
+METHODS = {  # the flags that each method sets; explicit flags win
     "default": {},
     "bert": {"level": "0.15", "prompt_len": "0"},  # 1810.04805, without its 80/10/10
-    "roberta-diffusion": {"level": "grid:10", "one_level": True, "prompt_len": "16"},  # Barry 2025
+    "roberta-diffusion": {
+        "level": "grid:10",
+        "one_level": True,
+        "prompt_len": "16",
+    },  # nathan.rs/posts/roberta-diffusion
     "d3pm": {"level": "grid:100", "weight": "elbo", "prompt_len": "0"},  # 2107.03006
     "mdlm": {"level": "uniform", "weight": "elbo", "prompt_len": "0"},  # also MD4 2406.04329, LLaDA 2502.09992
     "ar-diffusion": {"level": "uniform", "rate": "slant:1", "weight": "elbo", "prompt_len": "0"},  # 2305.09515
     "diffusionbert": {"level": "uniform", "rate": "spindle:0.3", "prompt_len": "0"},  # 2211.15029
     "block-diffusion": {"level": "uniform", "weight": "elbo", "prompt_len": "0", "attention": "block:16"},  # 2503.09573
-    "gpt": {"attention": "causal"},
+    "gpt": {"attention": "causal"},  # sets t = 1
     "diffugpt": {"level": "uniform", "weight": "elbo", "prompt_len": "0", "attention": "shifted"},  # 2410.17891
 }
 
@@ -45,19 +49,25 @@ METHODS = {  # the flags of each method; those given beside --method win
 @dataclass
 class TrainConfig:
     # files
-    data: str = flag("python", "corpus: a folder of data/")
-    out_dir: str = flag("out", "where ckpt.pt (the best), last.pt and log.csv of this run go")
+    data: str = flag("python", "corpus: a folder in data/")
+    out_dir: str = flag("out", "where this run's ckpt.pt (the best), last.pt and log.csv go")
     init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
     eval_only: bool = flag(False, "print the bound of --init_from and stop")
     # noise and objective
     method: Literal[tuple(METHODS)] = flag("default", "sets the flags below to those of a published method")
-    level: flags.Level = flag(flags.Level("bell", 1.2), "how t is drawn: uniform, bell:S, grid:N, or one number")
+    level: flags.Level = flag(
+        flags.Level("bell", 1.2), "how t is drawn: uniform, bell:S (of width S), grid:N, or a number"
+    )
     one_level: bool = flag(False, "draw one t for the whole batch")
     widen: float = flag(1.0, "fraction of the run over which a bell widens to S; 0: at once", least=0, most=1)
-    rate: flags.Rate = flag(flags.Rate("t"), "masking rate of a token: t, slant:W or spindle:W (data/lib/noise.py)")
-    visible: float = flag(0.0, "fraction of visible tokens to train on too, half of them corrupted", least=0, below=1)
-    weight: Literal["elbo", "mean"] = flag("mean", "weight of a hole in the loss: as in the bound, or all equal")
-    prompt_len: flags.Span = flag(flags.Span(0, 16), "first tokens, N or M:N of them, that are never masked")
+    rate: flags.Rate = flag(
+        flags.Rate("t"), "masking rate: t; slant:W, the right end first; spindle:W, rare tokens first"
+    )
+    visible: float = flag(0.0, "fraction of visible tokens also trained on, half of them randomised", least=0, below=1)
+    weight: Literal["elbo", "mean"] = flag("mean", "weight of a hole in the loss: the bound's, or all equal")
+    prompt_len: flags.Span = flag(
+        flags.Span(0, 16), "leading tokens that are never masked: N, or M to N at random (M:N)"
+    )
     attention: flags.Attention = flag(flags.Attention("canvas"), "canvas, shifted, block:K, or causal (GPT)")
     # model
     n_layer: int = flag(4, "layers", least=1)
@@ -71,14 +81,14 @@ class TrainConfig:
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", least=1)
     grad_checkpoint: bool = flag(False, "recompute layers in the backward pass, to save memory")
     optimizer: Literal["muon", "adamw"] = flag("muon", "muon: for the layers' matrices, with AdamW for the rest")
-    lr: float = flag(0.01, "highest learning rate", above=0)
+    lr: float = flag(0.01, "peak learning rate", above=0)
     beta2: float = flag(0.95, "AdamW: decay of the squared gradient's average", above=0, below=1)
-    warmup: float = flag(0.03, "fraction of the run in which lr rises; then it falls to 0", least=0, below=1)
+    warmup: float = flag(0.03, "fraction of the run over which lr rises; then it falls to 0", least=0, below=1)
     weight_decay: float = flag(0.1, "decoupled weight decay, on matrices", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0 for no clipping", least=0)
     max_iters: int | None = flag(None, "steps to train for", least=1)
     epochs: float | None = flag(None, "passes over the training split to train for", above=0)
-    max_minutes: float | None = flag(None, "minutes to train for (10, without another limit)", above=0)
+    max_minutes: float | None = flag(None, "minutes to train for (10 if there is no other limit)", above=0)
     # output
     evals: int = flag(8, "evaluations over the run, evenly spaced, each with a checkpoint", least=1)
     keep: int = flag(0, "keep the last N of these checkpoints, as step-NUMBER.pt", least=0)
@@ -86,11 +96,9 @@ class TrainConfig:
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "precision of matrix products; with --eval_only of weights that the file holds in it, too"
-    )
+    dtype: flags.Dtype = flag("auto", "precision of matrix products; with --eval_only also of weights stored in it")
     compile: bool = flag(False, "torch.compile the model")
-    shard: bool = flag(False, "under torchrun: each process holds a part of each tensor")
+    shard: bool = flag(False, "under torchrun: split each tensor over the processes")
     seed: int = flag(0, "for weights, batches, levels and masks", least=0, most=2**32)
 
 
@@ -98,10 +106,10 @@ class TrainConfig:
 
 
 def draw_levels(level, B, n, generator):
-    """Draw noise levels t in (0, 1] for n segments of each of B texts: (B, n).
+    """Draw a noise level t in (0, 1] for each of n parts of B texts: (B, n). Parts are independent.
 
-    Levels are stratified over the batch: spread evenly over (0, 1] with a random offset, so that every batch covers
-    all of them. That lowers the variance of the loss and leaves its mean unchanged. Segments are independent.
+    Levels are stratified over the batch: spread evenly over (0, 1] with a random offset, so every batch covers the
+    whole range. That lowers the variance of the loss and leaves its mean unchanged.
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
     t = t.gather(0, torch.rand(B, n, generator=generator).argsort(0))  # shuffled
@@ -129,9 +137,9 @@ def corrupt(x0, rate, maskable, u, mask_id):
 def hole_weights(weight, rate, slope, holes, maskable):
     """The weight of each hole in the loss, (B, T).
 
-    elbo: slope/rate, which is 1/t for uniform rates, divided by the number of maskable tokens. For uniform levels the
+    elbo: slope/rate, which is 1/t where the rate is t, divided by the number of maskable tokens. For uniform levels the
     expected loss is then the bound in nats per token (2502.09992, eq. 3), and for grid:N it is D3PM's N-step bound.
-    mean: the plain average over the holes of the batch. With one level per batch a hole then counts about 1/t, too.
+    mean: the plain average over the holes of the batch. With --one_level this is about 1/t as well.
     """
     if weight == "elbo":
         return slope / (rate.clamp(min=1e-12) * maskable.sum().clamp(min=1))
@@ -139,7 +147,7 @@ def hole_weights(weight, rate, slope, holes, maskable):
 
 
 def loss_of(model, x0, xt, holes, weights):
-    """The loss of each text, (B,), in nats: the weighted cross-entropy of its holes. Only holes need logits."""
+    """The loss of each text, (B,), in nats: the weighted cross-entropy of its holes."""
     logits = model(xt, where=holes, clean=x0)  # (N, V)
     loss = torch.zeros_like(weights)  # (B, T)
     loss[holes] = weights[holes] * fast.cross_entropy(logits, x0[holes])
@@ -147,7 +155,7 @@ def loss_of(model, x0, xt, holes, weights):
 
 
 def which_maskable(x0, prompt_len, special_ids):
-    """Which tokens of x0 (B, T) may be masked, bool: none of the first prompt_len (B, 1), and no special ones."""
+    """Mark the tokens of x0 (B, T) that may be masked: not the first prompt_len (B, 1), and no special ones."""
     special = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype))
     return ~special & (torch.arange(x0.shape[1]) >= prompt_len)
 
@@ -155,10 +163,10 @@ def which_maskable(x0, prompt_len, special_ids):
 def draw_batch(split, config, generator, model_config, level=None, rates=uniform_rates):
     """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: by default config's.
 
-    Each segment has a noise level of its own. It is the whole text, or a block of a model that writes in blocks.
+    Each segment has a noise level of its own: the text, a block, or (with weight mean) the tokens of one kind.
     """
     B, T, level = config.batch_size, config.context, level or config.level
-    x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T), (B, 1)
+    x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T); (B, 1), of examples the prompt's length
     lengths = torch.tensor(noise.segment_lengths(model_config, T, config.weight))
     shape = (1, 1) if config.one_level else (B, len(lengths))
     t = draw_levels(level, *shape, generator).expand(B, len(lengths)).repeat_interleave(lengths, 1)  # (B, T)
@@ -167,35 +175,36 @@ def draw_batch(split, config, generator, model_config, level=None, rates=uniform
     rate, slope = rates(t, x0)
     xt, holes = corrupt(x0, rate, maskable, torch.rand(B, T, generator=generator), model_config.mask_id)
     weights = hole_weights(config.weight, rate, slope, holes, maskable)
-    if config.visible:
+    if config.visible:  # from here on, holes are all trained positions
         xt, holes, weights = noise.with_visible(x0, xt, holes, maskable, config.visible, model_config, generator)
     return x0, xt, holes, weights
 
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The expected loss with weight elbo is the bound. To measure it, holes and weights are drawn in another way, which has
-# the same expectation and less variance, whatever one trained with. The bound of a text written in blocks is the sum
-# of its blocks' bounds. A block of one token is always a hole, so its bound is exact. Levels are stratified over
-# STRATA texts at a time: enough to remove most variance, few enough to leave many groups for a standard error.
+# The expected loss with weight elbo is the bound (NELBO). Measuring it draws holes and weights in another way, with the
+# same expectation and less variance, whatever one trained with. The bound of a text written in blocks is the sum of
+# its blocks' bounds. A block of one token is always a hole, so its bound is exact. Levels are stratified over STRATA
+# texts at a time: enough to remove most variance, few enough to leave many groups for report.standard_error.
 
 STRATA = 16
 
 
 def exact_holes(x0, maskable, t, generator, K):
-    """Draw holes at levels t, and their weights, (B, T) each, without the variance of 1/t (2502.09992, eq. 6).
+    """Draw holes at levels t, and their weights, without the variance of 1/t (2502.09992, eq. 6).
 
-    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes. Each has weight M/k.
+    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes. Each has weight M/k, which makes
+    the loss nats per text.
     """
     M = maskable.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, 1)  # (B, T)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
-    place = keys.unflatten(1, (-1, K)).argsort(2).argsort(2).flatten(1)  # in a random order of the block, from 0
+    place = keys.unflatten(1, (-1, K)).argsort(2).argsort(2).flatten(1)  # rank in a random order of its block
     k = (t * M).ceil()
     return maskable & (place < k), M / k.clamp(min=1)
 
 
 def grid_holes(x0, maskable, t, generator, K):
-    """The same for levels of grid:N. The mean over them is the sum of D3PM's N steps (2107.03006)."""
+    """The same for levels of grid:N. Averaged over t, the loss is the sum of D3PM's N steps (2107.03006)."""
     return maskable & (torch.rand(x0.shape, generator=generator) < t), 1 / t
 
 
@@ -203,15 +212,15 @@ def grid_holes(x0, maskable, t, generator, K):
 def sequence_bounds(
     model, tokens, prompt_len=0, draws=1, batch_size=None, seed=0, level=UNIFORM, rate=flags.Rate("t"), strata=STRATA
 ):
-    """Estimate the NELBO of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable, (N,).
+    """Estimate the bound of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable, (N,).
 
     It is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524). For grid:N it
-    is D3PM's, t one of 1/N .. 1. Draws are independent of each other. The same seed gives the same numbers.
+    is D3PM's, t one of 1/N .. 1. The same seed gives the same numbers.
     """
     (N, T), K = tokens.shape, model.config.block or tokens.shape[1]
     if T % K:
         raise ValueError(f"{T} tokens can't be cut into blocks of {K}; cut the text to a multiple")
-    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)
+    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # one of these, or slanted
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     t = torch.cat([draw_levels(level, n, T // K, generator) for n in sizes]).repeat_interleave(K, 1)  # (draws * N, T)
@@ -222,17 +231,17 @@ def sequence_bounds(
         x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
         holes, weights = draw_holes(x0, counted, t[rows], generator, K)
         xt = x0.masked_fill(holes, model.config.mask_id)
-        nats.append(processes.share_rows(loss_of, model, x0, xt, holes, weights))
+        nats.append(processes.share_rows(loss_of, model, x0, xt, holes, weights))  # each process does some rows
     model.train(was_training)
     return processes.total(torch.cat(nats)).cpu().double().view(draws, N), maskable.sum(1)
 
 
-def nelbo(model, tokens, **settings):
-    """Estimate the negative evidence lower bound of texts (N, T), in nats per token; settings as above.
+def nelbo(model, tokens, **options):
+    """Estimate the negative evidence lower bound of texts (N, T), in nats per token.
 
     With uniform levels it equals the mean negative log-likelihood over all orders of generation (2406.03736).
     """
-    nats, n_maskable = sequence_bounds(model, tokens, **settings)
+    nats, n_maskable = sequence_bounds(model, tokens, **options)
     return (nats.mean(0).sum() / n_maskable.sum()).item()
 
 
@@ -240,7 +249,7 @@ def nelbo(model, tokens, **settings):
 
 
 def learning_rate(config, progress):
-    """Rises over the first `warmup` of the run, then falls to 0 at its end, both linearly."""
+    """Rises linearly over the first `warmup` of the run, then falls linearly to 0."""
     rise = max(progress, 0.001) / config.warmup if progress < config.warmup else 1.0  # the first step moves, too
     return config.lr * min(1.0, rise, (1 - progress) / (1 - config.warmup))
 
@@ -253,12 +262,12 @@ def widened(config, progress):
 
 
 def update(run, batch):
-    """Make one optimizer step on a batch: its loss in nats, and the gradient's norm.
+    """Take one optimizer step on a batch; return its loss in nats and the gradient's norm.
 
-    They are zero-dimensional tensors; calling .item() on them synchronises.
+    Both are zero-dimensional tensors; calling .item() on them synchronises.
     """
     loss, lr = 0.0, learning_rate(run.config, run.progress())
-    for x0, xt, holes, weights in run.micro_batches(batch):
+    for x0, xt, holes, weights in run.micro_batches(batch):  # weights are the batch's, so the parts add up
         with run.precision:
             part = loss_of(run.network, x0, xt, holes, weights).sum()
         run.scaler.scale(part).backward()
@@ -274,13 +283,13 @@ def update(run, batch):
     return loss, norm
 
 
-def train(run, split, val, log, rates, came):
-    """Train on a split until the run ends or a signal came. val: windows to evaluate, and their prompts' lengths."""
+def train(run, split, val, log, rates, signals):
+    """Train on a split until the run ends or a signal arrives. val: windows to evaluate, and their prompt lengths."""
     config, stopped = run.config, False
     while not stopped and run.progress() < 1:
         level = widened(config, run.progress())
         loss, norm = update(run, draw_batch(split, config, run.generator, run.model.config, level, rates))
-        stopped = run.tick(bool(came))  # reads the clock
+        stopped = run.tick(bool(signals))  # reads the clock
         nats = evaluate(run, *val) if run.evaluation_is_due() else None
         log.step(loss, norm, nats, stopped)
         if nats is not None:
@@ -289,7 +298,7 @@ def train(run, split, val, log, rates, came):
 
 
 def evaluate(run, tokens, own_prompt):
-    """The bound of windows (N, T) in nats per token, after prompts of --prompt_len and of their own."""
+    """The bound of windows (N, T), in nats per token, without their own prompts and --prompt_len."""
     config = run.config
     with run.precision:
         return nelbo(
@@ -300,25 +309,23 @@ def evaluate(run, tokens, own_prompt):
 def main():
     given = flags.parse(TrainConfig, __doc__.splitlines()[0])
     config, model, tokenizer, checkpoint = settings.settle(given, TrainConfig, METHODS, load_checkpoint)
-    settings.check_training(config)
+    settings.check_training(config)  # model, tokenizer and checkpoint are None when training from scratch
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
     if model is None:
         model = Transformer(settings.model_config(Transformer.Config, config, corpus_tokenizer))
     config, template = settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
-    run = training.Run(config, model, None, meta, corpus_tokenizer, template)
+    run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=template)
     if config.eval_only:
         return report.print_bound(run, sequence_bounds, val_split, meta["val"])
     val = report.validation_windows(val_split, config)
-    rates = uniform_rates
-    if config.rate.kind != "t":
-        rates = noise.rates_of(config.rate, model.config, meta["occurrences"])
-    with training.underway(run, checkpoint) as came, report.Report(run, denoise, val, meta) as log:
+    rates = noise.rates_of(config.rate, uniform_rates, model.config, meta["occurrences"])
+    with training.underway(run, checkpoint) as signals, report.Report(run, denoise, val, meta) as log:
         if config.compile:
             batch = draw_batch(train_split, config, torch.Generator(), model.config)
             run.compile_ahead(batch, loss_of, lambda: evaluate(run, *val), log.sample)
-        train(run, train_split, val, log, rates, came)
-    run.end(came, "train.py")
+        train(run, train_split, val, log, rates, signals)
+    run.end(signals, "train.py")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ A token is a vector e, as long as any other. At its noise level t in [0, 1] the 
 and predicts the token, with cross-entropy, told the level and half of the time its own last guess. The
 denoiser begins with noise, moves all vectors towards what is expected, a little at each step, and rounds them
 to tokens at the end: none is set before, so that there are no orders. Layers, levels, optimizers and the run
-are train.py's; levels that depend on the position (--slant) are AR-Diffusion's own kind (2305.09515).
+are train.py's; levels that depend on the position (--rate slant:W) are AR-Diffusion's own kind (2305.09515).
 
     python tests/gauss.py train --max_minutes 10         # into out-gauss
     python tests/gauss.py bound                          # of its validation split
     python tests/gauss.py sample --prompt "def "
 """
 
-import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,21 +27,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.lib.checkpoint import read_checkpoint
-from data.lib.corpus import load_corpus, n_windows, windows_at
-from data.lib.errors import Mistake, command, signals
+from data.lib.corpus import load_corpus, random_windows, spaced_windows
+from data.lib.errors import Mistake, command
 from data.lib.fast import Linear, cross_entropy
-from data.lib.files import alone_in
-from data.lib.flags import Level, argument, flag, from_plain, parse
+from data.lib.flags import Level, Rate, argument, flag, parse
 from data.lib.history import inert
 from data.lib.machine import autocast, device_of, pick_device
+from data.lib.noise import slanted_rate
 from data.lib.prompt import make_canvas
-from data.lib.report import Report
-from data.lib.settings import SHAPE, check_training, check_unused, with_canvas
+from data.lib.report import Report, bits_per_byte, standard_error, text_share, validation_windows
+from data.lib.settings import check_training, model_config, settle
 from data.lib.tokenizer import tokenizer_from_state
-from data.lib.training import Run
+from data.lib.training import Run, underway
 from model import ModelConfig, Transformer
 from sample import draw
-from train import Bound, TrainConfig, bits_per_byte, draw_levels, mask_rates, train, which_maskable, windows
+from train import METHODS, TrainConfig, draw_levels, update, which_maskable, widened
 
 WIDTH = 16  # D, of a token's vector, as in Plaid (2305.18619)
 LENGTH = 2.0  # of all vectors: most is learned about a byte around t = 1/2, where the levels of a bell are
@@ -56,7 +54,7 @@ def levels_at(t, noisy, slant=0.0):
     """Level of each token at the text's level t (B, 1): (B, T), 0 where noisy (B, T) is False, in a prompt.
     They are train.py's rates: there a token is masked with this probability, here all are noised this much.
     """
-    levels = mask_rates(t, noisy.shape[1], slant)
+    levels = slanted_rate(t, slant, noisy.shape[1], noisy.shape[1])
     return levels.masked_fill(~noisy | (levels < LEAST), 0.0)
 
 
@@ -84,6 +82,8 @@ def corrupt(vectors, levels, generator=None):
 class Gauss(Transformer):
     """A Transformer that reads vectors with noise, their levels, and a guess at what they were."""
 
+    family = "gauss"
+
     def __init__(self, config):
         super().__init__(config)
         # On a sphere: cross-entropy would let them grow until no noise can hide them (2211.15089).
@@ -102,9 +102,9 @@ class Gauss(Transformer):
         alpha, sigma = scales(levels)
         waves = torch.cos(torch.pi * levels[..., None] * torch.arange(WIDTH, device=z.device))
         x = self.read_in(torch.cat((z, guess, waves), 2))  # (B, T, C)
-        sight, positions = self.sight(0, z.shape[1], None, z.device)
+        layout, positions = self.plan(0, z.shape[1], None, z.device)
         for layer in self.layers:
-            x = layer(x, sight)
+            x = layer(x, layout)
         # What z itself says of its token, log N(z; alpha e, sigma^2), but for what all tokens share: the
         # network has to say only what the others say of it (2305.18619).
         with torch.autocast(z.device.type, enabled=False):
@@ -128,15 +128,14 @@ class Gauss(Transformer):
 
 
 def draw_batch(split, config, generator, special_ids, level):
-    """A batch as train.py's train takes it: x0, levels, which tokens have a loss, and what each counts, the
+    """A batch as train.py's update takes it: x0, levels, which tokens have a loss, and what each counts, the
     mean over these; (B, T) each.
     """
     B, T = config.batch_size, config.context
-    places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
-    x0, own_prompt = map(torch.from_numpy, windows_at(split, places.numpy(), T))  # (B, T), (B, 1)
+    x0, own_prompt = random_windows(split, B, T, generator)  # (B, T), (B, 1)
     prompt_len = torch.randint(config.prompt_len.low, config.prompt_len.high + 1, (B, 1), generator=generator)
     noisy = which_maskable(x0, own_prompt + prompt_len, special_ids)
-    levels = levels_at(draw_levels(level, B, generator), noisy, config.slant)
+    levels = levels_at(draw_levels(level, B, 1, generator), noisy, config.rate.value)
     lost = levels > 0
     return x0, levels, lost, lost / lost.sum().clamp(min=1)
 
@@ -154,6 +153,7 @@ def draw_batch(split, config, generator, special_ids, level):
 # here by two passes, of which the first makes the guess. This is the bound of a denoiser that makes both.
 
 STEPS = 10_000  # of the bound: some 0.001 nats above its limit
+BATCH = 64  # texts of a pass of the bound
 
 
 def step_nats(model, x0, levels, following, generator=None):
@@ -171,26 +171,28 @@ def step_nats(model, x0, levels, following, generator=None):
 
 
 @torch.no_grad()
-def bound(model, tokens, prompt_len=0, steps=STEPS, slant=0.0, draws=1, batch_size=64, seed=0):
-    """Negative evidence lower bound of tokens (N, T) int64, in nats per token, a Bound. A draw sees one step
-    of each sequence, stratified over a batch, and counts it as many times as there are steps.
+def sequence_bounds(model, tokens, prompt_len=0, steps=STEPS, slant=0.0, draws=1, seed=0):
+    """Estimate the negative evidence lower bound of texts (N, T) int64: nats (draws, N), and how many tokens
+    have noise, (N,). A draw sees one step of each text and multiplies its cost by the number of steps, which
+    are stratified over BATCH texts at a time.
     """
     generator, device = torch.Generator().manual_seed(seed), device_of(model)
     noisy = which_maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
-    was_training, sums = model.training, []
+    was_training, nats = model.training, []
     model.eval()
-    for rows in list(torch.arange(len(tokens)).split(batch_size)) * draws:
-        t = draw_levels(Level("grid", steps), len(rows), generator)  # (B, 1)
-        t = t[torch.randperm(len(rows), generator=generator)]  # neighbours in a text are alike
+    for rows in list(torch.arange(len(tokens)).split(BATCH)) * draws:
+        t = draw_levels(Level("grid", steps), len(rows), 1, generator)  # (B, 1)
         batch = tokens[rows], *(levels_at(level, noisy[rows], slant) for level in (t, t - 1 / steps))
-        nats = step_nats(model, *(tensor.to(device) for tensor in batch), generator)  # (B, T)
-        sums.append(steps * nats.double().sum().item() / noisy.sum().item())
+        costs = step_nats(model, *(tensor.to(device) for tensor in batch), generator)  # (B, T)
+        nats.append(steps * costs.cpu().double().sum(1))
     model.train(was_training)
-    sums = torch.tensor(sums).view(draws, -1)  # (draws, batches)
-    found = Bound(sums.mean(0).sum())
-    if draws > 1:  # from how far the draws of a batch are apart
-        found.error = (sums.var(0).sum() / draws).sqrt().item()
-    return found
+    return torch.cat(nats).view(draws, -1), noisy.sum(1)
+
+
+def bound(model, tokens, **settings):
+    """The bound of texts (N, T) in nats per token; settings as above."""
+    nats, n_noisy = sequence_bounds(model, tokens, **settings)
+    return (nats.mean(0).sum() / n_noisy.sum()).item()
 
 
 # --- the denoiser --------------------------------------------------------------------------------
@@ -236,8 +238,8 @@ def denoise(model, canvas, steps=128, slant=0.0, seed=0):
 
 WHAT = "train", "bound", "sample"
 OF_MASKS = {  # flags of train.py that have no meaning here, or were not tried
-    *("attention", "compile", "eval_only", "grad_checkpoint", "norm", "one_level", "open_steps", "position"),
-    *("shard", "spindle", "visible", "weight"),
+    *("attention", "compile", "eval_only", "grad_checkpoint", "method", "one_level"),
+    *("shard", "visible", "weight"),
 }
 
 
@@ -251,11 +253,11 @@ class GaussConfig(TrainConfig):
     steps: int | None = flag(None, f"denoising steps (sample: 128, bound: {STEPS})", least=1)
 
 
-def load(path, device="cpu"):
-    """Read what train wrote: (model in eval mode, tokenizer, the whole dict)."""
+def load(path, device="cpu", keep=None, **changes):
+    """Read what train wrote: (model in eval mode, tokenizer, the whole dict). changes: fields of the config."""
     checkpoint = read_checkpoint(path)
     try:
-        model = Gauss(ModelConfig(**checkpoint["config"]))
+        model = Gauss(ModelConfig(**{**checkpoint["config"], **changes}))
         model.load_state_dict(checkpoint["model"])
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -263,89 +265,66 @@ def load(path, device="cpu"):
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def evaluate(model, precision, tokens, own_prompt, counts, prompt_len=0, **flags):
-    """The Bound of windows, and in bits per byte of their split, as train.py has it."""
-    with precision:
-        nats = bound(model, tokens, own_prompt + prompt_len, **flags)
-    return nats, bits_per_byte(nats, tokens, own_prompt, model.config.special_ids, counts)
-
-
-def write(model, precision, tokenizer, prompt="", **flags):
-    """A text that begins with a prompt, safe to show."""
-    T = model.config.context
-    canvases = make_canvas(prompt, suffix="", length=T, tokenizer=tokenizer, context=T)
-    was_training = model.training
-    with precision:
-        text = denoise(model.eval(), torch.tensor(canvases[:1]), **flags)
-    model.train(was_training)
-    return inert(tokenizer.decode(text[0].tolist()))
-
-
-def learn(config, given):
-    checkpoint = None
-    if config.init_from == "resume":
-        model, _, checkpoint = load(Path(config.out_dir) / "last.pt")
-        config = dataclasses.replace(from_plain(GaussConfig, checkpoint["train"]), **given)
-    config = with_canvas(config, given)
+def learn(given):
+    config, model, _, checkpoint = settle(given, GaussConfig, METHODS, load)
     check_training(config)
     train_split, val_split, tokenizer, meta = load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
-    shape = {name: getattr(config, name) for name in (*SHAPE, "context", "dropout")}
-    shape |= {"special_ids": tokenizer.special_ids, "kinds": tokenizer.kinds}
-    model_config = ModelConfig(tokenizer.vocab_size, tokenizer.mask_id, **shape)
-    if checkpoint is None:
-        check_unused(config.out_dir)
-        model = Gauss(model_config)
-    elif model.config != model_config:
-        raise Mistake(f"--init_from resume: the model in {config.out_dir} has another shape")
-    run = Run(config, model, pick_device(config.device), meta)
-    if checkpoint:
-        run.restore(checkpoint)
-    of_val = *windows(val_split, config.context, config.eval_tokens or 2**16), meta["val"]
-    report = Report(
-        run,
-        Path(config.out_dir),
-        "bound",
-        partial(evaluate, model, run.precision, *of_val, **run.bound_flags),
-        partial(write, model, run.precision, tokenizer, steps=64, slant=config.slant),
-        partial(run.save, tokenizer),
-    )
-    model.train()
+    if model is None:
+        model = Gauss(model_config(ModelConfig, config, tokenizer))
+    run = Run(config, model, None, meta, tokenizer)
+    tokens, own_prompt = val = validation_windows(val_split, config)
+    prompt_len, slant, special_ids = own_prompt + config.prompt_len.low, config.rate.value, model.config.special_ids
 
-    def batches():
-        while True:
-            yield draw_batch(train_split, config, run.generator, model.config.special_ids, run.level())
+    def sampler(model, canvas, steps, temperature):
+        yield denoise(model, canvas, steps, slant)
 
-    with signals() as came, alone_in(config.out_dir), report:
-        for loss, norm in train(run, batches()):
-            if report(loss, norm, bool(came)):
-                break
-        if run.progress() < 1:
-            run.save(tokenizer)
+    with underway(run, checkpoint) as came, Report(run, sampler, val, meta) as log:
+        stopped = False
+        while not stopped and run.progress() < 1:
+            level = widened(config, run.progress())
+            loss, norm = update(run, draw_batch(train_split, config, run.generator, special_ids, level))
+            stopped, nats = run.tick(bool(came)), None
+            if run.evaluation_is_due():
+                with run.precision:
+                    nats = bound(model, tokens, prompt_len=prompt_len, slant=slant)
+            log.step(loss, norm, nats, stopped)
+            if nats is not None:
+                run.save(nats)
+                log.evaluation(nats)
     run.end(came, "tests/gauss.py train")
 
 
 def main():
     given = parse(GaussConfig, __doc__.splitlines()[0])
+    config = GaussConfig(**given)
     for name in OF_MASKS & given.keys():
         raise Mistake(f"--{name} {given[name]}: not with Gaussian noise")
-    config = GaussConfig(**given)
+    if config.rate.kind == "spindle":
+        raise Mistake(f"--rate {config.rate}: not with Gaussian noise")
     if config.what == "train":
-        return learn(config, given)
+        return learn(given)
     device = pick_device(config.device)
     precision = autocast(device, config.dtype)
     model, tokenizer, checkpoint = load(config.ckpt, device)
-    flags = {"slant": checkpoint["train"]["slant"], "seed": config.seed}
+    trained, T = checkpoint["train"], model.config.context
+    slant = Rate.from_text(trained["rate"]).value
     if config.what == "sample":
-        return print(write(model, precision, tokenizer, config.prompt, steps=config.steps or 128, **flags))
-    name, T, flags["steps"] = checkpoint["train"]["data"], model.config.context, config.steps or STEPS
-    _, val_split, _, meta = load_corpus(name, T)
-    tokens, own_prompt = windows(val_split, T, config.eval_tokens or len(val_split))
-    draws = 1 + math.ceil(256 / len(tokens))  # two for 256 windows, to show the error
-    nats, bits = evaluate(model, precision, tokens, own_prompt, meta["val"], draws=draws, **flags)
+        canvas = torch.tensor([make_canvas(config.prompt, suffix="", length=T, tokenizer=tokenizer, context=T)])
+        with precision:
+            text = denoise(model, canvas, config.steps or 128, slant, config.seed)
+        return print(inert(tokenizer.decode(text[0].tolist())))
+    _, val_split, _, meta = load_corpus(trained["data"], T)
+    tokens, own_prompt = map(torch.from_numpy, spaced_windows(val_split, T, config.eval_tokens or len(val_split)))
+    steps, draws = config.steps or STEPS, 1 + math.ceil(256 / len(tokens))  # two for 256 windows, to show the error
+    with precision:
+        bounds, n_noisy = sequence_bounds(model, tokens, own_prompt, steps, slant, draws, config.seed)
+    nats = (bounds.mean(0).sum() / n_noisy.sum()).item()
+    bits = bits_per_byte(nats, text_share(tokens, own_prompt, model.config.special_ids), meta["val"])
     print(
-        f"{name}: bound in {flags['steps']:,} steps {nats:.4f} nats per token (standard error "
-        f"{nats.error:.4f}), {bits:.4f} bits per byte; {tokens.numel():,} validation tokens, {draws} draws"
+        f"{trained['data']}: bound in {steps:,} steps {nats:.4f} nats per token (standard error "
+        f"{standard_error(bounds, n_noisy, BATCH):.4f}), {bits:.4f} bits per byte; {tokens.numel():,} "
+        f"validation tokens, {draws} draws"
     )
 
 

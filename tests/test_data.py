@@ -153,9 +153,13 @@ def test_a_corpus_that_is_missing_or_broken_is_named(tmp_path, data_folder):
         file.write(b"xx")
     with pytest.raises(Mistake, match="not a whole corpus"):
         load_corpus("mine")
-    (data_folder / "mine" / "meta.json").write_text("{}")
-    with pytest.raises(Mistake, match="not a whole corpus"):
-        load_corpus("mine")
+    path = data_folder / "mine" / "meta.json"
+    meta = json.loads(path.read_text())
+    for wrong in ({}, {**meta, "occurrences": None}, {**meta, "val": {**meta["val"], "sha256": None}}):
+        write_corpus("mine", [("train", "abc"), ("val", "d")], ByteTokenizer(), "test")
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(Mistake, match="not a whole corpus"):
+            load_corpus("mine")
 
 
 # --- the standard library ------------------------------------------------------------------------

@@ -10,7 +10,20 @@ import pytest
 import test_roberta
 import torch
 import torch.nn as nn
-from gauss import LENGTH, Gauss, bound, corrupt, denoise, levels_at, move, scales, snr, step_nats
+from gauss import (
+    BATCH,
+    LENGTH,
+    Gauss,
+    bound,
+    corrupt,
+    denoise,
+    levels_at,
+    move,
+    scales,
+    sequence_bounds,
+    snr,
+    step_nats,
+)
 from numpy.polynomial.hermite_e import hermegauss
 from test_commands import assert_same, stopped_in
 from toys import all_texts, chi_square_p, make_book
@@ -19,9 +32,10 @@ import data.digits.prepare as digits
 import data.lib.corpus
 import sample
 from data.lib.checkpoint import read_checkpoint
+from data.lib.noise import slanted_rate
+from data.lib.report import standard_error
 from data.lib.tokenizer import GREYS
 from model import ModelConfig
-from train import mask_rates
 
 SMALL = "--data book --n_layer 1 --n_embd 16 --n_head 1 --context 32 --batch_size 4 --eval_tokens 64"
 run, mistake = test_roberta.run, test_roberta.mistake
@@ -99,7 +113,7 @@ def test_levels_of_tokens_are_the_rates_of_masks():
     assert levels_at(t, noisy).equal(t.expand(3, 9))
     slanted = levels_at(t, noisy, slant=1.0)
     assert slanted[1].allclose(torch.linspace(0, 1, 9).masked_fill(torch.arange(9) == 0, 0))
-    assert slanted.equal(mask_rates(t, 9, 1.0))
+    assert slanted.equal(slanted_rate(t, 1.0, 9, 9))
     assert slanted[0].count_nonzero() == 4
     assert slanted[2].equal(torch.ones(9))
     assert not levels_at(t, torch.arange(9).expand(3, 9) > 3)[:, :4].any()
@@ -168,13 +182,11 @@ def texts_of(joint, n=2000):
 @pytest.mark.parametrize("slant", [0.0, 0.5])
 def test_bound_is_estimated_without_bias_and_its_error_is_honest(slant):
     model, texts, flags = Posterior(JOINT), texts_of(JOINT), {"steps": 16, "slant": slant, "draws": 4}
-    found, exact = (
-        [bound(model, texts, seed=i, **flags) for i in range(10)],
-        exact_bound(model, 16, slant) / 2,
-    )
-    deviations = torch.tensor([x - exact for x in found])
-    assert abs(deviations.mean()) < 4 * found[0].error / 10**0.5
-    assert 0.4 < deviations.square().mean().sqrt() / np.mean([x.error for x in found]) < 2.5
+    found = [bound(model, texts, seed=i, **flags) for i in range(10)]
+    errors = [standard_error(*sequence_bounds(model, texts, seed=i, **flags), BATCH) for i in range(10)]
+    deviations = torch.tensor(found) - exact_bound(model, 16, slant) / 2
+    assert abs(deviations.mean()) < 4 * errors[0] / 10**0.5
+    assert 0.4 < deviations.square().mean().sqrt() / np.mean(errors) < 2.5
     assert found[3] == bound(model, texts, seed=3, **flags)
 
 
@@ -182,8 +194,9 @@ def test_bound_is_estimated_without_bias_and_its_error_is_honest(slant):
 def test_a_prompt_is_seen_and_not_counted():
     """The second token after the first: the bound falls to its entropy given the other."""
     given = entropy(JOINT) - entropy(JOINT.sum(1))
-    found = bound(Posterior(JOINT), texts_of(JOINT), prompt_len=1, steps=256, draws=8)
-    assert found == pytest.approx(given, abs=4 * found.error + 0.01)
+    found = sequence_bounds(Posterior(JOINT), texts_of(JOINT), prompt_len=1, steps=256, draws=8)
+    nats = bound(Posterior(JOINT), texts_of(JOINT), prompt_len=1, steps=256, draws=8)
+    assert nats == pytest.approx(given, abs=4 * standard_error(*found, BATCH) + 0.01)
 
 
 # --- the denoiser --------------------------------------------------------------------------------
@@ -291,7 +304,7 @@ def all_of(folder):
 
 
 def test_resume_is_bitwise_identical(tmp_path, run):
-    flags = f"train {SMALL} --max_iters 8 --evals 2 --slant 1 --dropout 0.1 --log_every 1 --out_dir"
+    flags = f"train {SMALL} --max_iters 8 --evals 2 --rate slant:1 --dropout 0.1 --log_every 1 --out_dir"
     run(*flags.split(), tmp_path / "whole", main=gauss.main)
     with stopped_in(5, gauss):
         run(*flags.split(), tmp_path / "halves", main=gauss.main)
@@ -326,10 +339,11 @@ def test_mistakes_are_one_sentence(tmp_path, run, mistake):
     for flags, words in (
         (f"sample {ckpt} --order left", "--order"),
         (f"sample {ckpt} --steps 0", "--steps 0"),
-        (f"train {SMALL} --spindle 1", "--spindle 1.0"),
+        (f"train {SMALL} --rate spindle:1", "--rate spindle:1"),
+        (f"train {SMALL} --method mdlm", "--method mdlm"),
         (f"train {SMALL} --out_dir {tmp_path}/out", "there is a run in it"),
         ("train --data digits --context 64", "--context 64"),
-        (f"train --init_from resume --max_iters 2 --out_dir {tmp_path}/out --n_layer 2", "another shape"),
+        (f"train --init_from resume --max_iters 2 --out_dir {tmp_path}/out --n_layer 2", "--n_layer 2: the model in"),
         (f"bound --ckpt {tmp_path}/no.pt", "not a checkpoint"),
     ):
         assert words in mistake(*flags.split(), main=gauss.main)

@@ -8,6 +8,8 @@ import types
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 # What a bound of flag() demands of a value, and how to say so.
 BOUNDS = {
     "least": (operator.ge, "at least"),

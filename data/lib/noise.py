@@ -22,8 +22,8 @@ def segment_lengths(model_config, T, weight):
     return [K] * (T // K)
 
 
-def rates_of(rate, model_config, occurrences=None):
-    """The function rates(t, x0) -> (rate, slope), (B, T) each, of a Rate that is not `t`.
+def rates_of(rate, uniform_rates, model_config, occurrences=None):
+    """The function rates(t, x0) -> (rate, slope), (B, T) each, of a Rate. uniform_rates: that of `t`.
 
     slant:W masks the right end of each block first, so it is written last (the idea of AR-Diffusion,
     2305.09515, in mask form). spindle:W masks tokens of much information first (DiffusionBERT, 2211.15029);
@@ -41,7 +41,7 @@ def rates_of(rate, model_config, occurrences=None):
         information = relative_information(x0.unflatten(1, (-1, K)), token_nats).flatten(1)  # (B, T)
         return (t + rate.value * torch.sin(torch.pi * t) * information).clamp(0, 1), 1.0
 
-    return {"slant": slanted, "spindle": spindled}[rate.kind]
+    return {"t": uniform_rates, "slant": slanted, "spindle": spindled}[rate.kind]
 
 
 def slanted_rate(t, slant, K, T):

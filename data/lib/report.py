@@ -68,7 +68,8 @@ class Report:
             return
         # A process has the loss of its share, times the number of processes.
         loss, norm = total(loss.clone()).item() / size(), norm.item()
-        speed = self.tokens / (time.perf_counter() - self.last)
+        now = time.perf_counter() if nats is None else run.paused
+        speed = self.tokens / (now - max(self.last, run.began))  # compiling comes before it
         self.check(loss, norm, nats)
         if logs:
             lr = run.optimizer.param_groups[0]["lr"]

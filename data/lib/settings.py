@@ -11,6 +11,7 @@ from data.lib.chat import Chat
 from data.lib.corpus import canvas_len
 from data.lib.errors import Mistake
 from data.lib.flags import Attention, Level, Rate, Span, from_plain
+from data.lib.machine import pick_device
 from data.lib.picture import check_path
 from data.lib.processes import size
 from data.lib.prompt import MASK_TAG, MOST, check_prompts
@@ -59,7 +60,7 @@ def settle(given, config_class, methods, load_checkpoint):
     method = {name: getattr(from_plain(config_class, method), name) for name in method}
     config = config_class(**{**method, **given})
     if config.init_from == "scratch":
-        return with_canvas(without_noise(one_block(config), given), given), None, None, None
+        return without_noise(one_block(with_canvas(config, given)), given), None, None, None
     resume = config.init_from == "resume"
     path = Path(config.out_dir) / "last.pt" if resume else Path(config.init_from)
     changes = {"dropout": given["dropout"]} if "dropout" in given else {}
@@ -75,9 +76,6 @@ def settle(given, config_class, methods, load_checkpoint):
     if "attention" in given:
         given = {**given, "attention": attention}
     if attention != before and not resume:
-        if tokenizer.kinds and model.config.learned_positions and shifted:
-            reason = f"the table of positions in {path} has none for a token more than its canvas"
-            raise Mistake(f"--attention {attention}: {reason}")
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
         model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
     trained, longest = checkpoint.get("train", {}), model.config.context
@@ -92,7 +90,7 @@ def settle(given, config_class, methods, load_checkpoint):
         "attention": str(attention_of(model.config)),
         **shape,
     }
-    if resume or config.eval_only:
+    if resume and not config.eval_only:  # the run has its flags already
         method = {}
     try:  # flags win over the model, the model over the method, and the method over the defaults
         config = from_plain(config_class, {**kept, **model_fields})
@@ -105,6 +103,8 @@ def settle(given, config_class, methods, load_checkpoint):
     for name, value in {**shape, **({"attention": before} if resume else {})}.items():
         if getattr(config, name) != value:
             raise Mistake(f"--{name} {getattr(config, name)}: the model in {path} has {value}")
+    if resume and "method" in given and config.method != trained.get("method", config.method):
+        raise Mistake(f"--method {config.method}: the run in {path} has {trained['method']}")
     if resume and not config.eval_only and config.data != trained.get("data", config.data):
         reason = f"the run in {path} reads {trained['data']}; --init_from {path} takes its model elsewhere"
         raise Mistake(f"--data {config.data}: {reason}")
@@ -138,8 +138,9 @@ def without_noise(config, given):
     for name in ("level", "one_level", "rate", "visible"):
         if given.get(name, Rate("t")) not in (Rate("t"), 0):
             raise Mistake(f"--{name} {given[name]}: with --attention {config.attention} each token is a hole")
+    config = dataclasses.replace(config, rate=Rate("t"), one_level=False)  # a method may have set them
     if config.eval_only:
-        return config
+        return dataclasses.replace(config, level=Level("uniform"))
     if "prompt_len" not in given and config.init_from != "resume":
         config = dataclasses.replace(config, prompt_len=Span(0, 0))
     # Every token is a hole at t = 1, where the weights elbo and mean are one number.
@@ -210,6 +211,7 @@ def check_training(config):
         raise Mistake("--shard: for several processes; `torchrun --nproc_per_node=N train.py` starts N")
     if config.init_from == "scratch" and config.n_embd % (2 * config.n_head):
         raise Mistake(f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
+    pick_device(config.device)  # before a corpus is made
     if config.attention.K and config.context % config.attention.K:
         raise Mistake(f"--attention {config.attention}: K must divide --context {config.context}")
     if config.prompt_len.high >= config.context:
@@ -240,14 +242,10 @@ def check_writing(config, given, prompts):
     own_pace = {"threshold", "entropy-bound"}  # orders that take as many steps as they need
     if set(config.order) <= own_pace and config.steps is not None:
         raise Mistake(f"--steps {config.steps}: --order {config.order[0]} takes as many steps as it needs")
-    if config.revise and own_pace & set(config.order):
-        raise Mistake("--revise: not with --order threshold or entropy-bound, which have no fixed number of steps")
     if config.chat:
         check_chat(config, given, prompts)
     else:
         check_prompts(prompts or [""], config.suffix, config.length or MOST)
-    if config.revise and "remask" in config.order:
-        raise Mistake("--revise: not with --order remask, which writes every token anew at each step")
     prompted = all(MASK_TAG.sub("", text) or config.suffix for text in prompts or [""])
     if config.guidance and not (prompted or config.chat):
         raise Mistake("--guidance: it needs a --prompt to heed")
@@ -283,7 +281,7 @@ def flags_for(config, given, path, model, canvases, all_causal):
         name = "suffix" if config.suffix else "prompt"
         raise Mistake(f"--{name}: the model in {path} fills holes without seeing what stands after them")
     if K == 1:
-        names = "order", "steps", "tau", "gamma", "block", "revise", "guidance"
+        names = "order", "steps", "tau", "gamma", "block", "guidance"
         wrong = [name for name in names if given.get(name, 0) not in (["left"], 0)]
         if wrong and all_causal:
             reason = "is causal and writes from the left, one token a step"
@@ -294,7 +292,7 @@ def flags_for(config, given, path, model, canvases, all_causal):
         raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
     if (config.block or 0) > W or (config.block == W < longest):
         raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time")
-    flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "revise", "guidance")}
+    flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
     return [{"order": order, **flags} for order in config.order]
 
 

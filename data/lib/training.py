@@ -52,8 +52,9 @@ class Run:
             self.corpus += [meta[split]["rows_sha256"] for split in SPLITS]
         self.template = template
         self.step, self.minutes, self.best = 0, 0.0, math.inf
-        # What the bound in nats that chooses ckpt.pt, `best`, was measured with.
-        self.bound_flags = {"prompt_len": config.prompt_len.low, "rate": str(config.rate)}
+        # What the bound in nats that chooses ckpt.pt, `best`, was measured with. A spindle has none of its own.
+        rate = "t" if config.rate.kind == "spindle" else str(config.rate)
+        self.bound_flags = {"prompt_len": config.prompt_len.low, "rate": rate}
         self.start_clock()
         self.evals_done = 0
 
@@ -68,7 +69,8 @@ class Run:
 
     def start_clock(self):
         """From now on the clock runs."""
-        self.start = time.perf_counter() - 60 * self.minutes
+        self.began = time.perf_counter()
+        self.start = self.began - 60 * self.minutes
 
     def tick(self, stopped=False):
         """Read the clock. Returns whether a process was told to stop; all of them go by the clock of one."""
@@ -78,7 +80,11 @@ class Run:
     def evaluation_is_due(self):
         """Whether one of the run's evaluations, which are spaced evenly, is due now; true once for each."""
         before, self.evals_done = self.evals_done, int(self.progress() * self.config.evals)
-        return self.evals_done > before
+        if self.evals_done == before:
+            return False
+        getattr(torch, self.device.type).synchronize()
+        self.paused = time.perf_counter()  # an evaluation is not part of the training speed
+        return True
 
     # --- a step ----------------------------------------------------------------------------------
 
@@ -134,7 +140,7 @@ class Run:
 
     def restore(self, state):
         """Go on from state; Mistake where that run cannot, or has come to its end."""
-        if state.get("corpus") != self.corpus:
+        if state.get("corpus", self.corpus) != self.corpus:
             raise Mistake(
                 f"--init_from resume: data/{self.config.data} has another text than when this run began; "
                 "prepare that again, or give the checkpoint's path, to take its model elsewhere"

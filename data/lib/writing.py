@@ -65,6 +65,13 @@ class Session:
         with torch.no_grad(), autocast(self.device, self.config.dtype):
             yield
 
+    def run(self, denoise, log_likelihood):
+        """Print a score, or write."""
+        if self.config.score is not None:
+            self.print_score(log_likelihood)
+        else:
+            self.write(denoise, log_likelihood)
+
     # --- writing ---------------------------------------------------------------------------------
 
     def write(self, denoise, log_likelihood):
