@@ -119,8 +119,7 @@ def denoise(
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
         2502.09992). By default the model's own blocks, or all of the canvas; or, if that is longer than the model's
         context, quarters of the context, which slides along. ValueError if K does not divide the model's blocks.
-    guidance: strength of classifier-free guidance by the prompt (2410.18514).
-    seeds: one for each row (0, 1, ..).
+    guidance: strength of classifier-free guidance by the prompt (2410.18514). seeds: one for each row (0, 1, ..).
     text (B, T), on the CPU: set the tokens of this text instead of drawing them.
     log_p (B, T) float32, on the CPU: receives the log probability, at temperature 1, of each token that is set, in nats.
     """

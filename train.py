@@ -112,7 +112,8 @@ def draw_levels(level, B, n, generator):
     whole range. That lowers the variance of the loss and leaves its mean unchanged.
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
-    t = t.gather(0, torch.rand(B, n, generator=generator).argsort(0))  # shuffled
+    shuffled = t[:, 1:].gather(0, torch.rand(B, n - 1, generator=generator).argsort(0))
+    t = torch.cat((t[:, :1], shuffled), 1)  # the first part stays in order: every k-th text covers all levels, too
     if level.kind == "bell":  # logit-normal: more middle levels, where there is most to learn (2605.13026)
         return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
     if level.kind == "grid":  # 1/N, 2/N, .. 1: the N steps of D3PM (2107.03006)
@@ -193,8 +194,7 @@ STRATA = 16
 def exact_holes(x0, maskable, t, generator, K):
     """Draw holes at levels t, and their weights, without the variance of 1/t (2502.09992, eq. 6).
 
-    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes. Each has weight M/k, which makes
-    the loss nats per text.
+    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes, of weight M/k: nats per text.
     """
     M = maskable.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, 1)  # (B, T)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
@@ -223,7 +223,9 @@ def sequence_bounds(
     draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # one of these, or slanted
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in tokens.split(strata)] * draws
-    t = torch.cat([draw_levels(level, n, T // K, generator) for n in sizes]).repeat_interleave(K, 1)  # (draws * N, T)
+    # Shuffled, because neighbours in a text are alike, and should not have neighbouring levels.
+    t = [draw_levels(level, n, T // K, generator)[torch.randperm(n, generator=generator)] for n in sizes]
+    t = torch.cat(t).repeat_interleave(K, 1)  # (draws * N, T)
     maskable = which_maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
     was_training, nats = model.training, []
     model.eval()

@@ -23,7 +23,7 @@ import data.mnist.prepare as mnist
 import data.text.prepare
 import sample
 import train
-from data.lib.checkpoint import read_checkpoint, save_checkpoint
+from data.lib.checkpoint import read_checkpoint
 from data.lib.corpus import canvases, load_corpus, windows_at, write_tokens
 from data.lib.errors import Mistake
 from data.lib.files import check_sha256
@@ -35,7 +35,6 @@ from data.lib.pixels import as_shown, half_blocks
 from data.lib.prompt import make_canvas
 from data.lib.terminal import Watch
 from data.lib.tokenizer import GREYS, ByteTokenizer, PictureTokenizer, tokenizer_from_state
-from data.weights import gpt2
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import TrainConfig, draw_batch, loss_of
@@ -441,13 +440,6 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     gpt = tmp_path / "gpt" / "last.pt"
     words = mistake("--ckpt", gpt, "--prompt", "⓪⓪", main=sample.main)
     assert "fills holes without seeing what stands after them" in words
-    tokenizer = load_checkpoint(gpt)[1]
-    shape = {"context": 72, "n_layer": 1, "n_head": 1, "n_embd": 16, "kinds": tokenizer.kinds, **GPT}
-    gpt = tmp_path / "gpt2.pt"  # its positions are a table
-    save_checkpoint(gpt, gpt2.Network(gpt2.Network.Config(tokenizer.vocab_size, 256, **shape)), tokenizer)
-    flags = f"--data digits --init_from {gpt} --attention canvas {out}"
-    words = mistake(*flags.split(), main=train.main)
-    assert "has none for a token more than its canvas" in words
     assert "has no place left" in mistake("--ckpt", ckpt, "--prompt", "thirteenth", main=sample.main)
     assert "--length 64" in mistake("--ckpt", ckpt, "--length", 64, main=sample.main)
     (tmp_path / "word.txt").write_text("three")

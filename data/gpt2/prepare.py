@@ -104,7 +104,7 @@ def their_config(config, tokenizer):
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size - 1,
-        "n_positions": config.n_positions,
+        "n_positions": config.context,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,

@@ -81,7 +81,7 @@ def our_config(theirs, tokenizer, tied):
         norm_eps=theirs["layer_norm_eps"],
         token_types=theirs["type_vocab_size"],
         first_position=first_position,
-        head_activation="gelu" if roberta else activation,  # RoBERTa's head has it whatever its blocks have
+        head_activation="gelu" if roberta else activation,  # RoBERTa's head has it whatever its layers have
         tied=tied,
     )
 
@@ -99,7 +99,7 @@ def their_config(config, tokenizer):
         "hidden_act": hub.their_activation(config),
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
-        "max_position_embeddings": config.n_positions,
+        "max_position_embeddings": config.first_position + config.context,
         "type_vocab_size": config.token_types,
         "layer_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,

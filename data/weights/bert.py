@@ -22,6 +22,11 @@ class BertConfig(PositionsConfig):
     token_types: int = 2  # rows of a table, the first of which is added to every token
     head_activation: str = "gelu"  # of the layer before the head's matrix
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.token_types < 1:
+            raise ValueError("token_types must be at least 1")
+
 
 class BertLayer(BiasedLayer):
     Attention = UnplacedAttention
@@ -40,6 +45,7 @@ class Network(WithPositions):
         self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.embedding_norm, self.final_norm = norm(config), nn.Identity()
         self.transform, self.transform_norm = Linear(config.n_embd, config.n_embd), norm(config)
+        self.head_activation = ACTIVATIONS[config.head_activation]
         self.head = Linear(config.n_embd, config.vocab_size)
         self.tie()
         self.apply(self.init_weights)
@@ -49,5 +55,5 @@ class Network(WithPositions):
         return self.dropout(self.embedding_norm(x + self.type_embedding.weight[0]))
 
     def unembed(self, x, positions):
-        x = self.transform_norm(ACTIVATIONS[self.config.head_activation](self.transform(x)))
+        x = self.transform_norm(self.head_activation(self.transform(x)))
         return super().unembed(x, positions)

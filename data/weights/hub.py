@@ -7,6 +7,7 @@ names differs they stay so, in their dtype: a model may be larger than memory.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -339,18 +340,19 @@ def convert(tensors, path, spelling, network, our_config, may_tie):
     """
     found = by_plain_name(tensors, spelling.plain_name, path)
     tied = tie(found, *spelling.tables, may_tie)
-    model = empty_model(network, our_config(tied), path)
+    model = empty_model(network, functools.partial(our_config, tied), path)
     expected = spelling.their_tensors(model.state_dict())
     check_tensors(found, expected, path)
     skipped = left_over(tensors, spelling.plain_name, expected, spelling.unused, path)
     return fill(model, spelling.our_tensors(found, model.state_dict())), skipped
 
 
-def empty_model(network, config, path):
-    """The model without memory for its weights."""
-    if config.n_layer > MOST_LAYERS:
-        raise Mistake(f"{path.parent / 'config.json'}: {config.n_layer:,} layers, {MOST_LAYERS:,} at most")
+def empty_model(network, our_config, path):
+    """The model of our_config(), without memory for its weights."""
     try:
+        config = our_config()
+        if config.n_layer > MOST_LAYERS:
+            raise ValueError(f"{config.n_layer:,} layers, {MOST_LAYERS:,} at most")
         with torch.device("meta"):
             return network(config)
     except (TypeError, ValueError, RuntimeError) as error:
