@@ -1,6 +1,6 @@
 """The denoiser: a Transformer that reads text with holes and predicts which token belongs in each of them.
 
-A hole is a position that shows `<mask>`. The network has no time input, because the number of holes tells the noise
+A hole is a position that shows `<mask>`. The network has no time input, because the number of holes gives the noise
 level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings define the method:
 
     block     a text is written in blocks of K tokens, and a token sees its own block and those before it
@@ -41,7 +41,7 @@ class ModelConfig:
     dropout: float = 0.0
     special_ids: tuple[int, ...] = ()  # never masked in training, never written
     end_ids: tuple[int, ...] = ()  # end a text: learned and written; nothing after one is shown
-    kinds: tuple[tuple[int, int, int], ...] = ()  # rows (n, first, end): ids of [first, end) for n places; (): anything
+    kinds: tuple[tuple[int, int, int], ...] = ()  # (n, first, end): the next n places hold ids in [first, end); (): any
     block: int | None = None  # tokens; None: the canvas is one block
     shift_id: int | None = None  # read before the first token; None: each position reads its own token
     conv: int = 5  # taps of each layer's convolution; 0: no convolution
@@ -82,10 +82,10 @@ def who_sees(positions, n_clean, n_cached, K):
     """
     S, device = len(positions), positions.device
     noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # without a copy none counts as noisy
-    block = torch.cat((torch.arange(n_cached, device=device), positions)) // K
-    block_noisy, own = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
-    same_copy = ~(block_noisy ^ noisy[:, None])  # torch.compile fails on bool ==
-    return (block < own) & ~block_noisy | (block == own) & same_copy
+    key_block = torch.cat((torch.arange(n_cached, device=device), positions)) // K
+    key_noisy, query_block = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
+    same_copy = ~(key_noisy ^ noisy[:, None])  # torch.compile fails on bool ==
+    return (key_block < query_block) & ~key_noisy | (key_block == query_block) & same_copy
 
 
 def rotary_angles(positions, D, base=10000.0):
@@ -152,16 +152,16 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))  # (C, 1, 1, conv)
         self.left = config.conv - 1 - config.conv_right
-        self.right = config.within_block(config.conv_right)
+        self.right = config.within_block(config.conv_right)  # less, if a canvas goes on with blocks
 
     def forward(self, x, layout):
         (B, S, C), K, left, right = x.shape, layout.strip, self.left, self.right
         if layout.cache is None:
             before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
         else:
-            before = layout.cache.join(self, x, left)[:, layout.cache.length :]
+            before = layout.cache.join(self, x, left)[:, layout.cache.length :]  # kept, or zeros
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), layout.n_clean // K
-        before = before.unfold(1, left, K).transpose(2, 3)  # (B, S / K or more, left, C)
+        before = before.unfold(1, left, K).transpose(2, 3)  # (B, S // K + 1, left, C)
         # Before noisy block i stand the same clean tokens as before clean block i; after each block, zeros.
         before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
         after = x.new_zeros(B, blocks.shape[1], right, C)
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         """The token read at each position of idx (B, T): its own or, with a shift, the one before.
 
         At the start of a block the one before belongs to another block, so it comes from the clean text. A shifted
-        canvas also reads its last token, which the others see: (B, T + 1).
+        canvas has one more position, which shows its last token: (B, T + 1).
         """
         config, T = self.config, idx.shape[1]
         if config.shift_id is None:
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
         return torch.where(torch.arange(n, device=idx.device) % (config.block or n) == 0, clean, idx)
 
     def embed(self, tokens, positions):
-        """Vectors of tokens (B, S) at positions (S,), which published models use: (B, S, C)."""
+        """Vectors (B, S, C) of tokens (B, S). Only published models use their positions (S,)."""
         return self.dropout(self.token_embedding(tokens))
 
     def angles(self, positions):
@@ -236,13 +236,13 @@ class Transformer(nn.Module):
         return logits.masked_fill(~allowed[positions], -torch.inf)
 
     def plan(self, n_clean, n, cache, device):
-        """Layout and positions (S,) of a pass over n_clean of a clean copy, then the n after the cached ones."""
+        """Layout and positions (S,) of a pass: n_clean of the clean copy, then n after the cached ones."""
         n_cached, K = cache.length if cache else 0, self.config.block or n
         positions = torch.arange(n_cached, n_cached + n, device=device)
         positions = torch.cat((positions[:n_clean], positions))  # (S,); nothing is cached beside a clean copy
         causal = K == 1 and n > 1 and not (n_clean or n_cached)
         sees = None if n <= K or causal else who_sees(positions, n_clean, n_cached, K)
-        # Blocks of one token only look to the left, so without a clean copy they are one row.
+        # One-token blocks only look left, so without a clean copy one row holds them all.
         strip = n if K == 1 and not n_clean else min(K, n)
         return Layout(self.angles(positions), sees, causal, n_clean, strip, cache), positions
 
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
         cache: a Cache. Only the positions after its `length` are read, and only they count in `where`.
         """
         T, n_cached = idx.shape[1], cache.length if cache else 0
-        # No block sees the last clean one. A canvas is one block and a GPT reads only clean tokens: they have no copy.
+        # The copy omits the last block, which none sees. A canvas (one block) and a GPT (all clean) have no copy.
         K = self.config.block or T
         n_clean = 0 if clean is None or self.is_gpt else (T - 1) // K * K
         clean = idx if clean is None else clean
@@ -265,23 +265,23 @@ class Transformer(nn.Module):
         x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], tokens), 1), positions)  # (B, S, C)
         for layer in self.layers[:-1]:
             x = layer(x, layout)
-        if n_clean:
+        if n_clean:  # of the last layer only the noisy copy is needed
             layout = layout._replace(first=n_clean, sees=layout.sees[n_clean:])
         x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C)
         if cache:
-            cache.length = T if self.is_gpt else cache.final  # where the sampler's block begins
+            cache.length = T if self.is_gpt else cache.final  # where the model's own block begins
         positions = torch.arange(n_cached, T, device=idx.device)
         if where is None:
             return self.unembed(x, positions)
-        n, rows = rows_at(where, n_cached, T)  # padded to a few sizes, for which a CPU keeps kernels
+        n, rows = rows_at(where, n_cached, T)  # padded to a few sizes, so a CPU reuses kernels
         return self.unembed(x.flatten(0, 1).index_select(0, rows), positions[rows % (T - n_cached)])[:n]
 
 
 def load_checkpoint(path, device="cpu", keep=None, **changes):
-    """Read a checkpoint: (model in eval mode, tokenizer, the whole dict). Mistake if it is not setitem's.
+    """Read a checkpoint: (model in eval mode, tokenizer, the whole dict). Raises errors.Mistake if it is not one.
 
-    keep: a dtype that the weights stay in if all matrices have it (on a CPU they stay in the file); else they become
-    float32. changes: fields of the config to override, such as dropout.
+    keep: a dtype that the weights stay in if all matrices have it (memory-mapped on a CPU); else they become float32.
+    changes: fields of the config to override, such as dropout.
     """
     checkpoint = read_checkpoint(path)
     with refused(path):

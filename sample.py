@@ -5,7 +5,7 @@ An autoregressive model calls `.append(token)` on its text. This one calls `.set
     python sample.py --prompt "ROMEO:" --watch
     python sample.py --prompt "Good morrow, my <mask*6>." --order confidence
     python sample.py --length 2000 --order entropy --save run.html
-    python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # append beside set
+    python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # a GPT beside it
     python sample.py --ckpt out-sums/ckpt.pt --chat    # a conversation on stdin
 """
 
@@ -35,7 +35,7 @@ class SampleConfig:
     suffix: str = flag("", "text after the holes")
     chat: bool = flag(False, "treat prompts, or lines of stdin, as messages; print only the replies")
     length: int | None = flag(
-        None, "tokens of the canvas (those of the prompt if it has holes, or context)", least=1, most=10**6
+        None, "tokens of the canvas (the prompt's if it has holes, else context)", least=1, most=10**6
     )
     steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=10**6)
     order: list[
@@ -51,7 +51,7 @@ class SampleConfig:
     num_samples: int = flag(1, "texts for each prompt, with successive seeds", least=1, most=10_000)
     seed: int = flag(0, "the same seed writes the same text", least=0, most=2**32)
     judge: str | None = flag(None, "checkpoint that says how likely each text is, in nats per byte")
-    score: str | None = flag(None, "print how likely this order and steps make a file's text; - is stdin")
+    score: str | None = flag(None, "print a file's likelihood under this order and steps; - is stdin")
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "save how it filled, as a page (run.html) or an animation (run.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
@@ -61,11 +61,11 @@ class SampleConfig:
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
-    """Fill the holes of canvas (B, W), in place, in n_steps (B, 1) unless `how_many` sets the pace; yield after each.
+def fill(canvas, n_steps, look, take, draws, mask_id, score, pace):
+    """Fill the holes of canvas (B, W), in place, in n_steps (B, 1) unless `pace` differs; yield after each.
 
     look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens, drawn from some
-    rows of the logits. noise yields the random numbers of each step (`uniforms`). score: a value of ORDERS.
+    rows of the logits. draws: `uniforms`, the random numbers of each step. score: a value of ORDERS. pace: `how_many`.
     """
     n_holes = (canvas == mask_id).sum(1, keepdim=True)  # (B, 1)
     n_steps = n_steps.minimum(n_holes.clamp(min=1))  # no step without a token
@@ -73,28 +73,28 @@ def fill(canvas, n_steps, look, take, noise, mask_id, score, how_many):
         holes = canvas == mask_id  # (B, W)
         if not holes.any():
             return
-        order_noise, u = next(noise)
+        noise, u = next(draws)
         n = due(step, n_steps, n_holes) - (n_holes - holes.sum(1, keepdim=True))  # due by now, less those set
-        asked = shortlist(score, holes, n, order_noise)
+        asked = shortlist(score, holes, n, noise)
         logits = look(asked)  # (N, V)
-        scores = score_holes(score, logits, asked, order_noise)  # (B, W)
-        chosen = highest(scores, asked, how_many(scores, n))
+        scores = score_holes(score, logits, asked, noise)  # (B, W)
+        chosen = highest(scores, asked, pace(scores, n))
         canvas[chosen] = take(logits, chosen[asked], u, chosen)  # .setitem
         yield
 
 
-def rewrite(canvas, n_steps, look, take, noise, mask_id):
-    """Order `remask`: each step draws new tokens for a growing share of the places, and masks all others (the post).
+def rewrite(canvas, n_steps, look, take, draws, mask_id):
+    """Order `remask`: each step draws new tokens for a growing share of the places, and masks all others.
 
-    The model sees the tokens that it replaces.
+    The model sees the tokens that it replaces (nathan.rs/posts/roberta-diffusion).
     """
     is_open = canvas == mask_id  # (B, W)
     n_open = is_open.sum(1, keepdim=True)
     for step in range(1, n_steps.max() + 1):
-        order_noise, u = next(noise)
+        noise, u = next(draws)
         going = is_open & (step <= n_steps)
-        chosen = highest(order_noise, going, due(step, n_steps, n_open))
-        tokens = take(look(chosen), chosen[chosen], u, chosen)
+        chosen = highest(noise, going, due(step, n_steps, n_open))
+        tokens = take(look(chosen), chosen[chosen], u, chosen)  # all rows
         canvas[going] = mask_id
         canvas[chosen] = tokens
         yield
@@ -117,21 +117,20 @@ def denoise(
 
     order: a key of ORDERS, or "remask". tau, gamma: see `how_many`.
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
-        2502.09992). By default the model's own blocks, or all of the canvas; or, if that is longer than the model's
-        context, quarters of the context, which slides along. ValueError if K does not divide the model's blocks.
+        2502.09992). Default: the model's own blocks; else the whole canvas; else, if it exceeds the context, quarters
+        of a sliding context. ValueError if K does not divide the model's blocks.
     guidance: strength of classifier-free guidance by the prompt (2410.18514). seeds: one for each row (0, 1, ..).
     text (B, T), on the CPU: set the tokens of this text instead of drawing them.
-    log_p (B, T) float32, on the CPU: receives the log probability, at temperature 1, of each token that is set, in nats.
+    log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
     """
-    wanted, canvas = canvas.device, canvas.to("cpu", copy=True)  # logits stay on the model's device
-    if order == "remask":
-        loop = rewrite
-    else:
-        pace = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
-        loop = functools.partial(fill, score=ORDERS[order], how_many=pace)
+    device, canvas = canvas.device, canvas.to("cpu", copy=True)
+    pace = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
+    loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], pace=pace)
     if not (canvas == model.config.mask_id).any():
-        yield canvas.to(wanted)
-    for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):  # look asks the model
+        yield canvas.to(device)
+    for number, part, n_steps, look in blocks(
+        model, canvas, steps, block, guidance
+    ):  # look sees the window around part
 
         def take(logits, rows, u, where, part=part):
             logits = logits[send(logits.device, rows)[0]]
@@ -143,9 +142,9 @@ def denoise(
                 log_p[:, part][where] = log_probability(logits, tokens)
             return tokens.cpu()
 
-        noise = uniforms(range(len(canvas)) if seeds is None else seeds, number, part.stop - part.start)
-        for _ in loop(canvas[:, part], n_steps, look, take, noise, model.config.mask_id):
-            yield canvas.to(wanted, copy=True)
+        draws = uniforms(range(len(canvas)) if seeds is None else seeds, number, part.stop - part.start)
+        for _ in loop(canvas[:, part], n_steps, look, take, draws, model.config.mask_id):
+            yield canvas.to(device, copy=True)
 
 
 # --- orders: which holes are set next ------------------------------------------------------------
@@ -171,8 +170,8 @@ def confidence(logits, noise, place):
 
 def margin(logits, noise, place):
     """Top-1 minus top-2 probability (2502.06768)."""
-    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
-    return first - second
+    top = logits.softmax(-1).topk(2).values
+    return top[:, 0] - top[:, 1]
 
 
 def negative_entropy(logits, noise, place):
@@ -221,10 +220,9 @@ def score_holes(score, logits, holes, noise):
 
 
 def highest(scores, among, n):
-    """Mark the n (B, 1) positions `among` (B, W) those of each row that have the highest scores: (B, W) bool."""
+    """Of the positions `among` (B, W), mark each row's n (B, 1) highest-scoring: (B, W) bool."""
     ranking = scores.masked_fill(~among, -torch.inf).argsort(descending=True, stable=True)
-    first = torch.arange(scores.shape[1]) < n  # (B, W)
-    return among & torch.zeros_like(among).scatter(1, ranking, first)
+    return among & torch.zeros_like(among).scatter(1, ranking, torch.arange(scores.shape[1]) < n)
 
 
 # --- how a token is drawn ------------------------------------------------------------------------
@@ -247,7 +245,7 @@ def uniforms(seeds, number, W):
         yield order_noise.float(), 1 - u
 
 
-def first(sums, x):
+def first_reaching(sums, x):
     """Index at which each row of rising sums (N, V) first reaches x (N, 1): (N, 1). The last one if they are nan."""
     return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)
 
@@ -270,8 +268,8 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         if top_k or top_p < 1:
             weights, ids = weights.topk(min(top_k or V, V))  # largest first
         sums = weights.cumsum(-1, dtype=torch.float64)
-        kept = sums.gather(1, first(sums, top_p * sums[:, -1:]))  # what the nucleus adds up to
-        tokens = first(sums, u[:, None] * kept)  # u > 0, so a weight of 0 is never drawn
+        kept = sums.gather(1, first_reaching(sums, top_p * sums[:, -1:]))  # what the nucleus adds up to
+        tokens = first_reaching(sums, u[:, None] * kept)  # u > 0, so a weight of 0 is never drawn
         return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
     return in_parts(draw_part, logits, u)
@@ -309,7 +307,9 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
-    Session(SampleConfig(**given), given, load_checkpoint).run(denoise, log_likelihood)  # flags go there by name
+    Session(SampleConfig(**given), given, load_checkpoint).run(
+        denoise, log_likelihood
+    )  # flags become keyword arguments
 
 
 if __name__ == "__main__":

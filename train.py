@@ -1,7 +1,7 @@
 """Train a masked text diffusion model: mask random tokens of a text, and train a network to fill them in.
 
-A text x0 of T tokens is corrupted at noise level t in (0, 1]. Each token becomes `<mask>`, a hole, with a
-probability, its rate, that rises with t. The network sees the corrupted text xt and predicts x0 at the holes:
+A text x0 of T tokens is corrupted at noise level t in (0, 1]. A token becomes a hole, `<mask>`, with a probability
+that rises with t: its rate. The network sees the corrupted text xt and predicts x0 at the holes:
 
     xt, holes = corrupt(x0, rate, maskable, u, mask_id)
     logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes; for `clean` see model.py
@@ -96,7 +96,7 @@ class TrainConfig:
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: flags.Dtype = flag("auto", "precision of matrix products; with --eval_only also of weights stored in it")
+    dtype: flags.Dtype = flag("auto", "precision of matrix products; --eval_only also keeps weights stored in it")
     compile: bool = flag(False, "torch.compile the model")
     shard: bool = flag(False, "under torchrun: split each tensor over the processes")
     seed: int = flag(0, "for weights, batches, levels and masks", least=0, most=2**32)
@@ -106,14 +106,14 @@ class TrainConfig:
 
 
 def draw_levels(level, B, n, generator):
-    """Draw a noise level t in (0, 1] for each of n parts of B texts: (B, n). Parts are independent.
+    """Draw a noise level t in (0, 1] for each of n segments of B texts: (B, n). Segments are independent.
 
     Levels are stratified over the batch: spread evenly over (0, 1] with a random offset, so every batch covers the
     whole range. That lowers the variance of the loss and leaves its mean unchanged.
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
     shuffled = t[:, 1:].gather(0, torch.rand(B, n - 1, generator=generator).argsort(0))
-    t = torch.cat((t[:, :1], shuffled), 1)  # the first part stays in order: every k-th text covers all levels, too
+    t = torch.cat((t[:, :1], shuffled), 1)  # one column stays in order: a micro-batch takes every k-th text
     if level.kind == "bell":  # logit-normal: more middle levels, where there is most to learn (2605.13026)
         return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
     if level.kind == "grid":  # 1/N, 2/N, .. 1: the N steps of D3PM (2107.03006)
@@ -148,7 +148,7 @@ def hole_weights(weight, rate, slope, holes, maskable):
 
 
 def loss_of(model, x0, xt, holes, weights):
-    """The loss of each text, (B,), in nats: the weighted cross-entropy of its holes."""
+    """The weighted cross-entropy of each text's holes, (B,), in nats; the weights normalise it."""
     logits = model(xt, where=holes, clean=x0)  # (N, V)
     loss = torch.zeros_like(weights)  # (B, T)
     loss[holes] = weights[holes] * fast.cross_entropy(logits, x0[holes])
@@ -164,10 +164,10 @@ def which_maskable(x0, prompt_len, special_ids):
 def draw_batch(split, config, generator, model_config, level=None, rates=uniform_rates):
     """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: by default config's.
 
-    Each segment has a noise level of its own: the text, a block, or (with weight mean) the tokens of one kind.
+    Each segment has a noise level of its own: the text, a block, or (with weight mean) the tokens of a kind (model.py).
     """
     B, T, level = config.batch_size, config.context, level or config.level
-    x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T); (B, 1), of examples the prompt's length
+    x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T); (B, 1): length of an example's own prompt
     lengths = torch.tensor(noise.segment_lengths(model_config, T, config.weight))
     shape = (1, 1) if config.one_level else (B, len(lengths))
     t = draw_levels(level, *shape, generator).expand(B, len(lengths)).repeat_interleave(lengths, 1)  # (B, T)
@@ -183,10 +183,10 @@ def draw_batch(split, config, generator, model_config, level=None, rates=uniform
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The expected loss with weight elbo is the bound (NELBO). Measuring it draws holes and weights in another way, with the
-# same expectation and less variance, whatever one trained with. The bound of a text written in blocks is the sum of
-# its blocks' bounds. A block of one token is always a hole, so its bound is exact. Levels are stratified over STRATA
-# texts at a time: enough to remove most variance, few enough to leave many groups for report.standard_error.
+# The expected loss with weight elbo is the bound (NELBO). Whatever the training loss, it is measured with other holes
+# and weights: same expectation, less variance. The bound of a text written in blocks is the sum of its blocks' bounds.
+# A block of one token is always a hole, so its bound is exact. Levels are stratified over STRATA texts at a time:
+# enough to remove most variance, few enough to leave many groups for report.standard_error.
 
 STRATA = 16
 
@@ -204,7 +204,7 @@ def exact_holes(x0, maskable, t, generator, K):
 
 
 def grid_holes(x0, maskable, t, generator, K):
-    """The same for levels of grid:N. Averaged over t, the loss is the sum of D3PM's N steps (2107.03006)."""
+    """Independent holes for levels of grid:N. Averaged over t, the loss is the sum of D3PM's N steps (2107.03006)."""
     return maskable & (torch.rand(x0.shape, generator=generator) < t), 1 / t
 
 
@@ -214,13 +214,13 @@ def sequence_bounds(
 ):
     """Estimate the bound of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable, (N,).
 
-    It is E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524). For grid:N it
-    is D3PM's, t one of 1/N .. 1. The same seed gives the same numbers.
+    It estimates E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524), and
+    for grid:N D3PM's bound, t one of 1/N .. 1. The same seed gives the same numbers.
     """
     (N, T), K = tokens.shape, model.config.block or tokens.shape[1]
     if T % K:
         raise ValueError(f"{T} tokens can't be cut into blocks of {K}; cut the text to a multiple")
-    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # one of these, or slanted
+    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # or noise.slanted_holes
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike, and should not have neighbouring levels.
@@ -269,7 +269,7 @@ def update(run, batch):
     Both are zero-dimensional tensors; calling .item() on them synchronises.
     """
     loss, lr = 0.0, learning_rate(run.config, run.progress())
-    for x0, xt, holes, weights in run.micro_batches(batch):  # weights are the batch's, so the parts add up
+    for x0, xt, holes, weights in run.micro_batches(batch):  # weights are per batch, so parts just add
         with run.precision:
             part = loss_of(run.network, x0, xt, holes, weights).sum()
         run.scaler.scale(part).backward()
@@ -300,7 +300,7 @@ def train(run, split, val, log, rates, signals):
 
 
 def evaluate(run, tokens, own_prompt):
-    """The bound of windows (N, T), in nats per token, without their own prompts and --prompt_len."""
+    """The bound of windows (N, T), in nats per token after their own prompts and --prompt_len."""
     config = run.config
     with run.precision:
         return nelbo(
@@ -310,14 +310,15 @@ def evaluate(run, tokens, own_prompt):
 
 def main():
     given = flags.parse(TrainConfig, __doc__.splitlines()[0])
+    # Training from scratch, model, tokenizer and checkpoint are None.
     config, model, tokenizer, checkpoint = settings.settle(given, TrainConfig, METHODS, load_checkpoint)
-    settings.check_training(config)  # model, tokenizer and checkpoint are None when training from scratch
+    settings.check_training(config)
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
     if model is None:
         model = Transformer(settings.model_config(Transformer.Config, config, corpus_tokenizer))
-    config, template = settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
-    run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=template)
+    config, chat = settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
+    run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=chat)
     if config.eval_only:
         return report.print_bound(run, sequence_bounds, val_split, meta["val"])
     val = report.validation_windows(val_split, config)

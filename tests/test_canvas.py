@@ -28,7 +28,7 @@ from data.lib.history import HOLE, History, columns, inert, lines_of, tokens_of,
 from data.lib.picture import save_html, save_svg
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
 from model import ModelConfig, Transformer
-from sample import Recorded, denoise, draw
+from sample import denoise
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = ByteTokenizer()
@@ -84,19 +84,18 @@ def test_lines_keep_to_the_width(tokens, width):
 def run_of(start, steps=8, order="random", **flags):
     """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
     model = tiny_model(V=256, T=len(start))
-    canvas = torch.tensor([start])
-    take = Recorded(draw, canvas)
+    log_p = torch.zeros(1, len(start))
     run, canvases = History(BYTES, start), [(start, [1.0] * len(start))]
-    for canvas in denoise(model, canvas, steps, order, take=take, **flags):
-        canvases.append((canvas[0].tolist(), take.log_p[0].exp().tolist()))
+    for canvas in denoise(model, torch.tensor([start]), steps, order, log_p=log_p, **flags):
+        canvases.append((canvas[0].tolist(), log_p[0].exp().tolist()))
         run.add(*canvases[-1], seconds=0.0)
     return run, canvases
 
 
-@pytest.mark.parametrize(("order", "revise"), [("random", 0.0), ("random", 0.3), ("remask", 0.0)])
-def test_history_replays_the_canvases(order, revise):
+@pytest.mark.parametrize("order", ["random", "confidence", "remask"])
+def test_history_replays_the_canvases(order):
     """What is shown, and which tokens each step has set: in remask all that stand, redrawn or not."""
-    run, canvases = run_of([*"é".encode(), *[256] * 40], order=order, revise=revise)
+    run, canvases = run_of([*"é".encode(), *[256] * 40], order=order)
     assert run.holes == [False, False, *[True] * 40]
     for k, ((tokens, kinds), (canvas, probability)) in enumerate(zip(run.frames(), canvases)):
         assert tokens == tokens_of(BYTES, canvas)
@@ -128,7 +127,7 @@ def test_the_page_is_small_and_alone(tmp_path):
 def test_text_in_the_page_is_inert(tmp_path):
     save_html(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
-    template = (ROOT / "data" / "canvas" / "page.html").read_text(encoding="utf-8")
+    template = (ROOT / "data" / "lib" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
     assert "\x1b" not in page
     ((run,),) = json.loads(data_of(page))

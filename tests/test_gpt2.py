@@ -305,7 +305,7 @@ def test_diffugpt_s_logits_are_those_of_the_reference_that_sees_all(
     model, tokenizer, _ = load_checkpoint(tmp_path / "out.pt")
     config = model.config
     assert config.mask_id == (300 if mask == "a token" else V - more_rows)
-    assert (config.vocab_size, config.block, config.shift_id) == (V, 0, start)
+    assert (config.vocab_size, config.block, config.shift_id) == (V, None, start)
     assert config.context == SMALL["n_positions"] - 1  # the start is read at a position of its own
     largest, text = 0.0, torch.arange(V) != config.mask_id
     for T in range(1, config.context + 1):
@@ -479,11 +479,11 @@ def test_only_a_gpt2_is_exported_and_only_to_a_folder_without_a_model(
     own = {**small, **tokens, "special_ids": tokenizer.special_ids}
     save_checkpoint(tmp_path / "bytes.pt", Transformer(ModelConfig(**small)), ByteTokenizer())
     save_checkpoint(tmp_path / "rope.pt", Transformer(ModelConfig(**own)), tokenizer)
-    opened, _, _ = load_checkpoint(checkpoint, block=0, context=23)
+    opened, _, _ = load_checkpoint(checkpoint, block=None, context=23)
     save_checkpoint(tmp_path / "opened.pt", opened, tokenizer)
     for name in ("roberta", "bytes", "rope", "opened"):
         assert "not a GPT-2" in mistake(tmp_path / f"{name}.pt", "--export", tmp_path / "new")
-    assert "block is 0" in mistake(tmp_path / "opened.pt", "--export", tmp_path / "new")
+    assert "block is None" in mistake(tmp_path / "opened.pt", "--export", tmp_path / "new")
     sentence = mistake(checkpoint, "--export", tmp_path / "new", main=roberta_prepare.main)
     assert "not a RoBERTa" in sentence
     assert "in it already" in mistake(checkpoint, "--export", gpt2)
@@ -516,18 +516,18 @@ def test_a_gpt2_that_is_trained_further_is_exported(checkpoint, original, run, t
 def opening():
     """The flags of data/gpt2/README.md's line that opens GPT-2, without those that name files."""
     readme = (ROOT / "data" / "gpt2" / "README.md").read_text(encoding="utf-8")
-    line = re.search(r"^python train.py (.*--open_steps.*)$", readme, re.MULTILINE)[1]
-    return re.sub(r"--(init_from|data|out_dir|open_steps) \S+", "", line).split()
+    line = re.search(r"^python train.py (.*--attention.*)$", readme, re.MULTILINE)[1]
+    return re.sub(r"--(init_from|data|out_dir) \S+", "", line).split()
 
 
 def test_an_opened_gpt2_trains_and_writes_what_stands_between(checkpoint, run, mistake, tmp_path, capsys):
-    flags = (*opening(), "--open_steps", 2)
+    flags = opening()
     longer = ("--init_from", checkpoint, *flags, "--context", 24, "--max_iters", 1)
     assert "at most 23 tokens" in mistake(*longer, main=train.main)
     trained = train_on_text(run, checkpoint, tmp_path, *flags, "--context", 23, "--max_iters", 4)
     model, tokenizer, checkpoint = load_checkpoint(trained)
     assert checkpoint["step"] == 4
-    assert (model.config.block, model.config.context) == (0, 23)
+    assert (model.config.block, model.config.context) == (None, 23)
     assert model.config.shift_id == tokenizer.first(START)
     ids = torch.randint(model.config.mask_id, (1, 23))
     changed = ids.clone()

@@ -17,7 +17,8 @@ import sample
 from data.lib.chat import Chat
 from data.lib.checkpoint import save_checkpoint
 from data.weights import hub
-from model import ModelConfig, Transformer, load_checkpoint
+from data.weights.llada import Network
+from model import load_checkpoint
 
 # The fixtures of the other converter's tests, here of this one.
 data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
@@ -92,7 +93,7 @@ def shapes_of(settings):
     layer |= {"ff_norm": (C,), "ff_proj": (M, C), "up_proj": (M, C), "ff_out": (C, M)}
     shapes = {"wte": (V, C), "ln_f": (C,), "ff_out": (V, C)}
     for i in range(settings["n_layers"]):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
     return {f"model.transformer.{name}.weight": shape for name, shape in shapes.items()}
 
 
@@ -137,7 +138,7 @@ def random_llama(settings):
             tensors[f"model.transformer.{OUTSIDE[module]}.weight"] = tensor.clone()
         else:
             _, _, number, module = module.split(".", 3)
-            tensors[f"model.transformer.layers.{number}.{NAMES[module]}.weight"] = tensor.clone()
+            tensors[f"model.transformer.blocks.{number}.{NAMES[module]}.weight"] = tensor.clone()
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes_of(settings)
     return model, tensors
 
@@ -228,7 +229,7 @@ def test_logits_of_a_layer_of_the_real_width_are_those_of_the_reference(their_to
 def test_half_the_heads_of_keys_are_those_of_all_where_pairs_are_alike():
     """Llama's sharing says nothing but this."""
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "context": 16}
-    shared, whole = (Transformer(ModelConfig(n_kv_head=n, **shape)).eval() for n in (2, 4))
+    shared, whole = (Network(Network.Config(n_kv_head=n, **shape)).eval() for n in (2, 4))
     tensors = shared.state_dict()
     for name, tensor in tensors.items():
         if ".key.weight" in name or ".value.weight" in name:

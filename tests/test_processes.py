@@ -25,7 +25,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import data.lib.corpus, train
-from data.lib.errors import command
+from data.lib.processes import command
 data.lib.corpus.DATA = Path("data").resolve()
 draw, steps = train.draw_batch, []
 def draw_batch(*args):
@@ -34,8 +34,7 @@ def draw_batch(*args):
         exec(EVENT)
     return draw(*args)
 train.draw_batch = draw_batch
-with train.together():
-    command(train.main)
+command(train.main)
 threads = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
 print(*[name for name in threads if "gloo" in name], file=sys.stderr, end="")
 """

@@ -27,7 +27,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from toys import tiny_model
 
+import data.lib.checkpoint
 import data.lib.corpus
 import data.roberta.prepare as prepare
 import data.text.prepare as text_prepare
@@ -35,7 +37,7 @@ import data.weights.hub
 import data.wikitext2.prepare as wikitext_prepare
 import sample
 import train
-from data.lib.checkpoint import save_checkpoint
+from data.lib.checkpoint import FAMILIES, published_network, save_checkpoint
 from data.lib.corpus import load_corpus
 from data.lib.errors import Mistake, command
 from data.lib.tokenizer import ByteTokenizer
@@ -548,6 +550,11 @@ def test_only_a_roberta_is_exported_and_only_to_a_folder_without_a_model(origina
     save_checkpoint(tmp_path / "bytes.pt", Transformer(ModelConfig(n_embd=16, n_layer=1)), ByteTokenizer())
     for name in ("bert.pt", "bytes.pt"):
         assert "not a RoBERTa" in mistake(tmp_path / name, "--export", tmp_path / "new")
+    for name, changes in (("block", {"block": 4}), ("shift_id", {"shift_id": 2, "context": 23})):
+        model, tokenizer, _ = load_checkpoint(tmp_path / "roberta.pt", **changes)
+        save_checkpoint(tmp_path / f"{name}.pt", model, tokenizer)
+        sentence = mistake(tmp_path / f"{name}.pt", "--export", tmp_path / "new")
+        assert f"not a RoBERTa, and only that can be exported; its {name} is {changes[name]}" in sentence
     assert "in it already" in mistake(tmp_path / "roberta.pt", "--export", roberta)
     assert "--out" in mistake(tmp_path / "roberta.pt", "--export", tmp_path / "new", "--out", "x.pt")
     assert "no such checkpoint" in mistake(tmp_path / "none.pt", "--export", tmp_path / "new")
@@ -740,7 +747,7 @@ def test_an_alphabet_is_one_token_a_letter(originals):
     assert tokenizer.encode("MKJT") == [*tokenizer.encode("MK"), PROTEINS.index("[UNK]"), PROTEINS.index("T")]
 
 
-@pytest.mark.parametrize("order", [order for order in sample.ORDERS if order != "information"])
+@pytest.mark.parametrize("order", [*sample.ORDERS, "remask"])
 def test_samples_are_text_however_likely_the_special_tokens_are(order, originals, roberta, run, tmp_path, capsys):
     bert = shutil.copytree(originals["bert"][0], tmp_path / "bert")
     for kind, folder, bias in (("roberta", roberta, "lm_head"), ("bert", bert, "cls.predictions")):
@@ -751,7 +758,7 @@ def test_samples_are_text_however_likely_the_special_tokens_are(order, originals
         run(folder, "--out", tmp_path / f"{kind}.pt")
     capsys.readouterr()
     flags = ("--order", order, "--num_samples", 3, "--seed", 1)
-    flags += () if order == "threshold" else ("--steps", 5)
+    flags += () if order in ("threshold", "entropy-bound") else ("--steps", 5)
     run("--ckpt", tmp_path / "bert.pt", *flags, "--prompt", "MK<mask*9>T", main=sample.main)
     texts = capsys.readouterr().out.split()
     assert [(text[:2], text[-1], len(text)) for text in texts] == [("MK", "T", 12)] * 3
@@ -892,6 +899,110 @@ def test_a_file_of_something_else_than_tensors_by_name(content, roberta, mistake
 
 def test_a_source_that_is_nothing_we_know(mistake, tmp_path):
     assert "roberta-base" in mistake(tmp_path / "none")
+
+
+# --- families of networks ------------------------------------------------------------------------
+
+
+SAVED = {  # a family, and what may differ from its smallest model
+    "setitem": [{}, {"conv": 0}, {"block": 4}, {"block": 1, "shift_id": 256}],
+    "bert": [{}, {"tied": True}, {"first_position": 2, "token_types": 1, "head_activation": "relu"}],
+    "gpt2": [{"block": 1, "shift_id": 256}, {"shift_id": 256, "tied": True}, {"mlp_width": 24, "norm_eps": 1e-2}],
+    "mdlm": [{}, {"block": 4, "activation": "gelu_tanh"}, {"tied": True}],
+    "llada": [{}, {"n_kv_head": 1, "rope_base": 1234.0}, {"tied": True, "activation": "gelu"}],
+}
+
+
+def small_model(family, **settings):
+    network = Transformer if family == "setitem" else published_network(family)
+    return tiny_model(V=256, T=12, network=network, **settings)
+
+
+@pytest.mark.parametrize(("family", "settings"), [(name, each) for name in SAVED for each in SAVED[name]], ids=str)
+def test_a_model_of_every_family_is_loaded_as_it_was_saved(family, settings, tmp_path):
+    saved = small_model(family, **settings)
+    save_checkpoint(tmp_path / "model.pt", saved, ByteTokenizer())
+    model, tokenizer, checkpoint = load_checkpoint(tmp_path / "model.pt")
+    assert SAVED.keys() == {"setitem", *FAMILIES}
+    assert checkpoint["family"] == model.family == family
+    assert type(model) is type(saved)
+    assert (type(model.config), model.config) == (type(saved.config), saved.config)
+    assert tokenizer.state == ByteTokenizer().state
+    assert_equal(model.state_dict(), saved.state_dict())
+    tied = settings.get("tied", False)
+    assert (model.head.weight is model.token_embedding.weight) == tied
+    ids = torch.randint(257, (3, 12))  # some of them holes
+    with torch.no_grad():
+        assert model(ids).equal(saved(ids))
+        assert model(ids, clean=ids.clamp(max=255)).equal(saved(ids, clean=ids.clamp(max=255)))
+
+
+def edit_checkpoint(path, change):
+    """Change the dict in a checkpoint, and keep it undamaged."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
+HOSTILE = ["mamba", "os", "../x", "hub", "parts", "bert.Network", "data.weights.bert", "Bert", "bert\0", ""]
+HOSTILE += [3, None, True, ["bert"], ("gpt2",), {"bert": 1}, "bert\nbert", "x" * 10_000]
+
+
+def test_a_family_that_is_unknown_or_missing_is_refused_and_nothing_is_imported(mistake, tmp_path, monkeypatch):
+    path, imported = tmp_path / "model.pt", []
+    save_checkpoint(path, small_model("bert"), ByteTokenizer())
+    monkeypatch.setattr(data.lib.checkpoint, "import_module", imported.append)
+    for family in HOSTILE:
+        edit_checkpoint(path, lambda checkpoint, family=family: checkpoint.update(family=family))
+        sentence = mistake("--ckpt", path, main=sample.main)
+        assert f"{path}: not a checkpoint of setitem" in sentence
+        assert f"its family {family!r}"[:100] in sentence
+        assert len(sentence) < 300 + len(str(path))
+    edit_checkpoint(path, lambda checkpoint: checkpoint.pop("family"))
+    assert f"{path}: not a checkpoint of setitem" in mistake("--ckpt", path, main=sample.main)
+    assert imported == []
+
+
+def test_a_checkpoint_that_names_another_family_than_its_own_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    for family in SAVED:
+        for settings in SAVED[family]:
+            for other in SAVED.keys() - {family}:
+                save_checkpoint(path, small_model(family, **settings), ByteTokenizer())
+                edit_checkpoint(path, lambda checkpoint, other=other: checkpoint.update(family=other))
+                with pytest.raises(Mistake, match="not a checkpoint of setitem"):
+                    load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bert", {"head_activation": "os.system"}),
+        ("bert", {"activation": "swiglu"}),
+        ("bert", {"token_types": 0}),
+        ("bert", {"token_types": 3}),
+        ("bert", {"first_position": -1}),
+        ("bert", {"norm_eps": math.nan}),
+        ("gpt2", {"mlp_width": 10**7}),
+        ("gpt2", {"context": 13}),
+        ("mdlm", {"first_position": 0}),
+        ("mdlm", {"conv": 5}),
+        ("llada", {"n_kv_head": 0}),
+        ("llada", {"n_kv_head": 3}),
+        ("llada", {"rope_base": 0.0}),
+        ("llada", {"rope_base": -1.0}),
+        ("llada", {"rope_base": "1e4"}),
+        ("setitem", {"tied": False}),
+    ],
+    ids=str,
+)
+def test_settings_that_no_model_of_a_family_has_are_refused(family, changes, tmp_path):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, small_model(family, **({"n_kv_head": 1} if family == "llada" else {})), ByteTokenizer())
+    load_checkpoint(path)
+    edit_checkpoint(path, lambda checkpoint: checkpoint["config"].update(changes))
+    with pytest.raises(Mistake, match="not a checkpoint of setitem"):
+        load_checkpoint(path)
 
 
 # --- downloads -----------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""Every two settings of a command go together, or are refused in a sentence."""
+"""Every two settings of a command go together, or are refused in a sentence; a method is a row of settings."""
 
+import dataclasses
 import random
-from itertools import combinations
+import sys
+from itertools import combinations, permutations
 
 import pytest
 import torch
@@ -9,19 +11,23 @@ from fuzz import run
 from toys import make_book
 
 import data.lib.corpus
+import data.lib.settings
 import sample
 import train
 from data.lib.chat import BYTES
 from data.lib.checkpoint import save_checkpoint
+from data.lib.errors import Mistake
+from data.lib.flags import Attention, Level, Rate, Span, as_plain, parse
+from data.lib.settings import check_training, settle
 from data.lib.tokenizer import ByteTokenizer
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, load_checkpoint
 
 TRAIN = {
+    "method": [*train.METHODS],
     "level": ["uniform", "bell:1.2", "grid:4", "0.15"],
     "one_level": [True],
     "widen": ["0", "0.5"],
-    "slant": ["0", "2"],
-    "spindle": ["0", "0.5"],
+    "rate": ["t", "slant:2", "spindle:0.5"],
     "visible": ["0", "0.2"],
     "weight": ["elbo", "mean"],
     "prompt_len": ["0", "3", "0:8"],
@@ -31,9 +37,7 @@ TRAIN = {
     "context": ["16", "32"],
     "dropout": ["0", "0.1"],
     "conv": ["0", "1", "4", "5"],
-    "attention": ["canvas", "block:4", "block:1", "causal"],
-    "norm": ["pre", "post"],
-    "position": ["rope", "learned"],
+    "attention": ["canvas", "shifted", "block:4", "block:1", "causal"],
     "batch_size": ["4", "6"],
     "grad_accum": ["1", "2"],
     "grad_checkpoint": [True],
@@ -51,8 +55,7 @@ TRAIN = {
     "eval_tokens": ["64"],
     "log_every": ["1", "7"],
     "dtype": ["float32", "bfloat16", "float16"],
-    "init_from": ["scratch", "canvas.pt", "layers.pt", "causal.pt"],
-    "open_steps": ["0", "2"],
+    "init_from": ["scratch", "canvas.pt", "shifted.pt", "blocks.pt", "causal.pt"],
     "eval_only": [True],
     "device": ["cpu"],
     "compile": [True],
@@ -64,26 +67,26 @@ SHAPE = {"context": "32", "n_layer": "1", "n_embd": "16"}
 NEEDS = {
     "context": {"prompt_len": "0"},
     "eval_only": {"init_from": "canvas.pt"},
-    "open_steps": {"init_from": "causal.pt", "attention": "canvas"},
     "weight": {"level": "uniform"},
     "visible": {"weight": "mean"},
     "tau": {"order": "threshold"},
+    "gamma": {"order": "entropy-bound"},
     "guidance": {"prompt": "a"},
     "score": {"order": "left"},
     "chat": {"prompt": "a"},
 }
 SAMPLE = {
-    "ckpt": ["canvas.pt", "layers.pt", "causal.pt", "canvas.pt causal.pt"],
-    "prompt": ["a", "a<mask*3>b", "a<mask*1:2>"],
+    "ckpt": ["canvas.pt", "shifted.pt", "blocks.pt", "causal.pt", "canvas.pt causal.pt"],
+    "prompt": ["a", "a<mask*3>b"],
     "prompt_file": ["book.txt"],
     "suffix": ["end"],
     "chat": [True],
     "length": ["20", "70"],
     "steps": ["1", "4"],
-    "order": [*sample.ORDERS, "random left"],
+    "order": [*sample.ORDERS, "remask", "random left"],
     "tau": ["0", "0.9"],
+    "gamma": ["0", "0.5"],
     "block": ["4", "8"],
-    "revise": ["0", "0.1"],
     "guidance": ["0", "1"],
     "temperature": ["0", "1"],
     "top_k": ["0", "3"],
@@ -107,10 +110,10 @@ def world(tmp_path_factory):
     make_book(folder, n_lines=100)
     (folder / "book.txt").write_text("line 1 of")
     shape = {"n_layer": 2, "n_head": 1, "n_embd": 16, "context": 32}
-    kinds = {"canvas": {}, "blocks": {"block": 8}, "causal": {"block": 1, "shift_id": 256, "conv": 0}}
+    kinds = {"canvas": {}, "shifted": {"shift_id": 256}, "blocks": {"block": 8}}
+    kinds["causal"] = {"block": 1, "shift_id": 256, "conv": 0}
     for name, more in kinds.items():
-        model, nats = Transformer(ModelConfig(**shape, **more)), torch.ones(257)
-        save_checkpoint(folder / f"{name}.pt", model, ByteTokenizer(), token_nats=nats, chat=BYTES)
+        save_checkpoint(folder / f"{name}.pt", Transformer(ModelConfig(**shape, **more)), ByteTokenizer(), chat=BYTES)
     yield folder
     torch.set_num_threads(n_threads)
 
@@ -190,3 +193,121 @@ def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, mon
     print(f"{command}: {len(every):,} pairs in {n_runs} runs, {len(refused)} refused")
     assert {setting for pair in every if pair not in refused for setting in pair} == set(values)
     assert len(refused) < len(every) / 10
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+STARTS = "scratch", "canvas.pt", "shifted.pt", "blocks.pt", "causal.pt"
+
+
+def settled(words, monkeypatch):
+    """The config that `train.py` with these words comes to, and the ModelConfig of the model that it loads, if any."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    config, model, *_ = settle(parse(train.TrainConfig, ""), train.TrainConfig, train.METHODS, load_checkpoint)
+    return config, model and model.config
+
+
+def words_of(method):
+    return [*flags(train.METHODS[method])]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("method", train.METHODS)
+def test_a_method_equals_its_flags(method, start, world, monkeypatch):
+    """It is for a canvas unless it says otherwise, whatever the checkpoint was."""
+    monkeypatch.chdir(world)
+    begin = ["--context", "32", "--init_from", start]
+    config, model_config = settled([*begin, "--method", method], monkeypatch)
+    by_flags = settled([*begin, "--attention", "canvas", *words_of(method)], monkeypatch)
+    assert config.method == method
+    assert (dataclasses.replace(config, method="default"), model_config) == by_flags
+
+
+def test_a_method_and_its_flags_train_the_same_model(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
+    weights = []
+    for name, words in (("method", ["--method", "d3pm"]), ("flags", words_of("d3pm"))):
+        small = flags({"data": "book", "max_iters": "2", "eval_tokens": "64", "out_dir": str(tmp_path / name), **SHAPE})
+        assert run(train.main, [*small, *words]) == (0, "")
+        weights.append(load_checkpoint(tmp_path / name / "last.pt")[0].state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("start", ["scratch", "canvas.pt"])
+def test_a_flag_beside_a_method_wins(start, world, monkeypatch):
+    """On either side of it; what no flag says stays as the method has it."""
+    monkeypatch.chdir(world)
+    begin = ["--context", "32", "--init_from", start]
+    for method, other in permutations(train.METHODS, 2):
+        if "causal" in train.METHODS[method].values() and "attention" not in train.METHODS[other]:
+            continue  # refused: each token is a hole
+        words = [*begin, "--method", method], words_of(other)
+        config = settled([*words[0], *words[1]], monkeypatch)[0]
+        assert config == settled([*words[1], *words[0]], monkeypatch)[0]
+        alone = settled(words[0], monkeypatch)[0]
+        expected = {**as_plain(alone), **train.METHODS[other]}
+        if config.attention.kind != "causal":
+            assert as_plain(config) == expected
+    config = settled([*begin, "--method", "mdlm", "--attention", "causal"], monkeypatch)[0]
+    assert (config.level, config.weight, config.prompt_len) == (Level("fixed", 1.0), "mean", Span(0, 0))
+    for method in ("ar-diffusion", "diffusionbert", "roberta-diffusion"):  # a GPT has no noise, whatever the method
+        config = settled([*begin, "--method", method, "--attention", "causal"], monkeypatch)[0]
+        assert (config.rate, config.level, config.one_level) == (Rate("t"), Level("fixed", 1.0), False)
+    with pytest.raises(Mistake, match="each token is a hole"):
+        settled([*begin, "--method", "gpt", "--level", "uniform"], monkeypatch)
+
+
+def test_a_run_resumes_with_its_method_and_no_other(world, monkeypatch, tmp_path):
+    """Whoever repeats the flags of a run gets that run, with what they overrode at first."""
+    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
+    out = {"data": "book", "eval_tokens": "64", "out_dir": str(tmp_path / "out")}
+    began = {**out, "method": "mdlm", "rate": "slant:1", "max_iters": "1", **SHAPE}
+    assert run(train.main, flags(began)) == (0, "")
+    resume = {**out, "init_from": "resume", "max_iters": "2"}
+    code, said = run(train.main, flags({**resume, "method": "d3pm"}))
+    assert code == 2
+    assert "--method d3pm: the run in " in said
+    assert said.endswith("has mdlm\n")
+    assert run(train.main, flags({**resume, "method": "mdlm"})) == (0, "")
+    checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")[2]
+    assert checkpoint["step"] == 2
+    assert [checkpoint["train"][name] for name in ("method", "level", "rate")] == ["mdlm", "uniform", "slant:1"]
+
+
+def test_the_bound_under_a_method_is_that_under_its_flags(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
+    printed = []
+    for more in ("--method d3pm", "--level grid:100", "--method mdlm", "", "--method ar-diffusion", "--rate slant:1"):
+        arguments = f"train.py --eval_only --init_from canvas.pt --data book --eval_tokens 256 {more}"
+        monkeypatch.setattr(sys, "argv", arguments.split())
+        train.main()
+        printed.append(capsys.readouterr().out)
+    assert printed[0::2] == printed[1::2]
+    assert len(set(printed)) == 3
+    for method, name in (("bert", "--level 0.15"), ("diffusionbert", "--rate spindle:0.3")):
+        words = ["--eval_only", "--init_from", "canvas.pt", "--method", method]
+        with pytest.raises(Mistake, match=name):
+            check_training(settled(words, monkeypatch)[0])
+
+
+@pytest.mark.parametrize("attention", ["canvas", "shifted"])
+def test_a_canvas_is_read_as_its_checkpoint_was(attention, world, monkeypatch):
+    """From a GPT `canvas` is `shifted`, its shift stays; a canvas gets a shift when it is asked for one."""
+    monkeypatch.chdir(world)
+    for start in STARTS:
+        config, model_config = settled(["--context", "32", "--init_from", start, "--attention", attention], monkeypatch)
+        shifts = attention == "shifted" or start in ("causal.pt", "shifted.pt")
+        assert config.attention.kind == ("shifted" if shifts else "canvas")
+        if model_config:
+            assert (model_config.block, model_config.shift_id) == (None, 256 if shifts else None)
+
+
+def test_one_block_for_all_of_a_corpus_s_canvas_is_a_canvas(monkeypatch):
+    """Its length is that of the corpus's canvases, whatever --context is by default."""
+    monkeypatch.setattr(data.lib.settings, "canvas_len", lambda name: 72)
+    config = settled(["--attention", "block:72"], monkeypatch)[0]
+    assert (config.context, config.attention) == (72, Attention("canvas"))
+    config = settled(["--attention", "block:256"], monkeypatch)[0]
+    with pytest.raises(Mistake, match="--attention block:256: K must divide --context 72"):
+        check_training(config)
