@@ -1,4 +1,4 @@
-"""Append and set on one dial: blocks of K tokens, from GPT (K = 1) to one canvas (K = T)."""
+"""Append and set are two ends of one setting, the block of K tokens: GPT has K = 1, and a canvas is one block."""
 
 import math
 from itertools import permutations, product
@@ -8,32 +8,33 @@ import torch
 import torch.nn.functional as F
 from toys import all_texts, chi_square_p, tiny_model
 
-import sample
+import data.lib.window
 from data.lib.fast import Cache
 from data.lib.flags import Attention, Level, Span
-from data.lib.training import Run
+from data.lib.settings import attention_fields, attention_of, model_config
+from data.lib.tokenizer import ByteTokenizer
+from data.weights import bert, gpt2, llada, mdlm
 from model import ModelConfig, Transformer
-from sample import Recorded, denoise, draw, log_likelihood
-from train import (
-    TrainConfig,
-    block_levels,
-    corrupt,
-    draw_batch,
-    loss_of,
-    nelbo,
-    sequence_bounds,
-    train,
-)
+from sample import denoise, log_likelihood
+from train import TrainConfig, corrupt, draw_batch, hole_weights, loss_of, nelbo, sequence_bounds
 
 MASK = 5
-KS = 1, 2, 3, 4, 8  # of T = 8; 3 does not divide it
-SHAPES = [
-    {"shift_id": shift_id, "conv": conv, "position": position}
+KS = 1, 2, 3, 4, 8, None  # of T = 8; 3 does not divide it
+NETWORKS = {
+    "setitem without convolution": {"conv": 0},
+    "setitem, 5 taps": {"conv": 5},
+    "setitem, 4 taps": {"conv": 4},
+    "bert": {"network": bert.Network},
+    "gpt2": {"network": gpt2.Network},
+    "mdlm": {"network": mdlm.Network},
+    "llada": {"network": llada.Network, "n_kv_head": 1},
+}
+SHAPES = {
+    f"{name}{', shifted' * (shift_id is not None)}": {"shift_id": shift_id, **network}
     for shift_id in (None, MASK)
-    for conv, position in ((0, "rope"), (5, "rope"), (4, "learned"))
-]
-LLAMA = {"conv": 0, "qk_norm": False, "rms": True, "gated": True, "n_kv_head": 1}
-SHAPES += [{"shift_id": None, **LLAMA}]
+    for name, network in NETWORKS.items()
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 CAUSAL = {"block": 1, "shift_id": MASK}
 
 
@@ -49,22 +50,18 @@ def texts(B=3, T=8, seed=0):
     return x0, x0.masked_fill(holes, MASK), holes
 
 
-def width(K, T=8):
-    """Tokens of a block of a canvas of T."""
-    return min(K, T) if K else T
-
-
 # --- who sees whom -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 @pytest.mark.parametrize("K", KS)
 def test_nothing_leaks_and_all_that_may_be_seen_is(K, shape, device):
-    """A noisy position sees the noisy tokens of its own block, and the clean ones of those before it."""
-    model = dial(K, **shape).to(device)
+    """A noisy position sees the noisy tokens of its own block, and the clean ones of the blocks before it."""
+    model, canvas = dial(K, **shape).to(device), K is None
+    K = K or 8
     x0, xt, _ = (tensor.to(device) for tensor in texts())
-    x0[1], xt[1] = x0[0], xt[0]  # two rows alike: whatever changes in the second, the first keeps its logits
+    x0[1], xt[1] = x0[0], xt[0]  # whatever changes in the second row, the first, which is alike, keeps its logits
     before = model(xt, clean=x0)
     for j in range(8):
         for noisy in (True, False):
@@ -76,7 +73,7 @@ def test_nothing_leaks_and_all_that_may_be_seen_is(K, shape, device):
             i = torch.arange(8)
             if noisy:
                 seen = i // K == j // K
-                if shape["shift_id"] is not None and K < 8:  # the token before, clean at the start of a block
+                if shape["shift_id"] is not None and not canvas:  # the token before, clean at the start of a block
                     seen &= torch.tensor(j % K < K - 1 and j < 7)
             else:
                 seen = i // K > j // K
@@ -85,11 +82,11 @@ def test_nothing_leaks_and_all_that_may_be_seen_is(K, shape, device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", SHAPES)
+@every_shape
 @pytest.mark.parametrize("K", KS)
 def test_the_doubled_pass_one_half_and_the_cache_agree(K, shape, device):
-    """Mask, convolution, positions and cache at once: training, scoring and sampling see the same."""
-    model, K = dial(K, **shape).to(device), width(K)
+    """Training, scoring and sampling see the same: mask, convolution, positions and cache are tested at once."""
+    model, K = dial(K, **shape).to(device), K or 8
     x0, xt, _ = (tensor.to(device) for tensor in texts())
     doubled = model(xt, clean=x0)[..., :5]
     cache = Cache(8) if K < 8 else None
@@ -107,12 +104,12 @@ def test_the_doubled_pass_one_half_and_the_cache_agree(K, shape, device):
 
 @torch.no_grad()
 def test_a_pass_reads_only_what_the_cache_does_not_know():
-    """Appending costs one position a token; a block costs itself a step, and once more to become final."""
+    """GPT reads one position for each token. A block is read in each step, and once more when it is final."""
     for shape, expected in (
         (CAUSAL, [1] * 8),
         ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
         ({"block": 1}, [1] + [2] * 7),
-        # Longer than the window, which moves by a quarter of it, or a block, and is read again.
+        # A longer canvas slides by a quarter of the context, or by a block, and all in sight is read again.
         (CAUSAL, [1] * 8 + [7, 1] * 6),
         ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
     ):
@@ -123,13 +120,13 @@ def test_a_pass_reads_only_what_the_cache_does_not_know():
 
 
 def test_a_block_of_all_positions_is_the_canvas():
-    """Of a network that sees 16, where blocks of 8 are read as blocks are."""
+    """The network sees 16 tokens, so its blocks of 8 are read as blocks."""
     x0, xt, holes = texts()
     weights = torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
     losses, gradients = [], []
-    for K in (0, 8):
+    for K in (None, 8):
         model = dial(K, T=16)
-        assert model.config.K == (K or 2**31)
+        assert model.config.block == K
         losses.append(loss_of(model, x0, xt, holes, weights))
         losses[-1].sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -138,9 +135,9 @@ def test_a_block_of_all_positions_is_the_canvas():
 
 
 def test_attention_is_read_and_written():
-    for text in ("canvas", "block:4", "causal"):
+    for text in ("canvas", "shifted", "block:4", "causal"):
         assert str(Attention.from_text(text)) == text
-    for text in ("block", "block:0", "block:-1", "canvas:3", "causal:2", "all", ""):
+    for text in ("block", "block:0", "block:-1", "canvas:3", "shifted:2", "causal:2", "all", ""):
         with pytest.raises(ValueError, match="block:K"):
             Attention.from_text(text)
 
@@ -161,22 +158,22 @@ def block_nats(model, text, start, order):
 
 @torch.no_grad()
 def exact_bound(model, text):
-    """The mean over all orders inside the blocks, one half at a time."""
+    """The mean over all orders inside the blocks. Each pass reads the text once, up to the end of a block."""
     T = len(text)
-    K = min(model.config.K, T)
+    K = model.config.block or T
     orders = list(permutations(range(K)))
     return sum(block_nats(model, text, s, order) for s in range(0, T, K) for order in orders) / len(orders)
 
 
-BLOCKS = [(K, shift) for K in (1, 2, 4) for shift in (None, 3)]
+BLOCKS = [(K, shift) for K in (1, 2, 4, None) for shift in (None, 3)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("K", "shift"), BLOCKS)
 def test_the_block_bound_is_the_mean_over_orders_inside_blocks(K, shift):
-    """By all sets of holes, each of k holes counting 1 / (k C(K, k)), through the doubled pass."""
+    """The pass over [clean ; noisy] gives it as a sum over all sets of k holes with weight 1 / (k C(K, k))."""
     model = tiny_model(V=3, T=4, block=K, shift_id=shift)
-    x0 = all_texts(3, 4)[[3, 17, 44, 80]]
+    x0, K = all_texts(3, 4)[[3, 17, 44, 80]], K or 4
     total = torch.zeros(len(x0))
     for places in product((False, True), repeat=K):
         if any(places):
@@ -190,20 +187,21 @@ def test_the_block_bound_is_the_mean_over_orders_inside_blocks(K, shift):
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("K", "shift"), [(2, None), (2, 3), (4, None)])
+@pytest.mark.parametrize(("K", "shift"), [(2, None), (2, 3), (4, None), (None, None), (None, 3)])
 def test_the_draws_of_corrupt_meet_the_block_bound(K, shift, seed):
     model = tiny_model(V=3, T=4, block=K, shift_id=shift)
     text = all_texts(3, 4)[44]
     expected = exact_bound(model, text).item()
 
     generator = torch.Generator().manual_seed(seed)
-    x0, n = text.expand(3000, -1), 3000 * 4 // K  # independent levels
-    t, u = 1 - torch.rand(n, 1, generator=generator), torch.rand(n, K, generator=generator)
-    corrupted = corrupt(x0.reshape(-1, K), torch.ones(n, K, dtype=torch.bool), t, u, 3, "elbo")
-    nats = loss_of(model, x0, *(tensor.view(x0.shape) for tensor in corrupted)) * x0.numel()
+    x0, everything = text.expand(3000, -1), torch.ones(3000, 4, dtype=torch.bool)
+    t = 1 - torch.rand(3000, 4 // (K or 4), generator=generator).repeat_interleave(K or 4, 1)  # independent levels
+    xt, holes = corrupt(x0, t, everything, torch.rand(3000, 4, generator=generator), 3)
+    weights = hole_weights("elbo", t, 1.0, holes, everything)
+    nats = loss_of(model, x0, xt, holes, weights) * x0.numel()
     assert abs(nats.mean() - expected) < 3.5 * nats.std() / len(nats) ** 0.5
 
-    # Batches as they are trained on, with stratified levels: independent of each other.
+    # Batches of training have stratified levels, and are independent of each other.
     config = TrainConfig(batch_size=4, context=4, level=Level("uniform"), weight="elbo", prompt_len=Span(0, 0))
     split, generator = text.numpy(), torch.Generator().manual_seed(seed)
     batches = [draw_batch(split, config, generator, model.config) for _ in range(1000)]
@@ -211,24 +209,28 @@ def test_the_draws_of_corrupt_meet_the_block_bound(K, shift, seed):
     nats = 4 * loss_of(model, x0, xt, holes, weights).view(1000, 4).sum(1)
     assert abs(nats.mean() - expected) < 3.5 * nats.std() / 1000**0.5
 
-    # And those of the bound.
+    # The bound draws levels and holes of its own.
     nats, _ = sequence_bounds(model, text.expand(20, -1), draws=60, seed=seed)
     nats = nats.view(60, 20).mean(1)
     assert abs(nats.mean() - expected) < 3.5 * nats.std() / 60**0.5
 
 
-def test_levels_of_blocks_cover_each_text_and_belong_to_no_place():
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([block_levels(Level("uniform"), 4, 8, generator).view(4, 8) for _ in range(2000)])
-    within = (draws * 8).ceil().sort(-1).values  # one in each eighth of (0, 1], or next to it, in every text
-    assert (within - torch.arange(1, 9)).abs().max() <= 1
-    for levels in draws[:50]:  # and one in each of 32 parts in every batch
-        gaps = levels.flatten().sort().values.diff()
-        torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / 32), atol=1e-5, rtol=0)
-    assert (draws.mean(0) - 0.5).abs().max() < 4.5 * (1 / 12 / 2000) ** 0.5
-    blocks = draws.permute(2, 0, 1).flatten(1)
-    correlation = torch.corrcoef(blocks)[~torch.eye(8, dtype=torch.bool)]
-    assert (correlation + 1 / 7).abs().max() < 0.06  # as of any draw without replacement, at every distance
+@pytest.mark.parametrize("K", [1, 2, 4, None])
+def test_each_block_has_a_level_of_its_own(K):
+    """The levels of a block are stratified over the batch, whatever those of other blocks are."""
+    config = TrainConfig(batch_size=16, context=8, level=Level("uniform"))
+    levels = []
+
+    def rates(t, x0):
+        levels.append(t)
+        return t, 1.0
+
+    draw_batch(torch.arange(500).numpy(), config, torch.Generator().manual_seed(0), ModelConfig(block=K), rates=rates)
+    t = levels[0].unflatten(1, (-1, K or 8))  # (B, blocks, K)
+    assert t.eq(t[..., :1]).all()
+    gaps = t[..., 0].sort(0).values.diff(dim=0)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / 16), atol=1e-5, rtol=0)
+    assert len(t.unique()) == t[..., 0].numel()
 
 
 @torch.no_grad()
@@ -256,9 +258,9 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
     )
     everything = torch.full((16, 8), MASK), torch.ones(16, 8, dtype=torch.bool), torch.full((16, 8), 1 / 128)
     loss = loss_of(model, x0, *everything).sum().item()
-    logits = model(x0)[..., :5]  # what the holes are does not matter: nobody reads them
+    logits = model(x0)[..., :5]  # no position reads a hole, so the clean text gives the same
     assert F.cross_entropy(logits.flatten(0, 1), x0.flatten()).item() == pytest.approx(loss, abs=1e-5)
-    assert float(nelbo(model, x0)) == pytest.approx(loss, abs=1e-5)
+    assert nelbo(model, x0) == pytest.approx(loss, abs=1e-5)
     score = -log_likelihood(model, x0.flatten(), None, order="left") / 128
     assert score == pytest.approx(loss, abs=1e-5)
     _, xt, holes, weights = draw_batch(x0[0].numpy(), config, torch.Generator(), model.config)
@@ -271,8 +273,8 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
 @pytest.mark.parametrize("order", ["left", "confidence"])
 def test_probabilities_of_all_texts_sum_to_one_in_blocks(order):
     model = tiny_model(V=3, T=4, block=2)
-    nats = [-log_likelihood(model, text, 4, order=order) for text in all_texts(3, 4)]
-    assert torch.tensor(nats).neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
+    log_p = [log_likelihood(model, text, 4, order=order) for text in all_texts(3, 4)]
+    assert torch.tensor(log_p).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -307,26 +309,28 @@ WAYS = {
     "confidence": {"guidance": 1.5},
     "entropy": {"steps": 3},
     "threshold": {"tau": 0.4},
+    "entropy-bound": {"gamma": 0.5},
     "remask": {"steps": 20},
-    "margin": {"revise": 0.3, "steps": 30},
+    "margin": {"steps": 5},
 }
 
 
-@pytest.mark.parametrize("T", [6, 8, 21])  # shorter than the window, as long, and longer: it slides
+@pytest.mark.parametrize("T", [6, 8, 21])  # shorter than the context, as long, and longer, so that it slides
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("order", WAYS)
 def test_with_and_without_the_cache_the_same_is_written(order, K, T, monkeypatch, device):
-    for shape in SHAPES:
+    for shape in SHAPES.values():
         model = dial(K, **shape).to(device)
         x0, canvas, _ = texts(T=T, seed=K)
         canvas[0, : T // 2] = x0[0, : T // 2]  # prompts of several lengths
         canvas[1] = MASK
+        if not (model.config.conv or model.config.learned_positions):
+            canvas[:, 0] = x0[:, 0]  # in an empty first block all positions are alike, and rounding would choose one
         runs, log_p = [], []
         for kind in (Cache, lambda W: None):
-            monkeypatch.setattr(sample, "Cache", kind)
-            take = Recorded(draw, canvas.to(device))
-            runs.append(list(denoise(model, canvas.to(device), order=order, take=take, **WAYS[order])))
-            log_p.append(take.log_p)
+            monkeypatch.setattr(data.lib.window, "Cache", kind)
+            log_p.append(torch.zeros(canvas.shape))
+            runs.append(list(denoise(model, canvas.to(device), order=order, log_p=log_p[-1], **WAYS[order])))
         assert len(runs[0]) == len(runs[1])
         assert all(a.equal(b) for a, b in zip(*runs))
         assert not (runs[0][-1] == MASK).any()
@@ -340,7 +344,7 @@ def test_guidance_by_a_prompt_that_no_earlier_block_sees(shift_id, monkeypatch):
     canvas = torch.tensor([[MASK] * 5 + [2, MASK, MASK]])
     runs = []
     for kind in (Cache, lambda W: None):
-        monkeypatch.setattr(sample, "Cache", kind)
+        monkeypatch.setattr(data.lib.window, "Cache", kind)
         runs.append(list(denoise(model, canvas, guidance=1.5)))
     assert all(a.equal(b) for a, b in zip(*runs))
 
@@ -368,58 +372,44 @@ def test_blocks_of_the_sampler_must_divide_those_of_the_model():
         next(denoise(dial(4), torch.full((1, 8), MASK), block=3))
 
 
-# --- from append to set --------------------------------------------------------------------------
-
-
-def opening(steps, open_steps=4):
-    """A causal model's weights on a canvas, at a step of its opening; and its config as it was."""
-    causal = dial(1, shift_id=MASK, conv=0)
-    opened = Transformer(ModelConfig(**{**vars(causal.config), "block": 0}))
-    opened.load_state_dict(causal.state_dict())
-    run = Run(TrainConfig(max_iters=9, open_steps=open_steps), opened, torch.device("cpu"))
-    run.step = steps
-    opened.opened = run.opened()
-    return causal, opened
-
-
-def test_an_opening_model_begins_causal_and_ends_as_a_canvas():
-    x0, xt, _ = texts()
-    causal, opened = opening(0)
-    # At step 0 it sees what the causal one would see of the same tokens: xt.
-    torch.testing.assert_close(opened.train()(xt), causal(xt))
-    for end in (opening(4)[1], opening(0, open_steps=0)[1]):
-        assert end.opened is None
-        torch.testing.assert_close(end.train()(xt), opened.eval()(xt))  # which is evaluated as what it becomes
+# --- a canvas read with a shift ------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_an_opened_canvas_sees_all_but_by_a_shift():
-    """Position i reads token i - 1, the last token at position T, and each predicts its own."""
-    opened = opening(0, open_steps=0)[1]
-    x0, xt, holes = texts()
-    plain = Transformer(ModelConfig(**{**vars(opened.config), "shift_id": None, "context": 9}))
-    plain.load_state_dict(opened.state_dict())
-    read = F.pad(xt, (1, 0), value=MASK)
-    torch.testing.assert_close(opened(xt), plain(read)[:, :8])
-    weights = torch.full((3, 8), 1 / holes.sum().item())
-    nats = F.cross_entropy(plain(read)[:, :8][holes], x0[holes])
-    assert loss_of(opened, x0, xt, holes, weights).sum().item() == pytest.approx(nats.item(), abs=1e-5)
-
-
-def test_a_pair_is_visible_with_the_probability_of_the_step():
-    opened = opening(1)[1].train()
+@pytest.mark.parametrize("conv", [0, 5])
+def test_a_shifted_canvas_from_scratch_sees_all(conv):
+    """A change of any token reaches every position (DiffuGPT, 2410.17891), and the first position reads no token."""
+    config = TrainConfig(attention=Attention.from_text("shifted"), context=8, n_layer=2, n_embd=16, conv=conv)
     torch.manual_seed(0)
-    shares = torch.stack([opened.sight(0, 9, None, "cpu")[0].sees for _ in range(500)]).float().mean(0)
-    assert (shares.tril() == torch.ones(9, 9).tril()).all()
-    above = shares[torch.ones(9, 9, dtype=torch.bool).triu(1)]
-    assert (above - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / 500) ** 0.5
+    model = Transformer(model_config(ModelConfig, config, ByteTokenizer())).eval()
+    assert attention_of(model.config) == config.attention
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x0, _, _ = texts()
+    before = model(x0)[..., :256]
+    for j in range(8):
+        changed = x0.clone()
+        changed[1, j] += 1
+        moved = (model(changed)[..., :256] - before).abs().amax(-1)  # (B, T)
+        assert moved[[0, 2]].max() == 0
+        assert moved[1].min() > 1e-5, j
+    assert model.read(x0, x0).equal(F.pad(x0, (1, 0), value=model.config.mask_id))
 
 
-def test_training_opens_a_model_step_by_step():
-    _, opened = opening(0)
-    run = Run(TrainConfig(max_iters=9, open_steps=2, context=8), opened.train(), torch.device("cpu"))
-    batch = *texts()[:2], texts()[2], torch.full((3, 8), 0.1)
-    seen = []
-    for _ in train(run, [batch] * 3):
-        seen.append(opened.opened)
-    assert [None if share is None else share.item() for share in seen] == [0, 0.5, None]
+@torch.no_grad()
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_a_causal_model_opens_into_a_canvas_that_reads_by_a_shift(network):
+    """Position i reads token i - 1, the last token stands at position T, and each predicts its own."""
+    causal = tiny_model(V=5, T=8, **CAUSAL, **network)
+    config, fields = causal.config, attention_fields(Attention("shifted"), MASK, causal.config)
+    opened = type(causal)(type(config)(**{**vars(config), **fields})).eval()
+    opened.load_state_dict(causal.state_dict())
+    T = opened.config.context  # one less than before in a table of positions
+    plain = type(causal)(type(config)(**{**vars(opened.config), "shift_id": None, "context": T + 1})).eval()
+    plain.load_state_dict(causal.state_dict())
+    x0, xt, holes = (tensor[:, :T] for tensor in texts())
+    read = F.pad(xt, (1, 0), value=MASK)
+    torch.testing.assert_close(opened(xt), plain(read)[:, :T])
+    weights = torch.full(x0.shape, 1 / holes.sum().item())
+    nats = F.cross_entropy(plain(read)[:, :T][holes], x0[holes])
+    assert loss_of(opened, x0, xt, holes, weights).sum().item() == pytest.approx(nats.item(), abs=1e-5)

@@ -158,7 +158,6 @@ def test_prompt_stays_and_every_canvas_ends_complete(order, data):
     start = torch.tensor(rows)
     prompt = start != 5
     flags = {"block": data.draw(st.sampled_from([None, 1, 3]))}
-    flags["revise"] = 0.0 if order in ("remask", *OWN_PACE) else data.draw(st.sampled_from([0.0, 0.3]))
     flags["guidance"] = data.draw(st.sampled_from([0.0, 1.0]))
     canvases = canvases_of(model, start, steps, order, temperature=0.7, **flags)
     assert len(canvases) >= 1
@@ -170,8 +169,7 @@ def test_prompt_stays_and_every_canvas_ends_complete(order, data):
         assert len(canvases) <= max(1, (~prompt).sum())
     elif flags["block"] is None and model.config.context == T and not prompt.all():
         n_open = (~prompt).sum(1)
-        staying = order != "remask" and not flags["revise"]
-        n_steps = n_open.clamp(min=1, max=steps) if staying else torch.full_like(n_open, steps)
+        n_steps = torch.full_like(n_open, steps) if order == "remask" else n_open.clamp(min=1, max=steps)
         assert len(canvases) == n_steps.max()
         for k, canvas in enumerate(canvases, 1):
             expected = n_open - n_open * k / n_steps
@@ -179,20 +177,11 @@ def test_prompt_stays_and_every_canvas_ends_complete(order, data):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_is_set_stays_set_unless_revised(order):
-    start = torch.full((4, 8), 5)
-    for revise in (0.0,) if order in OWN_PACE else (0.0, 0.5):
-        canvases = canvases_of(tiny_model(V=5, T=8), start, 8, order, tau=1.0, gamma=0.0, revise=revise)
-        assert len(canvases) == 8
-        changed = [(later != earlier)[earlier != 5].any().item() for earlier, later in zip(canvases, canvases[1:])]
-        assert any(changed) == (revise > 0)
-
-
-def test_revise_masks_each_written_token_with_its_probability():
-    """After 4 of 8 steps, half of 400 tokens are written, and the fifth step masks 0.3 of these."""
-    canvases = canvases_of(tiny_model(V=5, T=400), torch.full((50, 400), 5), 8, revise=0.3)
-    masked = ((canvases[3] != 5) & (canvases[4] == 5)).sum().item()
-    assert abs(masked / (50 * 200) - 0.3) < 4 * (0.3 * 0.7 / (50 * 200)) ** 0.5
+def test_what_is_set_stays_set(order):
+    canvases = canvases_of(tiny_model(V=5, T=8), torch.full((4, 8), 5), 8, order, tau=1.0, gamma=0.0)
+    assert len(canvases) == 8
+    for earlier, later in zip(canvases, canvases[1:]):
+        assert later[earlier != 5].equal(earlier[earlier != 5])
 
 
 class Counts(torch.nn.Module):
@@ -387,10 +376,6 @@ def test_no_more_passes_than_holes(order):
     start = torch.tensor([[2, 2, 2], [0, 2, 1], [2, 1, 2]])
     canvases = canvases_of(model, start, 50, order)
     assert (len(canvases), model.calls) == (3, 3)
-    model.calls = 0
-    canvases = canvases_of(model, start, 50, "random", revise=0.01)
-    assert len(canvases) == 50
-    assert model.calls < 20
 
 
 def test_one_step_is_one_parallel_guess():
@@ -414,7 +399,7 @@ def test_random_and_remask_equal_a_slow_loop():
     start[3] = 1
     for order in ("random", "remask"):
         expected, holes = start.clone(), [i for i in range(10) if i != 3]
-        for step, ((noise,), _, _) in zip(range(1, 5), uniforms([5], 0, 10)):
+        for step, ((noise,), _) in zip(range(1, 5), uniforms([5], 0, 10)):
             mine = holes if order == "remask" else [i for i in holes if expected[i] == 7]
             n = round(9 * step / 4) - (0 if order == "remask" else 9 - len(mine))
             chosen = sorted(mine, key=lambda i: noise[i], reverse=True)[:n]
@@ -424,12 +409,10 @@ def test_random_and_remask_equal_a_slow_loop():
         assert complete(model, start[None], 4, order, 0, seeds=[5])[0].tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("flags", [{}, {"block": 3}, {"revise": 0.3, "top_p": 0.9}, {"guidance": 1.0}])
+@pytest.mark.parametrize("flags", [{}, {"block": 3}, {"top_p": 0.9}, {"guidance": 1.0}])
 @pytest.mark.parametrize("order", ALL)
 def test_a_row_is_written_the_same_in_any_batch(order, flags, device):
     """The rows have prompts and holes of many kinds, and the canvas may be longer than the context."""
-    if "revise" in flags and order in ("remask", *OWN_PACE):
-        pytest.skip("these orders do not revise")
     rows = [[1, 2, *[7] * 10], [7] * 12, [7, 3, 7, 7, 7, 2] * 2, [5, 7, *[7] * 10], [1] * 12, [1] * 11 + [7]]
     for W in (12, 5):
         model = tiny_model(V=7, T=W, conv=3).to(device)

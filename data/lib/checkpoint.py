@@ -166,8 +166,9 @@ def check_config(config, tokenizer, checkpoint):
         if not has_type(kind, value) or (type(value) in (int, float) and not 0 <= value <= 10**7):
             raise ValueError(f"its {name} is no value for that")
     not_text = {config.mask_id, *config.special_ids}
-    if not all(0 <= i < config.vocab_size for i in (*not_text, *config.end_ids)):
-        raise ValueError("mask_id, special_ids and end_ids are not of its vocabulary")
+    shift = [] if config.shift_id is None else [config.shift_id]
+    if not all(0 <= i < config.vocab_size for i in (*not_text, *config.end_ids, *shift)):
+        raise ValueError("mask_id, special_ids, end_ids and shift_id are not of its vocabulary")
     if not_text & {*config.end_ids}:
         raise ValueError("its end_ids are learned, and so no special_ids")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("layers.")}
