@@ -152,14 +152,14 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))  # (C, 1, 1, conv)
         self.left = config.conv - 1 - config.conv_right
-        self.right = config.within_block(config.conv_right)  # less, if a canvas goes on with blocks
+        self.right = config.within_block(config.conv_right)  # less, if a canvas model is trained on with blocks
 
     def forward(self, x, layout):
         (B, S, C), K, left, right = x.shape, layout.strip, self.left, self.right
         if layout.cache is None:
             before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
         else:
-            before = layout.cache.join(self, x, left)[:, layout.cache.length :]  # kept, or zeros
+            before = layout.cache.join(self, x, left)[:, layout.cache.length :]  # the last left + S
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), layout.n_clean // K
         before = before.unfold(1, left, K).transpose(2, 3)  # (B, S // K + 1, left, C)
         # Before noisy block i stand the same clean tokens as before clean block i; after each block, zeros.
@@ -236,11 +236,12 @@ class Transformer(nn.Module):
         return logits.masked_fill(~allowed[positions], -torch.inf)
 
     def plan(self, n_clean, n, cache, device):
-        """Layout and positions (S,) of a pass: n_clean of the clean copy, then n after the cached ones."""
+        """Layout and positions (S,) of a pass: n_clean of the clean copy, then n after the cache."""
         n_cached, K = cache.length if cache else 0, self.config.block or n
         positions = torch.arange(n_cached, n_cached + n, device=device)
-        positions = torch.cat((positions[:n_clean], positions))  # (S,); nothing is cached beside a clean copy
+        positions = torch.cat((positions[:n_clean], positions))  # (S,); a clean copy excludes a cache
         causal = K == 1 and n > 1 and not (n_clean or n_cached)
+        # n <= K is one block, because caches end where a block begins.
         sees = None if n <= K or causal else who_sees(positions, n_clean, n_cached, K)
         # One-token blocks only look left, so without a clean copy one row holds them all.
         strip = n if K == 1 and not n_clean else min(K, n)
@@ -251,12 +252,12 @@ class Transformer(nn.Module):
 
         where: (B, T) bool, or its nonzero indices: only compute the logits of these N positions, (N, V). A loss
             needs no others, and they would be the largest tensor of all.
-        clean: (B, T), the text without holes, of which a block sees its earlier blocks. By default idx, which is
-            right if only the last block has holes.
-        cache: a Cache. Only the positions after its `length` are read, and only they count in `where`.
+        clean: (B, T), the text without holes, where each block sees those before it. By default idx, which is right
+            if only the last block has holes.
+        cache: a Cache. Only positions from its `length` on are read, and `where` is ignored elsewhere.
         """
         T, n_cached = idx.shape[1], cache.length if cache else 0
-        # The copy omits the last block, which none sees. A canvas (one block) and a GPT (all clean) have no copy.
+        # The copy omits the last block, which no other sees. A canvas (one block) and a GPT (all clean) have no copy.
         K = self.config.block or T
         n_clean = 0 if clean is None or self.is_gpt else (T - 1) // K * K
         clean = idx if clean is None else clean
@@ -267,9 +268,9 @@ class Transformer(nn.Module):
             x = layer(x, layout)
         if n_clean:  # of the last layer only the noisy copy is needed
             layout = layout._replace(first=n_clean, sees=layout.sees[n_clean:])
-        x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C)
+        x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C), no extra position
         if cache:
-            cache.length = T if self.is_gpt else cache.final  # where the model's own block begins
+            cache.length = T if self.is_gpt else cache.final  # where the unfinished block begins
         positions = torch.arange(n_cached, T, device=idx.device)
         if where is None:
             return self.unembed(x, positions)

@@ -37,7 +37,7 @@ class SampleConfig:
     length: int | None = flag(
         None, "tokens of the canvas (the prompt's if it has holes, else context)", least=1, most=10**6
     )
-    steps: int | None = flag(None, "denoising steps (128, or half the holes if more)", least=1, most=10**6)
+    steps: int | None = flag(None, "denoising steps (the larger of 128 and half the holes)", least=1, most=10**6)
     order: list[
         Literal["random", "left", "confidence", "margin", "entropy", "threshold", "entropy-bound", "remask"]
     ] = flag(("random",), "which holes are set first; several orders are compared")
@@ -55,7 +55,7 @@ class SampleConfig:
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "save how it filled, as a page (run.html) or an animation (run.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Dtype = flag("auto", "precision of matrix products, and of weights stored in it")
+    dtype: Dtype = flag("auto", "precision of matrix products; such weights stay unconverted")
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ class SampleConfig:
 def fill(canvas, n_steps, look, take, draws, mask_id, score, pace):
     """Fill the holes of canvas (B, W), in place, in n_steps (B, 1) unless `pace` differs; yield after each.
 
-    look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens, drawn from some
-    rows of the logits. draws: `uniforms`, the random numbers of each step. score: a value of ORDERS. pace: `how_many`.
+    look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens for where (B, W)
+    from the rows (N,) of the logits, both bool. draws: `uniforms`. score: a value of ORDERS. pace: `how_many`.
     """
     n_holes = (canvas == mask_id).sum(1, keepdim=True)  # (B, 1)
     n_steps = n_steps.minimum(n_holes.clamp(min=1))  # no step without a token
@@ -117,8 +117,8 @@ def denoise(
 
     order: a key of ORDERS, or "remask". tau, gamma: see `how_many`.
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
-        2502.09992). Default: the model's own blocks; else the whole canvas; else, if it exceeds the context, quarters
-        of a sliding context. ValueError if K does not divide the model's blocks.
+        2502.09992). Default: the model's own blocks; else the whole canvas if it fits the context; else quarters of
+        a sliding context. ValueError if K does not divide the model's blocks.
     guidance: strength of classifier-free guidance by the prompt (2410.18514). seeds: one for each row (0, 1, ..).
     text (B, T), on the CPU: set the tokens of this text instead of drawing them.
     log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
@@ -128,12 +128,11 @@ def denoise(
     loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], pace=pace)
     if not (canvas == model.config.mask_id).any():
         yield canvas.to(device)
-    for number, part, n_steps, look in blocks(
-        model, canvas, steps, block, guidance
-    ):  # look sees the window around part
+    for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):  # a slice; look asks the model
 
         def take(logits, rows, u, where, part=part):
-            logits = logits[send(logits.device, rows)[0]]
+            (rows,) = send(logits.device, rows)
+            logits = logits[rows]
             if text is None:
                 tokens = draw(logits, u[where], temperature, top_k, top_p).to(logits.device)
             else:
@@ -194,8 +193,8 @@ def how_many(scores, n, order, tau, gamma):
     """How many holes a step sets, (B, 1), given their scores (B, W): n, except for two orders, which set at least one.
 
     threshold: every hole with a confidence of at least tau (Fast-dLLM, 2505.22618).
-    entropy-bound: the most certain holes, while their summed entropy less the largest is at most gamma nats
-    (EB-Sampler, 2505.24857).
+    entropy-bound: the most certain holes, while their entropies, without the largest, sum to at most gamma
+    nats (EB-Sampler, 2505.24857).
     """
     if order == "threshold":
         return (scores >= tau).sum(1, keepdim=True).clamp(min=1)
@@ -213,7 +212,7 @@ def shortlist(score, holes, n, noise):
 
 
 def score_holes(score, logits, holes, noise):
-    """Scores (B, W) of N holes (B, W) with logits (N, V); minus infinity elsewhere."""
+    """Scores (B, W) of the N `holes`, with logits (N, V); minus infinity elsewhere."""
     place = torch.arange(holes.shape[1]).expand(holes.shape)
     scores = in_parts(lambda logits, *more: score(logits.float(), *more), logits, noise[holes], place[holes])
     return torch.full_like(noise, -torch.inf).masked_scatter(holes, scores.cpu())
@@ -227,7 +226,7 @@ def highest(scores, among, n):
 
 # --- how a token is drawn ------------------------------------------------------------------------
 #
-# Draws must follow the softmax, even at a vocabulary of 50,000. In float32, Gumbel noise and cumulative sums lose the
+# Draws must follow the softmax, even with 50,000 tokens. In float32, Gumbel noise and cumulative sums lose the
 # tail of the distribution. That silently lowers the temperature and flatters the model (2409.02908). So sums and random
 # numbers are float64, a few rows at a time.
 
@@ -289,8 +288,8 @@ def log_probability(logits, tokens):
 def log_likelihood(model, tokens, steps=None, **flags):
     """Log of the probability that `denoise` with these flags writes tokens (N,) at temperature 1, in nats.
 
-    It is exact for orders without random numbers (DUEL, 2603.01367). The text is cut into independent windows of the
-    model's context.
+    It is exact for orders without random numbers (DUEL, 2603.01367); for others it is that of one draw of the order.
+    The text is cut into independent windows of the model's context.
     """
     W, nats = model.config.context, 0.0
     whole, batch_size = len(tokens) // W * W, rows_at_once(32, W, model.config.vocab_size)
@@ -307,9 +306,8 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
-    Session(SampleConfig(**given), given, load_checkpoint).run(
-        denoise, log_likelihood
-    )  # flags become keyword arguments
+    # Prompts become canvases there, and flags become keyword arguments.
+    Session(SampleConfig(**given), given, load_checkpoint).run(denoise, log_likelihood)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 A text x0 of T tokens is corrupted at noise level t in (0, 1]. A token becomes a hole, `<mask>`, with a probability
 that rises with t: its rate. The network sees the corrupted text xt and predicts x0 at the holes:
 
-    xt, holes = corrupt(x0, rate, maskable, u, mask_id)
+    xt, holes = corrupt(x0, rate, maskable, u, mask_id)  # u: uniform random numbers
     logits = model(xt, where=holes, clean=x0)  # (N, V) at the N holes; for `clean` see model.py
     loss = (weights[holes] * cross_entropy(logits, x0[holes])).sum()
 
 Four choices make a method: how t is drawn, the rate of each token, the weight of each hole in the loss, and who
-sees whom (model.py). BERT fixes t = 0.15; text diffusion draws t from (0, 1]. A model that writes in blocks treats
-each block as a text of its own. In a GPT a block is one token and t = 1, so every token is a hole.
+sees whom (model.py). BERT fixes t = 0.15; text diffusion draws t from (0, 1]. A model that writes in blocks draws a
+t for each block. In a GPT a block is one token and t = 1, so every token is a hole.
 
     python train.py                                      # ten minutes, on the source of Python's library
     python train.py --method mdlm --data shakespeare --max_minutes 5 --out_dir out-mdlm
@@ -41,7 +41,7 @@ METHODS = {  # the flags that each method sets; explicit flags win
     "ar-diffusion": {"level": "uniform", "rate": "slant:1", "weight": "elbo", "prompt_len": "0"},  # 2305.09515
     "diffusionbert": {"level": "uniform", "rate": "spindle:0.3", "prompt_len": "0"},  # 2211.15029
     "block-diffusion": {"level": "uniform", "weight": "elbo", "prompt_len": "0", "attention": "block:16"},  # 2503.09573
-    "gpt": {"attention": "causal"},  # sets t = 1
+    "gpt": {"attention": "causal"},  # which implies level 1
     "diffugpt": {"level": "uniform", "weight": "elbo", "prompt_len": "0", "attention": "shifted"},  # 2410.17891
 }
 
@@ -96,7 +96,7 @@ class TrainConfig:
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: flags.Dtype = flag("auto", "precision of matrix products; --eval_only also keeps weights stored in it")
+    dtype: flags.Dtype = flag("auto", "precision of matrix products; --eval_only also leaves such weights unconverted")
     compile: bool = flag(False, "torch.compile the model")
     shard: bool = flag(False, "under torchrun: split each tensor over the processes")
     seed: int = flag(0, "for weights, batches, levels and masks", least=0, most=2**32)
@@ -113,7 +113,7 @@ def draw_levels(level, B, n, generator):
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
     shuffled = t[:, 1:].gather(0, torch.rand(B, n - 1, generator=generator).argsort(0))
-    t = torch.cat((t[:, :1], shuffled), 1)  # one column stays in order: a micro-batch takes every k-th text
+    t = torch.cat((t[:, :1], shuffled), 1)  # the first stays in order, so that every k-th text is stratified, too
     if level.kind == "bell":  # logit-normal: more middle levels, where there is most to learn (2605.13026)
         return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
     if level.kind == "grid":  # 1/N, 2/N, .. 1: the N steps of D3PM (2107.03006)
@@ -164,7 +164,7 @@ def which_maskable(x0, prompt_len, special_ids):
 def draw_batch(split, config, generator, model_config, level=None, rates=uniform_rates):
     """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: by default config's.
 
-    Each segment has a noise level of its own: the text, a block, or (with weight mean) the tokens of a kind (model.py).
+    Each segment has a noise level of its own: see `noise.segment_lengths`. rates: as `uniform_rates`.
     """
     B, T, level = config.batch_size, config.context, level or config.level
     x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T); (B, 1): length of an example's own prompt
@@ -183,9 +183,9 @@ def draw_batch(split, config, generator, model_config, level=None, rates=uniform
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The expected loss with weight elbo is the bound (NELBO). Whatever the training loss, it is measured with other holes
+# The expected loss with weight elbo is the bound (NELBO). Whatever the training loss, the bound uses other holes
 # and weights: same expectation, less variance. The bound of a text written in blocks is the sum of its blocks' bounds.
-# A block of one token is always a hole, so its bound is exact. Levels are stratified over STRATA texts at a time:
+# A block of one token is always a hole here, so its bound is exact. Levels are stratified over STRATA texts at a time:
 # enough to remove most variance, few enough to leave many groups for report.standard_error.
 
 STRATA = 16
@@ -204,7 +204,7 @@ def exact_holes(x0, maskable, t, generator, K):
 
 
 def grid_holes(x0, maskable, t, generator, K):
-    """Independent holes for levels of grid:N. Averaged over t, the loss is the sum of D3PM's N steps (2107.03006)."""
+    """Draw independent holes at levels of grid:N. The mean loss over t is the sum of D3PM's N steps (2107.03006)."""
     return maskable & (torch.rand(x0.shape, generator=generator) < t), 1 / t
 
 
@@ -220,7 +220,7 @@ def sequence_bounds(
     (N, T), K = tokens.shape, model.config.block or tokens.shape[1]
     if T % K:
         raise ValueError(f"{T} tokens can't be cut into blocks of {K}; cut the text to a multiple")
-    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # or noise.slanted_holes
+    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # or slanted ones; for spindle as for t
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike, and should not have neighbouring levels.
@@ -286,7 +286,7 @@ def update(run, batch):
 
 
 def train(run, split, val, log, rates, signals):
-    """Train on a split until the run ends or a signal arrives. val: windows to evaluate, and their prompt lengths."""
+    """Train until the run ends or `signals` has one. val: windows to evaluate, and their prompt lengths."""
     config, stopped = run.config, False
     while not stopped and run.progress() < 1:
         level = widened(config, run.progress())
@@ -300,7 +300,7 @@ def train(run, split, val, log, rates, signals):
 
 
 def evaluate(run, tokens, own_prompt):
-    """The bound of windows (N, T), in nats per token after their own prompts and --prompt_len."""
+    """The bound of windows (N, T) at uniform levels, in nats per token after the shortest prompts."""
     config = run.config
     with run.precision:
         return nelbo(
@@ -310,7 +310,7 @@ def evaluate(run, tokens, own_prompt):
 
 def main():
     given = flags.parse(TrainConfig, __doc__.splitlines()[0])
-    # Training from scratch, model, tokenizer and checkpoint are None.
+    # From scratch, model, tokenizer and checkpoint are None.
     config, model, tokenizer, checkpoint = settings.settle(given, TrainConfig, METHODS, load_checkpoint)
     settings.check_training(config)
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
