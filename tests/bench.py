@@ -28,26 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from data.lib.corpus import load_corpus
+from data.lib.corpus import load_corpus, spaced_windows
 from data.lib.errors import command
 from data.lib.fast import attend
 from data.lib.flags import Attention, flag, parse
 from data.lib.machine import autocast, pick_device
+from data.lib.report import standard_error
 from data.lib.settings import attention_fields, without_noise
 from data.lib.training import Run
+from data.weights import bert, gpt2
 from data.weights.hub import byte_symbols
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
-from train import (
-    STRATA,
-    TrainConfig,
-    draw_batch,
-    loss_of,
-    nelbo,
-    sequence_bounds,
-    train,
-    windows,
-)
+from train import STRATA, TrainConfig, draw_batch, loss_of, nelbo, sequence_bounds, update
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,13 +98,12 @@ def training_speed(device, **flags):
 
         return call
 
-    for optimizer in run.optimizers:
-        optimizer.step = timed("optimizer", optimizer.step)
+    run.optimizer.step = timed("optimizer", run.optimizer.step)
     with mock.patch("train.loss_of", timed("forward", loss_of)):
         for _ in range(8):
             clock.clear()
             start = now(device)
-            next(train(run, [batch]))
+            update(run, batch)
             parts.append((now(device) - start, dict(clock)))
     seconds, clock = min(parts[1:], key=lambda part: part[0])
     shares = [clock["forward"] / seconds, 1 - sum(clock.values()) / seconds, clock["optimizer"] / seconds]
@@ -146,10 +138,8 @@ def sampling_cost(device, B=16, T=256, steps=64, **shape):
 
 # --- the denoiser --------------------------------------------------------------------------------
 
-# roberta-base, with the weights that it has before training.
-ROBERTA = {"vocab_size": 50265, "mask_id": 50264, "n_layer": 12, "n_head": 12, "n_embd": 768, "conv": 0}
-ROBERTA |= {"norm": "post", "position": "learned", "bias": True, "qk_norm": False, "token_types": 1}
-ROBERTA |= {"head_activation": "gelu", "tied": True}
+# The shape of roberta-base.
+ROBERTA = bert.Network.Config(50265, 50264, n_layer=12, n_head=12, n_embd=768, token_types=1, tied=True)
 
 
 def share_outside(model, canvas, steps, order, repeats=2, **flags):
@@ -169,8 +159,8 @@ def share_outside(model, canvas, steps, order, repeats=2, **flags):
     for _ in range(repeats + 1):  # the first warms up
         inside.clear()
         start = time.perf_counter()
-        # Of threshold, which would take as many steps as there are holes, no more than of the others.
-        for _ in itertools.islice(denoise(model, canvas, steps, order, tau=1.0, **flags), steps):
+        # With this tau and gamma, `threshold` and `entropy-bound` set one token a step, so they are cut short.
+        for _ in itertools.islice(denoise(model, canvas, steps, order, tau=1.0, gamma=0.0, **flags), steps):
             pass
         clock()
         seconds = inside[-1] - start
@@ -185,25 +175,24 @@ def denoiser_rows(device):
     """The rows of --orders: the share of every order, and what logits at some positions alone save."""
     torch.manual_seed(0)
     T = 256
-    for name, shape, B, steps in (
-        ("bytes", {}, 1, 64),
-        ("bytes", {}, 16, 16),
-        ("RoBERTa's vocabulary", ROBERTA, 1, 8),
-        ("RoBERTa's vocabulary", ROBERTA, 16, 2),
+    for name, network, config, B, steps in (
+        ("bytes", Transformer, ModelConfig(), 1, 64),
+        ("bytes", Transformer, ModelConfig(), 16, 16),
+        ("RoBERTa's vocabulary", bert.Network, ROBERTA, 1, 8),
+        ("RoBERTa's vocabulary", bert.Network, ROBERTA, 16, 2),
     ):
-        model = Transformer(ModelConfig(**shape)).to(device).eval()
+        model = network(config).to(device).eval()
         canvas = torch.full((B, T), model.config.mask_id, device=device)
         with torch.no_grad(), autocast(device):
-            for order in ORDERS:
-                flags = {"token_nats": torch.ones(model.config.vocab_size)} if order == "information" else {}
-                flags |= {"top_k": 50, "top_p": 0.95} if order == "remask" else {}
+            for order in (*ORDERS, "remask"):
+                flags = {"top_k": 50, "top_p": 0.95} if order == "remask" else {}
                 share, milliseconds = share_outside(model, canvas, steps, order, **flags)
                 yield (
                     f"{name}, batch {B}, `{order}`",
                     f"{milliseconds:.1f} ms a step",
                     f"{share:.1%} of the whole",
                 )
-            if B == 1 and shape:
+            if B == 1 and config is ROBERTA:
                 few = torch.rand(B, T, device=device) < 1 / 16
                 all_rows, few_rows = best_seconds(lambda: model(canvas), lambda: model(canvas, where=few), repeats=9)
                 saved = f"{few_rows / all_rows:.2f} of the {1000 * all_rows:.0f} ms with all"
@@ -229,9 +218,9 @@ def bound_rows(device):
     """The rows of --bound, of the model that `python train.py` has left in out/: error, variance, speed."""
     model, _, _ = load_checkpoint(ROOT / "out" / "ckpt.pt", device)
     _, val, _, _ = load_corpus("python", 256)
-    tokens, _ = windows(val, 256, 2**18)  # (1024, 256)
+    tokens = torch.from_numpy(spaced_windows(val, 256, 2**18)[0])  # (1024, 256)
     with autocast(device):
-        error = nelbo(model, tokens, draws=8).error * 2**0.5  # that of half as many tokens
+        error = standard_error(*sequence_bounds(model, tokens, draws=8)) * 2**0.5  # of half as many tokens
         yield "standard error of the bound", f"{error:.4f} nats per token", f"{4 * tokens.numel():,} tokens"
         few, draws, variance = tokens[::16], 256, {}
         for strata in (STRATA, 1):
@@ -294,11 +283,10 @@ def run_python(*arguments):
     return printed, usage.ru_maxrss / 2**20
 
 
-GPT2 = {
-    "vocab_size": 50258, "mask_id": 50257, "context": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
-    "conv": 0, "position": "learned", "qk_norm": False, "bias": True, "head_bias": False, "tied": True,
-    "activation": "gelu_tanh", "block": 1, "shift_id": 50256,
-}  # fmt: skip
+GPT2 = gpt2.Network.Config(
+    50258, 50257, context=1024, n_layer=12, n_head=12, n_embd=768, tied=True, activation="gelu_tanh", block=1,
+    shift_id=50256,
+)  # fmt: skip
 
 
 def gpt2_writers(device, n):
@@ -307,7 +295,7 @@ def gpt2_writers(device, n):
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = Transformer(ModelConfig(**GPT2)).to(device).eval()
+    model = gpt2.Network(GPT2).to(device).eval()
     prompt = torch.arange(100, 116, device=device)[None]
     canvas = F.pad(prompt, (0, n), value=model.config.mask_id)
     rules = {"do_sample": True, "top_k": 50, "top_p": 0.95, "pad_token_id": 50256, "eos_token_id": None}
@@ -333,8 +321,11 @@ def step_seconds(attentions, device):
         torch.manual_seed(0)
         model = Transformer(ModelConfig(**attention_fields(config.attention, 256))).to(device).train()
         run = Run(config, model, device)
-        batches = iter(functools.partial(draw_batch, train_split, config, run.generator, model.config), None)
-        steps.append(functools.partial(next, train(run, batches)))
+
+        def step(run=run):
+            update(run, draw_batch(train_split, run.config, run.generator, run.model.config))
+
+        steps.append(step)
     return best_seconds(*steps, repeats=15)
 
 
@@ -368,8 +359,8 @@ def dial_rows(device):
         measure,
     )
     default = ModelConfig(context=1024, **attention_fields(Attention("causal", 1), 256))
-    for name, config in (("GPT-2 small", ModelConfig(**GPT2)), ("the default model", default)):
-        (early, late), (few, many) = token_seconds(Transformer(config).to(device).eval(), (64, 1024), device)
+    for name, model in (("GPT-2 small", gpt2.Network(GPT2)), ("the default model", Transformer(default))):
+        (early, late), (few, many) = token_seconds(model.to(device).eval(), (64, 1024), device)
         measure = f"{1e3 * (late - early):.2f} ms more; with attention left out {1e3 * (many - few):.2f} ms"
         yield (
             f"{name}, a token after 64 and after 1,024",
@@ -426,7 +417,7 @@ def fine_tuning_step(folder, side, dropout, device):
         model, tokenizer, _ = load_checkpoint(folder / "roberta.pt", device, dropout=dropout)
         run = Run(TrainConfig(max_iters=100, optimizer="adamw", lr=5e-5), model.train(), device)
         batch = x0, x0.masked_fill(holes, tokenizer.mask_id), holes, holes / holes.sum()
-        return best_seconds(lambda: next(train(run, [batch])), repeats=3)[0]
+        return best_seconds(lambda: update(run, batch), repeats=3)[0]
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model = RobertaForMaskedLM.from_pretrained(folder, dtype=torch.float32, **rates).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)

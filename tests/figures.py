@@ -4,7 +4,6 @@
     python tests/figures.py limit       # how close a trained model comes to the entropy of its source
     python tests/figures.py parallel    # what it costs to set several tokens at once
     python tests/figures.py orders      # forward passes against the quality of the text
-    python tests/figures.py lengths     # how often the length of a hole is found
     python tests/figures.py answers     # questions answered rightly, by order and forward passes
     python tests/figures.py digits      # pictures named by their likeliest caption, and drawn from a word
     python tests/figures.py dial        # from append to set: the bound for each attention
@@ -30,7 +29,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,19 +40,20 @@ import torch.nn.functional as F
 
 from data.digits.prepare import WORDS
 from data.hmm.prepare import text_nats
-from data.lib.corpus import DATA, SPLITS, load_corpus, windows_at, write_corpus
+from data.lib.corpus import DATA, SPLITS, load_corpus, spaced_windows, windows_at, write_corpus
 from data.lib.errors import Mistake, command
-from data.lib.flags import argument, flag, parse
+from data.lib.flags import Rate, argument, flag, parse
 from data.lib.machine import autocast, pick_device
 from data.lib.prompt import MOST, shown_of
+from data.lib.report import standard_error
 from data.lib.settings import SHIPPED
 from model import load_checkpoint
-from sample import ORDERS, Recorded, denoise, draw, fit, log_likelihood, read
-from train import loss_of, nelbo, windows
+from sample import ORDERS, denoise, log_likelihood
+from train import loss_of, nelbo, sequence_bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = (
-    *("levels", "limit", "parallel", "orders", "lengths", "answers", "digits", "dial", "speed", "post"),
+    *("levels", "limit", "parallel", "orders", "answers", "digits", "dial", "speed", "post"),
     *("recipe", "repeat", "changes", "counts", "gauss"),
 )
 EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figures were drawn
@@ -91,7 +90,12 @@ def train(out_dir, *flags, script=("train.py",)):
     return folder / "ckpt.pt"
 
 
-def write(model, n, T, steps, order="random", **flags):
+def windows(split, T, n_tokens):
+    """About n_tokens of a split, as windows (N, T) that are spaced evenly."""
+    return torch.from_numpy(spaced_windows(split, T, n_tokens)[0])
+
+
+def write(model, n, T, steps=None, order="random", **flags):
     """(n texts written from an empty canvas, (n, T), and the forward passes that it took)."""
     passes = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
@@ -162,7 +166,7 @@ def levels(config, device):
     shown = (0.15, 0.4, 0.6, 0.8, 1.0)
     print("| method | seed | NELBO |", " | ".join(f"t = {t}" for t in shown), "|")
     _, val, _, _ = load_corpus("shakespeare", 256)
-    tokens, _ = windows(val, 256, len(val))
+    tokens = windows(val, 256, len(val))
     for number, (name, flags) in enumerate(METHODS.items()):
         losses = []
         for seed in range(config.seeds):
@@ -196,12 +200,13 @@ def limit(config, device):
     panel, save = plot(config.save)
     path = train("out-hmm", HMM)
     _, val, _, _ = load_corpus("hmm")
-    tokens, _ = windows(val, 64, len(val))
+    tokens = windows(val, 64, len(val))
     entropy = text_nats(tokens).mean()
     model, _, _ = load_checkpoint(path, device)
     with autocast(device):
-        bound = nelbo(model, tokens, draws=8)
-    print(f"NELBO {bound:.4f} nats per token, standard error {bound.error:.4f}")
+        nats, n_maskable = sequence_bounds(model, tokens, draws=8)
+    bound = (nats.mean(0).sum() / n_maskable.sum()).item()
+    print(f"NELBO {bound:.4f} nats per token, standard error {standard_error(nats, n_maskable):.4f}")
     print(f"true entropy of the same windows {entropy:.4f}: {bound / entropy - 1:.2%} above")
     panel.plot(*evaluations(path, "minutes", "val_nats_per_token"), marker="o", label="NELBO of the model")
     panel.axhline(entropy, color="gray", linestyle=":", label="true entropy of the windows")
@@ -214,7 +219,7 @@ def parallel(config, device):
     token_error, sequence_error, save = plot(config.save, 2)
     model, _, _ = load_checkpoint(train("out-hmm", HMM), device)
     _, val, _, _ = load_corpus("hmm")
-    real = text_nats(windows(val, 64, 64 * 512)[0], FLOOR).mean()
+    real = text_nats(windows(val, 64, 64 * 512), FLOOR).mean()
     ks = [1, 2, 4, 8, 16, 32, 64]
     print("| order | tokens a step | nats per token | impossible |")
     for order in ("random", "confidence"):
@@ -242,6 +247,10 @@ def parallel(config, device):
 # --- orders --------------------------------------------------------------------------------------
 
 STEPS, TAUS = (8, 16, 32, 64, 128, 256), (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
+OWN_PACE = {  # the orders that take as many steps as they need, and the values of their flag
+    "threshold": ("tau", TAUS),
+    "entropy-bound": ("gamma", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
+}
 
 
 def pair_entropy(texts):
@@ -255,7 +264,7 @@ def orders(config, device):
     """Quality is a pair, since a text that repeats itself looks likely: its NELBO under a judge, a model
     trained longer from another seed, and the entropy of its byte pairs (2604.02718).
     """
-    model, _, checkpoint = load_checkpoint(train("out-earlier", EARLIER), device)
+    model, _, _ = load_checkpoint(train("out-earlier", EARLIER), device)
     judge, _, _ = load_checkpoint(train("out-judge", EARLIER, "--max_minutes 15 --seed 1"), device)
     T = model.config.context
     _, val, _, _ = load_corpus("python", T)
@@ -266,19 +275,15 @@ def orders(config, device):
     *panels, save = plot(config.save, 2)
     titles = "NELBO under the judge, nats per byte", "entropy of byte pairs, bits"
     with autocast(device):
-        real = quality(windows(val, T, config.texts * T)[0])
+        real = quality(windows(val, T, config.texts * T))
         print("| text of the corpus | | {:.3f} | {:.2f} |".format(*real))
-        token_nats = checkpoint.get("token_nats")
-        for marker, order in zip("osD^vPX*", ORDERS):
-            if order == "information" and token_nats is None:
-                continue
+        for marker, order in zip("osD^vPX*", (*ORDERS, "remask")):
             points = []
-            for choice in TAUS if order == "threshold" else STEPS:
-                flags = {"tau": choice} if order == "threshold" else {}
-                steps = 128 if order == "threshold" else choice
-                texts, passes = write(model, config.texts, T, steps, order, token_nats=token_nats, **flags)
+            flag_name, choices = OWN_PACE.get(order, ("steps", STEPS))
+            for choice in choices:
+                texts, passes = write(model, config.texts, T, order=order, **{flag_name: choice})
                 points.append((passes, *quality(texts)))
-                name = f"{order} {choice}" if order == "threshold" else order
+                name = f"{order} {choice}" if order in OWN_PACE else order
                 print("| {} | {} | {:.3f} | {:.2f} |".format(name, *points[-1]), flush=True)
             passes, *values = zip(*sorted(points))
             for panel, value in zip(panels, values):
@@ -290,36 +295,6 @@ def orders(config, device):
         panel.minorticks_off()
     panels[0].legend(fontsize="small")
     save()
-
-
-# --- lengths -------------------------------------------------------------------------------------
-
-
-def drawn_nats(model, canvas):
-    """What `fit` is compared with: the mean log p of one text drawn for the holes of canvas (1, T)."""
-    take = Recorded(partial(draw, temperature=0.7), canvas)
-    *_, _ = denoise(model, canvas, take=take)
-    return take.log_p.sum().item() / (canvas == model.config.mask_id).sum().item()
-
-
-def lengths(config, device):
-    """Spans of 4 to 12 bytes of validation text, cut out between 32 and 32: which length is taken?"""
-    model, tokenizer, _ = load_checkpoint(train("out-earlier", EARLIER), device)
-    _, val, _, _ = load_corpus("python", 80)
-    generator = np.random.default_rng(config.seeds)
-    sizes = generator.integers(4, 13, config.texts)
-    print("| way | right | within one | 4 or 5 taken |")
-    for name, way in (("likeliest drawn text", drawn_nats), ("fit", fit)):
-        taken = []
-        for start, size in zip(generator.integers(0, len(val) - 76, config.texts), sizes):
-            text = val[start : start + 64 + size].astype(np.int64)
-            canvases = [[*text[:32], *[tokenizer.mask_id] * n, *text[-32:]] for n in range(4, 13)]
-            with torch.no_grad(), autocast(device):
-                found = [way(model, torch.tensor([canvas], device=device)) for canvas in canvases]
-            taken.append(4 + int(np.argmax(found)))
-        right, near, short = (np.mean(x) for x in (taken == sizes, abs(taken - sizes) < 2, np.less(taken, 6)))
-        print(f"| {name} | {right:.0%} | {near:.0%} | {short:.0%} |", flush=True)
-    print(f"| the spans | | | {np.mean(sizes < 6):.0%} |")
 
 
 # --- prompts and answers -------------------------------------------------------------------------
@@ -388,9 +363,9 @@ def caption_nats(model, tokenizer, canvases, given):
         canvas = torch.full_like(text, tokenizer.mask_id)
         if given:
             canvas[:, first:] = text[:, first:]
-        take = Recorded(partial(read, text), canvas)
-        *_, _ = denoise(model, canvas, text.shape[1], "left", take=take)
-        columns.append(-take.log_p.sum(1))
+        log_p = torch.zeros(canvas.shape)
+        *_, _ = denoise(model, canvas, text.shape[1], "left", text=text, log_p=log_p)
+        columns.append(-log_p.sum(1))
     return torch.stack(columns, 1)
 
 
@@ -452,7 +427,7 @@ def dial(config, device):
     print("|", " | ".join(header), "|")
     for corpus, curve in zip(MINUTES, curves):
         _, val, _, _ = load_corpus(corpus, 256)
-        (tokens, _), (some, _) = windows(val, 256, len(val)), windows(val, 256, 256 * config.texts)
+        tokens, some = windows(val, 256, len(val)), windows(val, 256, 256 * config.texts)
         seeds = range(config.seeds if corpus == "shakespeare" else 1)
         paths = {name: [on_the_dial(corpus, name, seed) for seed in seeds] for name in ATTENTIONS}
         logs = {name: [log_of(path) for path in paths[name]] for name in ATTENTIONS}
@@ -502,11 +477,12 @@ def ways_to_write(attention, T=256):
         return [("", f"temperature {x}", {"temperature": x}) for x in (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)]
     n_blocks, ways = T // int(attention.partition(":")[2] or T), []
     in_steps = [("random, temperature 0.8", "random", 0.8)]
-    in_steps += [(order, order, 1.0) for order in ORDERS if order != "threshold"]
+    in_steps += [(order, order, 1.0) for order in (*ORDERS, "remask") if order not in OWN_PACE]
     for curve, order, temperature in in_steps:
         flags = {"order": order, "temperature": temperature}
         ways += [(curve, f"{n} steps", {**flags, "steps": n}) for n in (8, 16, 32, 64, 128) if n >= n_blocks]
-    return ways + [("threshold", f"tau {x}", {"order": "threshold", "tau": x}) for x in (0.4, 0.6, 0.8, 0.9)]
+    ways += [("threshold", f"tau {x}", {"order": "threshold", "tau": x}) for x in (0.4, 0.6, 0.8, 0.9)]
+    return ways + [("entropy-bound", f"gamma {x}", {"order": "entropy-bound", "gamma": x}) for x in (0.1, 1.0, 10.0)]
 
 
 def speed(config, device):
@@ -519,17 +495,17 @@ def speed(config, device):
     _, val, _, _ = load_corpus("python", T)
 
     def quality(texts):
-        return float(nelbo(judge, texts)), pair_entropy(texts)
+        return nelbo(judge, texts), pair_entropy(texts)
 
     with autocast(device):
-        real = quality(windows(val, T, config.texts * T)[0])
+        real = quality(windows(val, T, config.texts * T))
         header = "attention", "way", "passes", "nats per byte", "bits per pair", "tokens/s at batch 1"
         print("|", " | ".join(header), "| at", config.texts, "|")
         print("| text of the corpus | | | {:.3f} | {:.2f} | | |".format(*real))
         for attention in ATTENTIONS:
-            model, _, checkpoint = load_checkpoint(on_the_dial("python", attention), device)
+            model, _, _ = load_checkpoint(on_the_dial("python", attention), device)
             for curve, way, flags in ways_to_write(attention, T):
-                speeds, flags = [], {"steps": None, "token_nats": checkpoint["token_nats"], **flags}
+                speeds = []
                 for n in sizes:
                     seconds = []
                     for _ in range(3 if n == 1 else 1):
@@ -623,7 +599,7 @@ def recipe(config, device):
     """The bound after five minutes of one core: of the default, and with each part taken away."""
     panel, save = plot(config.save)
     _, val, _, _ = load_corpus("shakespeare", 256)
-    tokens, bounds = windows(val, 256, len(val))[0], {}
+    tokens, bounds = windows(val, 256, len(val)), {}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the runs, side by side
     n_cores = torch.get_num_threads() if device.type == "cpu" else 1
 
@@ -721,7 +697,7 @@ def apply(change, folder):
 
 def changes(config, device):
     """2,000 steps of tiny Shakespeare by the project as it is, and with each of the README's changes."""
-    text = windows(load_corpus("shakespeare")[1], 256, 8192)[0].flatten().tolist()
+    text = windows(load_corpus("shakespeare")[1], 256, 8192).flatten().tolist()
 
     def run(folder, command):
         arguments = [sys.executable, *command.split(), "--device", str(device)]
@@ -778,7 +754,7 @@ def counts(config, device):
     print("| text | words that the training text has | characters copied |")
     ways = (T // 2, "random", 0.7), (T, "random", 0.5), (32, "random", 0.7), (T, "confidence", 0.9)
     for way in (None, *ways, (None, "threshold", 1.0)):
-        name, tokens = "of the validation split", windows(val, T, T * config.texts)[0]
+        name, tokens = "of the validation split", windows(val, T, T * config.texts)
         if way:
             steps, order, temperature = way
             name = f"`--order {order}{f' --steps {steps}' if steps else ''} --temperature {temperature}`"
@@ -795,7 +771,7 @@ def counts(config, device):
 NOISES = {  # the flags of each, of train.py or of tests/gauss.py
     "masks": "",
     "Gaussian noise": "",
-    "Gaussian noise, the right end first": "--slant 1",
+    "Gaussian noise, the right end first": "--rate slant:1",
     "append": "--attention causal",
 }
 
@@ -818,7 +794,7 @@ def gauss(config, device):
     panel, save = plot(config.save)
     judge, _, _ = load_checkpoint(with_noise("judge", "--attention causal --seed 9", config.minutes), device)
     T, (_, val, tokenizer, _) = 256, load_corpus("python", 256)
-    tokens, texts = windows(val, T, len(val))[0], windows(val, T, config.texts * T)[0]
+    tokens, texts = windows(val, T, len(val)), windows(val, T, config.texts * T)
     print("| noise | steps | bound, nats per byte | its text, nats per byte | bits per pair of bytes |")
     with autocast(device):
         print(f"| text of the corpus | | | {nelbo(judge, texts):.3f} | {pair_entropy(texts):.2f} |")
@@ -829,7 +805,7 @@ def gauss(config, device):
         with autocast(device):
             if "Gaussian" in name:
                 model, _, checkpoint = load(path, device)
-                slant = checkpoint["train"]["slant"]
+                slant = Rate.from_text(checkpoint["train"]["rate"]).value
                 nats = bound(model, tokens, slant=slant)
                 holes = torch.full((config.texts, T), tokenizer.mask_id)
                 texts = move_and_round(model, holes, 128, slant)

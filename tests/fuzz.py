@@ -43,7 +43,7 @@ import data.wikitext2.prepare
 import sample
 import train
 from data.lib.chat import BYTES
-from data.lib.checkpoint import byte_sum, save_checkpoint, tensors
+from data.lib.checkpoint import FAMILIES, byte_sum, published_network, save_checkpoint, tensors
 from data.lib.errors import command
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, PictureTokenizer
@@ -54,7 +54,8 @@ MEGABYTES = 300  # that all cases together may add to the memory of the process
 
 MERGES = ["t h", "th e", "Ġ a", "i n"]
 VALUES = [None, True, 0, 1, -1, 2, 3, 7, 255, 256, 257, 2**31, 2**63, 10**30, 0.5, -1.0, 1e308, float("nan")]
-VALUES += [float("inf"), "", "x", "bytes", "bpe", "wordpiece", "post", "learned", "\ud800", "(", "(a+)+$"]
+VALUES += [float("inf"), "", "x", "bytes", "bpe", "wordpiece", "\ud800", "(", "(a+)+$"]
+VALUES += ["setitem", *FAMILIES, "gelu_tanh"]
 VALUES += [[], {}, [1], [[0, 1]], {"a": 1}, ["a", "a"], ["\u1234"], [0] * 300, "y" * 10_000]
 
 
@@ -149,6 +150,14 @@ def damage_one(folder, rng, names=None):
         path.write_bytes(damage(path.read_bytes(), rng))
 
 
+def save_with_sums(content, path):
+    """Save a changed checkpoint with the sums of its tensors, unless they are too large or have none."""
+    with contextlib.suppress(Exception):
+        if sum(tensor.numel() for tensor in tensors(content)) < 10**7:
+            content["sums"] = [byte_sum(tensor) for tensor in tensors(content)]
+    torch.save(content, path)
+
+
 # --- the readers ---------------------------------------------------------------------------------
 #
 # A reader(good, folder, rng) puts a case into an empty folder, with the help of the good files, and returns
@@ -174,18 +183,15 @@ def damaged_checkpoint(good, folder, rng):
 
 def bad_checkpoint(good, folder, rng):
     """A whole file with a value of a stranger's choice."""
-    name = rng.choice(["small.pt", "layers.pt", "bpe.pt", "post.pt", "pictures.pt"])
+    names = ["small.pt", "blocks.pt", "bpe.pt", "pictures.pt", *(f"{family}.pt" for family in FAMILIES)]
+    name = rng.choice(names)
     content = torch.load(good / name, weights_only=True)
-    content.pop("sums", None)
-    content = change(content, rng)
-    with contextlib.suppress(Exception):
-        if sum(tensor.numel() for tensor in tensors(content)) < 10**7:
-            content["sums"] = [byte_sum(tensor) for tensor in tensors(content)]
-    torch.save(content, folder / "last.pt")
-    flags = ["--length", "8"] if name != "pictures.pt" else []
-    flags += ["--steps", "2", "--prompt", "in the", "--dtype", "float32"]
+    del content["sums"]
+    save_with_sums(change(content, rng), folder / "last.pt")
+    flags = ["--prompt", "in"] if name == "pictures.pt" else ["--prompt", "in the", "--length", "8"]
+    flags += ["--dtype", "float32"] if name == "gpt2.pt" else ["--dtype", "float32", "--steps", "2"]
     if rng.random() < 0.6:
-        flags += rng.choice([[], ["--order", "information"], ["--save", folder / "x.html"]])
+        flags += rng.choice([[], ["--order", "entropy"], ["--save", folder / "x.html"]])
         return sample.main, ["--ckpt", folder / "last.pt", *flags], None
     flags = ["--out_dir", folder, "--init_from", "resume", "--data", "book", "--max_iters", "3"]
     return train.main, [*flags, "--eval_tokens", "64", "--evals", "1"], None
@@ -236,17 +242,17 @@ def jsonl(good, folder, rng):
 def chat(good, folder, rng):
     """A checkpoint with a template of a stranger's choice, and what is said to it."""
     content = torch.load(good / "talk.pt", weights_only=True)
-    content.pop("sums")
+    del content["sums"]
     part = rng.choice(["chat", "chat", "config", None])
     if part:
         content[part] = change(content[part], rng)
-    torch.save(content, folder / "x.pt")
+    save_with_sums(content, folder / "x.pt")
     parts = ["Hi", " ", "\x03", "\x01user\x02", "{role}", "{content}", "<mask>", "<mask*9>", "\udcff", "\n"]
     said = "".join(rng.choices(parts, k=rng.randrange(5)))
     (folder / "x.txt").write_bytes(said.encode("utf-8", "surrogateescape"))
     given = rng.choice([["--prompt", said], ["--prompt_file", folder / "x.txt"]])
-    flags = ["--ckpt", folder / "x.pt", "--chat", "--length", "48", "--steps", "2", "--dtype", "float32"]
-    return sample.main, [*flags, *rng.choice([[], ["--order", "threshold"]]), *given], None
+    flags = ["--ckpt", folder / "x.pt", "--chat", "--length", "48", "--dtype", "float32"]
+    return sample.main, [*flags, *rng.choice([["--steps", "2"], ["--order", "threshold"]]), *given], None
 
 
 def weights(kind, module):
@@ -270,7 +276,6 @@ def prompt(good, folder, rng):
         "<mask*",
         ">",
         "<mask*9999999999>",
-        "<mask*1:1000000>",
     ]
     parts += [
         "in",
@@ -295,7 +300,7 @@ def prompt(good, folder, rng):
     given = rng.choice([["--prompt", text], ["--prompt_file", folder / "p.txt"], ["--score", folder / "p.txt"]])
     more = ["--order", "left"] if given[0] == "--score" else rng.choice([[], ["--save", folder / "x.html"]])
     more += [] if given[0] == "--score" else rng.choice([["--length", "20"], [], ["--suffix", text]])
-    name = rng.choice(["small.pt", "layers.pt", "bpe.pt", "pictures.pt"])
+    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "pictures.pt"])
     return sample.main, ["--ckpt", good / name, "--dtype", "float32", *more, *given], None
 
 
@@ -431,15 +436,16 @@ def make_good(good):
         data.chat.prepare.prepare(good / "talk.jsonl", None, "talk", ByteTokenizer())
     shutil.copy(good / "out" / "ckpt.pt", good / "small.pt")
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "context": 16}
-    save_checkpoint(good / "layers.pt", Transformer(ModelConfig(**shape, block=4)), ByteTokenizer())
+    save_checkpoint(good / "blocks.pt", Transformer(ModelConfig(**shape, block=4)), ByteTokenizer())
     talks = {**shape, "context": 48, "special_ids": (256,), "end_ids": (3,)}
     save_checkpoint(good / "talk.pt", Transformer(ModelConfig(**talks)), ByteTokenizer(), chat=BYTES)
     tokens, pattern = [chr(i) for i in range(256)] + ["in", "the"], r" ?\w+|\s+|[^\s\w]+"
     bpe = BPETokenizer(tokens, pattern)
     config = ModelConfig(bpe.vocab_size, bpe.mask_id, **shape)
     save_checkpoint(good / "bpe.pt", Transformer(config), bpe)
-    post = {"norm": "post", "position": "learned", "qk_norm": False, "conv": 0, "tied": True}
-    save_checkpoint(good / "post.pt", Transformer(ModelConfig(**shape, **post)), ByteTokenizer())
+    for family in FAMILIES:
+        network, causal = published_network(family), {"block": 1, "shift_id": 0} if family == "gpt2" else {}
+        save_checkpoint(good / f"{family}.pt", network(network.Config(**shape, **causal, tied=True)), ByteTokenizer())
     special = {"<|endoftext|>": len(tokens), "<mask>": len(tokens) + 1}
     config = ModelConfig(len(tokens) + 2, len(tokens) + 1, **shape)
     save_checkpoint(good / "start.pt", Transformer(config), BPETokenizer(tokens, pattern, special=special))
