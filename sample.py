@@ -61,24 +61,24 @@ class SampleConfig:
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def fill(canvas, n_steps, look, take, draws, mask_id, score, pace):
-    """Fill the holes of canvas (B, W), in place, in n_steps (B, 1) unless `pace` differs; yield after each.
+def fill(canvas, n_steps, look, take, draws, mask_id, score, count):
+    """Fill the holes of canvas (B, K), in place, in n_steps (B, 1) unless `count` differs; yield after each.
 
-    look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens for where (B, W)
-    from the rows (N,) of the logits, both bool. draws: `uniforms`. score: a value of ORDERS. pace: `how_many`.
+    look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens for where (B, K)
+    from the rows (N,) of the logits, both bool. draws: `uniforms`. score: a value of ORDERS. count: `how_many`.
     """
     n_holes = (canvas == mask_id).sum(1, keepdim=True)  # (B, 1)
     n_steps = n_steps.minimum(n_holes.clamp(min=1))  # no step without a token
     for step in itertools.count(1):
-        holes = canvas == mask_id  # (B, W)
+        holes = canvas == mask_id  # (B, K)
         if not holes.any():
             return
         noise, u = next(draws)
         n = due(step, n_steps, n_holes) - (n_holes - holes.sum(1, keepdim=True))  # due by now, less those set
         asked = shortlist(score, holes, n, noise)
         logits = look(asked)  # (N, V)
-        scores = score_holes(score, logits, asked, noise)  # (B, W)
-        chosen = highest(scores, asked, pace(scores, n))
+        scores = score_holes(score, logits, asked, noise)  # (B, K)
+        chosen = highest(scores, asked, count(scores, n))
         canvas[chosen] = take(logits, chosen[asked], u, chosen)  # .setitem
         yield
 
@@ -88,7 +88,7 @@ def rewrite(canvas, n_steps, look, take, draws, mask_id):
 
     The model sees the tokens that it replaces (nathan.rs/posts/roberta-diffusion).
     """
-    is_open = canvas == mask_id  # (B, W)
+    is_open = canvas == mask_id  # (B, K)
     n_open = is_open.sum(1, keepdim=True)
     for step in range(1, n_steps.max() + 1):
         noise, u = next(draws)
@@ -124,8 +124,8 @@ def denoise(
     log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
     """
     device, canvas = canvas.device, canvas.to("cpu", copy=True)
-    pace = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
-    loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], pace=pace)
+    count = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
+    loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], count=count)
     if not (canvas == model.config.mask_id).any():
         yield canvas.to(device)
     for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):  # a slice; look asks the model
@@ -190,7 +190,7 @@ ORDERS = {
 
 
 def how_many(scores, n, order, tau, gamma):
-    """How many holes a step sets, (B, 1), given their scores (B, W): n, except for two orders, which set at least one.
+    """How many holes a step sets, (B, 1), given their scores (B, K): n, except for two orders, which set at least one.
 
     threshold: every hole with a confidence of at least tau (Fast-dLLM, 2505.22618).
     entropy-bound: the most certain holes, while their entropies, without the largest, sum to at most gamma
@@ -212,14 +212,14 @@ def shortlist(score, holes, n, noise):
 
 
 def score_holes(score, logits, holes, noise):
-    """Scores (B, W) of the N `holes`, with logits (N, V); minus infinity elsewhere."""
+    """Scores (B, K) of the N `holes`, with logits (N, V); minus infinity elsewhere."""
     place = torch.arange(holes.shape[1]).expand(holes.shape)
     scores = in_parts(lambda logits, *more: score(logits.float(), *more), logits, noise[holes], place[holes])
     return torch.full_like(noise, -torch.inf).masked_scatter(holes, scores.cpu())
 
 
 def highest(scores, among, n):
-    """Of the positions `among` (B, W), mark each row's n (B, 1) highest-scoring: (B, W) bool."""
+    """Of the positions `among` (B, K), mark each row's n (B, 1) highest-scoring: (B, K) bool."""
     ranking = scores.masked_fill(~among, -torch.inf).argsort(descending=True, stable=True)
     return among & torch.zeros_like(among).scatter(1, ranking, torch.arange(scores.shape[1]) < n)
 
@@ -231,8 +231,8 @@ def highest(scores, among, n):
 # numbers are float64, a few rows at a time.
 
 
-def uniforms(seeds, number, W):
-    """Yield the random numbers of each step in block `number`, W positions wide, as two tensors (B, W).
+def uniforms(seeds, number, K):
+    """Yield the random numbers of each step in block `number`, K positions wide, as two tensors (B, K).
 
     Those for the order are float32 in [0, 1), those for the draw float64 in (0, 1]. They depend only on the row's seed,
     the block, the step and the position, whatever batch the row is in.
@@ -240,8 +240,8 @@ def uniforms(seeds, number, W):
     streams = [np.random.Philox(key=seed, counter=[0, 0, 0, number]) for seed in seeds]
     rows = [np.random.Generator(stream) for stream in streams]
     while True:
-        order_noise, u = torch.from_numpy(np.stack([row.random((W, 2)) for row in rows])).unbind(-1)
-        yield order_noise.float(), 1 - u
+        noise, u = torch.from_numpy(np.stack([row.random((K, 2)) for row in rows])).unbind(-1)
+        yield noise.float(), 1 - u
 
 
 def first_reaching(sums, x):
@@ -291,10 +291,11 @@ def log_likelihood(model, tokens, steps=None, **flags):
     It is exact for orders without random numbers (DUEL, 2603.01367); for others it is that of one draw of the order.
     The text is cut into independent windows of the model's context.
     """
-    W, nats = model.config.context, 0.0
-    whole, batch_size = len(tokens) // W * W, rows_at_once(32, W, model.config.vocab_size)
-    for x0 in tqdm([*tokens[:whole].view(-1, W).split(batch_size), tokens[None, whole:]], unit="batch", leave=False):
-        log_p = torch.zeros(x0.shape)  # (B, W); the last one is shorter, or empty
+    context, nats = model.config.context, 0.0
+    whole, batch_size = len(tokens) // context * context, rows_at_once(32, context, model.config.vocab_size)
+    batches = [*tokens[:whole].view(-1, context).split(batch_size), tokens[None, whole:]]
+    for x0 in tqdm(batches, unit="batch", leave=False):
+        log_p = torch.zeros(x0.shape)  # (B, context); the last one is shorter, or empty
         for _ in denoise(model, torch.full_like(x0, model.config.mask_id), steps, text=x0, log_p=log_p, **flags):
             pass
         nats += log_p.double().sum().item()

@@ -19,11 +19,11 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
     not divide the model's blocks.
     """
     config, T = model.config, canvas.shape[1]
-    W, K = config.context, config.block or T + config.context  # more than there are: one block
+    context, K = config.context, config.block or T + config.context  # more than there are: one block
     if block is None:
-        block = K if T <= W or K < W else max(1, W // 4)
-    block = min(block, W, K)
-    if K < W and K % block:
+        block = K if T <= context or K < context else max(1, context // 4)
+    block = min(block, context, K)
+    if K < context and K % block:
         raise ValueError(f"block {block}: it does not divide the model's blocks of {K}")
     holes, special = canvas == config.mask_id, torch.tensor([config.mask_id, *config.special_ids])
     prompt = torch.isin(canvas, special, invert=True)  # (B, T)
@@ -34,27 +34,27 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
     window_start = cache = None
     for number, start in enumerate(range(0, T, block)):
         part = slice(start, min(start + block, T))
-        window = window_of(part, block, T, W, K)
+        window = window_of(part, block, T, context, K)
         if not holes[:, part].any():
             continue
         if window.start != window_start:  # other tokens to see, at other positions
             window_start = window.start
-            cache = Cache(min(T, W)) if K < W else None  # nothing is final while the canvas is one block
+            cache = Cache(min(T, context)) if K < context else None  # nothing is final while the canvas is one block
         n_steps = (share[:, part.stop] - share[:, start]).clamp(min=1)[:, None]
         yield number, part, n_steps, look_at(model, canvas, prompt, window, part, K, guidance, cache)
 
 
-def window_of(part, block, T, W, K):
-    """The slice of a canvas of T that the model, which sees W tokens, sees while it fills the block `part`.
+def window_of(part, block, T, context, K):
+    """The slice of a canvas of T that the model sees, at most `context` tokens, while it fills the block `part`.
 
-    Up to a quarter of W is in sight after the block. A model with blocks sees nothing after its own block of
-    K, and its window moves by whole blocks, about a quarter of W at a time, because each move empties the
+    Up to a quarter of the context is in sight after the block. A model with blocks sees nothing after its own block of
+    K, and its window moves by whole blocks, about a quarter of the context at a time, because each move empties the
     cache.
     """
-    jump, ahead = (max(1, W // 4 // K) * K, K) if K < W else (1, min(W // 4, (W - block) // 2))
+    jump, ahead = (max(1, context // 4 // K) * K, K) if K < context else (1, min(context // 4, (context - block) // 2))
     unseen = (part.start // K + 1) * K  # where the model's next block begins
-    left = max(0, -((W - min(unseen, part.start + block + ahead)) // jump) * jump) if T > W else 0
-    return slice(left, min(left + W, T, unseen))
+    left = max(0, -((context - min(unseen, part.start + block + ahead)) // jump) * jump) if T > context else 0
+    return slice(left, min(left + context, T, unseen))
 
 
 def look_at(model, canvas, prompt, window, part, K, guidance, cache):
@@ -65,13 +65,13 @@ def look_at(model, canvas, prompt, window, part, K, guidance, cache):
     (2410.18514). With a cache, blocks of K before this one are final; the first pass over a block reads the
     one before as well, now that it is written.
     """
-    mask_id, W, device = model.config.mask_id, model.config.context, device_of(model)
+    mask_id, context, device = model.config.mask_id, model.config.context, device_of(model)
     (not_text,) = send(device, torch.tensor([mask_id, *model.config.special_ids]))
-    seen, seen_prompt = canvas[:, window], prompt[:, window]  # (B, W), views
+    seen, seen_prompt = canvas[:, window], prompt[:, window]  # (B, context), views
     inside = slice(part.start - window.start, part.stop - window.start)
     final = max(0, part.start // K * K - window.start)  # where the model's own block begins
     # Decided by all that this window will see, so that a cache keeps its number of rows.
-    guidance = guidance if prompt[:, window.start : window.start + W].any() else 0.0
+    guidance = guidance if prompt[:, window.start : window.start + context].any() else 0.0
 
     def look(where):
         if not where.any():
