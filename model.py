@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 def who_sees(positions, n_clean, n_cached, K):
     """(S, n_cached + S) bool: a row for each position that sees, a column for each that is seen.
 
-    positions (S,): those of the pass, the n_clean of the clean copy first. The n_cached before them are clean, too.
+    positions (S,): of this pass, with the n_clean of the clean copy first. The n_cached before them are clean, too.
     """
     S, device = len(positions), positions.device
     noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # without a copy none counts as noisy
@@ -144,7 +144,7 @@ class MLP(nn.Module):
 class Convolution(nn.Module):
     """Add to each token a weighted sum of the neighbours that it may see, channel by channel.
 
-    Most of what determines a token stands next to it, and this is the cheapest way to look there: a short depthwise
+    Most of what determines a token is right next to it, and this is the cheapest way to look there: a short depthwise
     convolution as in Primer (2109.08668), but on the residual stream. The weights start at 0.
     """
 
@@ -152,17 +152,17 @@ class Convolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.n_embd, 1, 1, config.conv))  # (C, 1, 1, conv)
         self.left = config.conv - 1 - config.conv_right
-        self.right = config.within_block(config.conv_right)  # less, if a canvas model is trained on with blocks
+        self.right = config.within_block(config.conv_right)  # fewer, if a canvas model is fine-tuned with blocks
 
     def forward(self, x, layout):
         (B, S, C), K, left, right = x.shape, layout.strip, self.left, self.right
         if layout.cache is None:
             before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
         else:
-            before = layout.cache.join(self, x, left)[:, layout.cache.length :]  # the last left + S
+            before = layout.cache.join(self, x, left)[:, layout.cache.length :]  # join puts `left` zeros first
         blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), layout.n_clean // K
         before = before.unfold(1, left, K).transpose(2, 3)  # (B, S // K + 1, left, C)
-        # Before noisy block i stand the same clean tokens as before clean block i; after each block, zeros.
+        # Before noisy block i come the same clean tokens as before clean block i; after each block, zeros.
         before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
         after = x.new_zeros(B, blocks.shape[1], right, C)
         rows = torch.cat((before, blocks, after), 2)  # (B, blocks, left + K + right, C)
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         return rotary_angles(positions, self.config.n_embd // self.config.n_head)
 
     def unembed(self, x, positions):
-        """Logits (.., V) of the last layer's vectors (.., N, C), which stand at positions (N,)."""
+        """Logits (.., V) of the last layer's vectors (.., N, C), at positions (N,)."""
         bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
         is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
         logits = linear(self.final_norm(x), self.head.weight, bias.masked_fill(is_mask, -torch.inf))
@@ -254,10 +254,10 @@ class Transformer(nn.Module):
             needs no others, and they would be the largest tensor of all.
         clean: (B, T), the text without holes, where each block sees those before it. By default idx, which is right
             if only the last block has holes.
-        cache: a Cache. Only positions from its `length` on are read, and `where` is ignored elsewhere.
+        cache: a Cache. Only positions from its `length` on are read and get logits; `where` is ignored elsewhere.
         """
         T, n_cached = idx.shape[1], cache.length if cache else 0
-        # The copy omits the last block, which no other sees. A canvas (one block) and a GPT (all clean) have no copy.
+        # The copy omits the last block, which no other sees. A canvas (one block) and a GPT (reads no hole) have none.
         K = self.config.block or T
         n_clean = 0 if clean is None or self.is_gpt else (T - 1) // K * K
         clean = idx if clean is None else clean
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
             layout = layout._replace(first=n_clean, sees=layout.sees[n_clean:])
         x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C), no extra position
         if cache:
-            cache.length = T if self.is_gpt else cache.final  # where the unfinished block begins
+            cache.length = T if self.is_gpt else cache.final  # final, set by the caller: the unfinished block
         positions = torch.arange(n_cached, T, device=idx.device)
         if where is None:
             return self.unembed(x, positions)

@@ -30,7 +30,7 @@ from model import load_checkpoint
 @dataclass
 class SampleConfig:
     ckpt: list[str] = flag((), "one or more checkpoints (out/ckpt.pt, or else data/shakespeare/ckpt.pt)")
-    prompt: list[str] = flag((), "one or more texts to start from; <mask> is a hole, <mask*8> are eight")
+    prompt: list[str] = flag((), "one or more texts to start from; <mask> is a hole, <mask*8> is eight")
     prompt_file: list[str] = flag((), "the same from files; - is stdin")
     suffix: str = flag("", "text after the holes")
     chat: bool = flag(False, "treat prompts, or lines of stdin, as messages; print only the replies")
@@ -55,17 +55,17 @@ class SampleConfig:
     watch: bool = flag(False, "show the canvas while it fills")
     save: str | None = flag(None, "save how it filled, as a page (run.html) or an animation (run.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: Dtype = flag("auto", "precision of matrix products; such weights stay unconverted")
+    dtype: Dtype = flag("auto", "precision of matrix products; weights stored in it stay as they are")
 
 
 # --- the loop ------------------------------------------------------------------------------------
 
 
 def fill(canvas, n_steps, look, take, draws, mask_id, score, count):
-    """Fill the holes of canvas (B, K), in place, in n_steps (B, 1) unless `count` differs; yield after each.
+    """Fill the holes of canvas (B, K), in place, in n_steps (B, 1) unless `count` sets the pace; yield after each.
 
-    look(where) -> logits (N, V), what the model predicts there. take(logits, rows, u, where) -> tokens for where (B, K)
-    from the rows (N,) of the logits, both bool. draws: `uniforms`. score: a value of ORDERS. count: `how_many`.
+    look(where) -> logits (N, V), the model's prediction. take(logits, rows, u, where) -> tokens for `where` (B, K)
+    from logits[rows], rows (N,); both are bool. draws: `uniforms`. score: a value of ORDERS. count: `how_many`.
     """
     n_holes = (canvas == mask_id).sum(1, keepdim=True)  # (B, 1)
     n_steps = n_steps.minimum(n_holes.clamp(min=1))  # no step without a token
@@ -94,7 +94,7 @@ def rewrite(canvas, n_steps, look, take, draws, mask_id):
         noise, u = next(draws)
         going = is_open & (step <= n_steps)
         chosen = highest(noise, going, due(step, n_steps, n_open))
-        tokens = take(look(chosen), chosen[chosen], u, chosen)  # all rows
+        tokens = take(look(chosen), chosen[chosen], u, chosen)  # all True: every row of the logits
         canvas[going] = mask_id
         canvas[chosen] = tokens
         yield
@@ -118,7 +118,7 @@ def denoise(
     order: a key of ORDERS, or "remask". tau, gamma: see `how_many`.
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
         2502.09992). Default: the model's own blocks; else the whole canvas if it fits the context; else quarters of
-        a sliding context. ValueError if K does not divide the model's blocks.
+        the context, in a sliding window. ValueError if K does not divide the model's blocks.
     guidance: strength of classifier-free guidance by the prompt (2410.18514). seeds: one for each row (0, 1, ..).
     text (B, T), on the CPU: set the tokens of this text instead of drawing them.
     log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
@@ -128,7 +128,8 @@ def denoise(
     loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], count=count)
     if not (canvas == model.config.mask_id).any():
         yield canvas.to(device)
-    for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):  # a slice; look asks the model
+    # part is a slice; look sees the canvas as it stands.
+    for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):
 
         def take(logits, rows, u, where, part=part):
             (rows,) = send(logits.device, rows)
@@ -142,7 +143,7 @@ def denoise(
             return tokens.cpu()
 
         draws = uniforms(range(len(canvas)) if seeds is None else seeds, number, part.stop - part.start)
-        for _ in loop(canvas[:, part], n_steps, look, take, draws, model.config.mask_id):
+        for _ in loop(canvas[:, part], n_steps, look, take, draws, model.config.mask_id):  # writes into the view
             yield canvas.to(device, copy=True)
 
 
@@ -307,8 +308,7 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
-    # Prompts become canvases there, and flags become keyword arguments.
-    Session(SampleConfig(**given), given, load_checkpoint).run(denoise, log_likelihood)
+    Session(SampleConfig(**given), given, load_checkpoint).run(denoise, log_likelihood)  # makes canvases of prompts
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class TrainConfig:
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
-    dtype: flags.Dtype = flag("auto", "precision of matrix products; --eval_only also leaves such weights unconverted")
+    dtype: flags.Dtype = flag("auto", "precision of matrix products; --eval_only keeps weights stored in it")
     compile: bool = flag(False, "torch.compile the model")
     shard: bool = flag(False, "under torchrun: split each tensor over the processes")
     seed: int = flag(0, "for weights, batches, levels and masks", least=0, most=2**32)
@@ -113,7 +113,7 @@ def draw_levels(level, B, n, generator):
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
     shuffled = t[:, 1:].gather(0, torch.rand(B, n - 1, generator=generator).argsort(0))
-    t = torch.cat((t[:, :1], shuffled), 1)  # the first stays in order, so that every k-th text is stratified, too
+    t = torch.cat((t[:, :1], shuffled), 1)  # the first stays in order: micro-batches, of every k-th text, cover all
     if level.kind == "bell":  # logit-normal: more middle levels, where there is most to learn (2605.13026)
         return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
     if level.kind == "grid":  # 1/N, 2/N, .. 1: the N steps of D3PM (2107.03006)
@@ -138,7 +138,7 @@ def corrupt(x0, rate, maskable, u, mask_id):
 def hole_weights(weight, rate, slope, holes, maskable):
     """The weight of each hole in the loss, (B, T).
 
-    elbo: slope/rate, which is 1/t where the rate is t, divided by the number of maskable tokens. For uniform levels the
+    elbo: slope/rate (1/t where the rate is t), over the number of maskable tokens. For uniform levels the
     expected loss is then the bound in nats per token (2502.09992, eq. 3), and for grid:N it is D3PM's N-step bound.
     mean: the plain average over the holes of the batch. With --one_level this is about 1/t as well.
     """
@@ -164,7 +164,7 @@ def which_maskable(x0, prompt_len, special_ids):
 def draw_batch(split, config, generator, model_config, level=None, rates=uniform_rates):
     """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: by default config's.
 
-    Each segment has a noise level of its own: see `noise.segment_lengths`. rates: as `uniform_rates`.
+    Each segment (a block, or else the text or each kind of token) has its own noise level. rates: as `uniform_rates`.
     """
     B, T, level = config.batch_size, config.context, level or config.level
     x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T); (B, 1): length of an example's own prompt
@@ -183,8 +183,8 @@ def draw_batch(split, config, generator, model_config, level=None, rates=uniform
 
 # --- the bound -----------------------------------------------------------------------------------
 #
-# The expected loss with weight elbo is the bound (NELBO). Whatever the training loss, the bound uses other holes
-# and weights: same expectation, less variance. The bound of a text written in blocks is the sum of its blocks' bounds.
+# The expected loss with weight elbo is the bound (NELBO). It is measured with other holes and weights, which have the
+# same expectation and less variance. The bound of a text written in blocks is the sum of its blocks' bounds.
 # A block of one token is always a hole here, so its bound is exact. Levels are stratified over STRATA texts at a time:
 # enough to remove most variance, few enough to leave many groups for report.standard_error.
 
@@ -194,7 +194,7 @@ STRATA = 16
 def exact_holes(x0, maskable, t, generator, K):
     """Draw holes at levels t, and their weights, without the variance of 1/t (2502.09992, eq. 6).
 
-    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes, of weight M/k: nats per text.
+    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes of weight M/k, for nats per text.
     """
     M = maskable.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, 1)  # (B, T)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
@@ -214,13 +214,13 @@ def sequence_bounds(
 ):
     """Estimate the bound of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable, (N,).
 
-    It estimates E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524), and
-    for grid:N D3PM's bound, t one of 1/N .. 1. The same seed gives the same numbers.
+    It estimates E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524), or,
+    for grid:N, D3PM's bound, with t in 1/N .. 1. The same seed gives the same numbers.
     """
     (N, T), K = tokens.shape, model.config.block or tokens.shape[1]
     if T % K:
         raise ValueError(f"{T} tokens can't be cut into blocks of {K}; cut the text to a multiple")
-    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # or slanted ones; for spindle as for t
+    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # slant has its own; spindle counts as t
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike, and should not have neighbouring levels.
@@ -269,7 +269,7 @@ def update(run, batch):
     Both are zero-dimensional tensors; calling .item() on them synchronises.
     """
     loss, lr = 0.0, learning_rate(run.config, run.progress())
-    for x0, xt, holes, weights in run.micro_batches(batch):  # weights are per batch, so parts just add
+    for x0, xt, holes, weights in run.micro_batches(batch):  # normalised over the batch, so parts just add
         with run.precision:
             part = loss_of(run.network, x0, xt, holes, weights).sum()
         run.scaler.scale(part).backward()
@@ -291,7 +291,7 @@ def train(run, split, val, log, rates, signals):
     while not stopped and run.progress() < 1:
         level = widened(config, run.progress())
         loss, norm = update(run, draw_batch(split, config, run.generator, run.model.config, level, rates))
-        stopped = run.tick(bool(signals))  # reads the clock
+        stopped = run.tick(bool(signals))  # reads the clock; true if any process was told to stop
         nats = evaluate(run, *val) if run.evaluation_is_due() else None
         log.step(loss, norm, nats, stopped)
         if nats is not None:
@@ -300,7 +300,7 @@ def train(run, split, val, log, rates, signals):
 
 
 def evaluate(run, tokens, own_prompt):
-    """The bound of windows (N, T) at uniform levels, in nats per token after the shortest prompts."""
+    """The bound of windows (N, T) at uniform levels with the shortest prompts, in nats per token."""
     config = run.config
     with run.precision:
         return nelbo(
