@@ -287,10 +287,8 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
     checkpoint = read_checkpoint(path)
     with refused(path):
         network = Transformer if checkpoint["family"] == "setitem" else published_network(checkpoint["family"])
-        config, tokenizer = (
-            network.Config(**{**checkpoint["config"], **changes}),
-            tokenizer_from_state(checkpoint["tokenizer"]),
-        )
+        config = network.Config(**{**checkpoint["config"], **changes})
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         check_config(config, tokenizer, checkpoint)
         with torch.device("meta"):  # takes no memory, and draws no random weights
             model = network(config)
