@@ -1214,6 +1214,8 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
         ({"config": {**stored["config"], "position": "learned"}}, "not a checkpoint of setitem"),
         ({"family": "mamba"}, "its family 'mamba' is unknown"),
         ({"family": "gpt2"}, "not a checkpoint of setitem"),
+        ({"train": "x"}, "its flags are none of a run's"),
+        ({"train": {**stored["train"], "context": "x"}}, "its flags are none of a run's"),
         *[({"step": step}, "not with these flags") for step in (-1, math.inf, 10**400)],
         ({"best": math.nan}, "not with these flags"),
         ({"optimizers": [adamw, muon]}, "not with these flags"),

@@ -79,6 +79,8 @@ def settle(given, config_class, methods, load_checkpoint):
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
         model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
     trained, longest = checkpoint.get("train", {}), model.config.context
+    if not isinstance(trained, dict) or type(trained.get("context", longest)) is not int:
+        raise Mistake(f"{path}: cannot be resumed (its flags are none of a run's)")
     kept = trained if resume else {}
     if config.eval_only:  # the corpus that it was trained on, and whole texts
         kept = {"data": trained.get("data", config.data), "level": "uniform", "prompt_len": "0"}
