@@ -114,8 +114,10 @@ def rows_at_a_time(logits):
 
 def in_parts(function, logits, *more):
     """function(logits (N, V), ...), (N,), a few rows at a time."""
-    parts = zip(*(tensor.split(rows_at_a_time(logits)) for tensor in (logits, *more)))
-    return torch.cat([function(*part) for part in parts])
+    rows = rows_at_a_time(logits)
+    if len(logits) <= rows:
+        return function(logits, *more)
+    return torch.cat([function(*part) for part in zip(*(tensor.split(rows) for tensor in (logits, *more)))])
 
 
 class CrossEntropy(torch.autograd.Function):
