@@ -54,10 +54,9 @@ def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: its tokens, holes up to `length` tokens in all, and the suffix.
 
     Without a length it has as many tokens as the prompt with its holes, or `context` if the prompt has none.
-    The canvas begins with the token that opens a line, where there is one, and ends with the one that closes
-    it if the
-    end is known: by a suffix, or by holes and no length. Where places have kinds, the canvas has all of them,
-    and text goes to the next place where it may stand.
+    If the tokenizer has tokens that open and close a line, the canvas begins with the first. It ends with the second
+    if its end is known, because there is a suffix, or holes and no length. If places have kinds, the canvas has all
+    places, and text goes to the next one where it may stand.
     """
     parts = split_prompt(prompt)
     if tokenizer.kinds and length not in (None, tokenizer.canvas_len):
