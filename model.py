@@ -24,8 +24,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.lib.cache import Cache
 from data.lib.checkpoint import check_config, published_network, read_checkpoint, refused
-from data.lib.fast import Cache, Dropout, Linear, allowed_tokens, attend, linear, rows_at
+from data.lib.kernels import Dropout, Linear, allowed_tokens, attend, linear, rows_at
 from data.lib.tokenizer import tokenizer_from_state
 
 

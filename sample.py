@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from data.lib.errors import Mistake, command
-from data.lib.fast import in_parts, rows_at_once
 from data.lib.flags import Dtype, flag, parse
+from data.lib.kernels import in_parts, rows_at_once
 from data.lib.machine import send
 from data.lib.window import blocks
 from data.lib.writing import Session

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from data.lib import corpus, fast, flags, noise, processes, report, settings, training
+from data.lib import corpus, flags, kernels, noise, processes, report, train_settings, training
 from data.lib.flags import flag
 from model import Transformer, load_checkpoint
 from sample import denoise
@@ -151,7 +151,7 @@ def loss_of(model, x0, xt, holes, weights):
     """The weighted cross-entropy of each text's holes, (B,), in nats; the weights normalise it."""
     logits = model(xt, where=holes, clean=x0)  # (N, V)
     loss = torch.zeros_like(weights)  # (B, T)
-    loss[holes] = weights[holes] * fast.cross_entropy(logits, x0[holes])
+    loss[holes] = weights[holes] * kernels.cross_entropy(logits, x0[holes])
     return loss.sum(1)
 
 
@@ -229,7 +229,7 @@ def sequence_bounds(
     maskable = which_maskable(tokens, prompt_len, model.config.special_ids)  # (N, T)
     was_training, nats = model.training, []
     model.eval()
-    for rows in torch.arange(draws * N).split(batch_size or fast.rows_at_once(64, T, model.config.vocab_size)):
+    for rows in torch.arange(draws * N).split(batch_size or kernels.rows_at_once(64, T, model.config.vocab_size)):
         x0, counted = tokens[rows % N], maskable[rows % N]  # (B, T)
         holes, weights = draw_holes(x0, counted, t[rows], generator, K)
         xt = x0.masked_fill(holes, model.config.mask_id)
@@ -311,13 +311,13 @@ def evaluate(run, tokens, own_prompt):
 def main():
     given = flags.parse(TrainConfig, __doc__.splitlines()[0])
     # From scratch, model, tokenizer and checkpoint are None.
-    config, model, tokenizer, checkpoint = settings.settle(given, TrainConfig, METHODS, load_checkpoint)
-    settings.check_training(config)
+    config, model, tokenizer, checkpoint = train_settings.settle(given, TrainConfig, METHODS, load_checkpoint)
+    train_settings.check_training(config)
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
     if model is None:
-        model = Transformer(settings.model_config(Transformer.Config, config, corpus_tokenizer))
-    config, chat = settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
+        model = Transformer(train_settings.model_config(Transformer.Config, config, corpus_tokenizer))
+    config, chat = train_settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
     run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=chat)
     if config.eval_only:
         return report.print_bound(run, sequence_bounds, val_split, meta["val"])

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 
 from data.lib.corpus import load_corpus, spaced_windows
 from data.lib.errors import command
-from data.lib.fast import attend
 from data.lib.flags import Attention, flag, parse
+from data.lib.kernels import attend
 from data.lib.machine import autocast, pick_device
 from data.lib.report import standard_error
-from data.lib.settings import attention_fields, without_noise
+from data.lib.train_settings import attention_fields, without_noise
 from data.lib.training import Run
 from data.weights import bert, gpt2
 from data.weights.hub import byte_symbols

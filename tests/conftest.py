@@ -6,6 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model_files import data_folder, merges, mistake, mixed_lines, originals, roberta, run, use  # noqa: E402, F401
+from world import in_world, world  # noqa: E402, F401  fixtures
 
 # A job in the background starts with Ctrl-C ignored, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

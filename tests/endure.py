@@ -33,7 +33,7 @@ from bench import best_seconds
 from data.lib.checkpoint import read_checkpoint, save_checkpoint
 from data.lib.errors import command
 from data.lib.flags import argument, flag, parse
-from data.lib.settings import SHIPPED
+from data.lib.sample_settings import SHIPPED
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer
 from data.lib.training import Run
 from data.weights import bert

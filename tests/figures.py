@@ -46,7 +46,7 @@ from data.lib.flags import Rate, argument, flag, parse
 from data.lib.machine import autocast, pick_device
 from data.lib.prompt import MOST, shown_of
 from data.lib.report import standard_error
-from data.lib.settings import SHIPPED
+from data.lib.sample_settings import SHIPPED
 from model import load_checkpoint
 from sample import ORDERS, denoise, log_likelihood
 from train import loss_of, nelbo, sequence_bounds

@@ -418,10 +418,10 @@ def idx(array):
 
 def make_good(good):
     """The good files, of every kind, in a folder."""
+    from model_files import save_weights, write_bert, write_roberta
     from test_gpt2 import write_gpt2
     from test_llada import make_tokenizer, write_llada
     from test_mdlm import settings_of, write_files
-    from test_roberta import save_weights, write_bert, write_roberta
 
     data.lib.corpus.DATA = good / "data"
     lines = "".join(f"the line {i} in a book\n" for i in range(400))

@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from data.lib.checkpoint import read_checkpoint
 from data.lib.corpus import load_corpus, random_windows, spaced_windows
 from data.lib.errors import Mistake, command
-from data.lib.fast import Linear, cross_entropy
+from data.lib.escape import inert
 from data.lib.flags import Level, Rate, argument, flag, parse
-from data.lib.history import inert
+from data.lib.kernels import Linear, cross_entropy
 from data.lib.machine import autocast, device_of, pick_device
 from data.lib.noise import slanted_rate
 from data.lib.prompt import make_canvas
 from data.lib.report import Report, bits_per_byte, standard_error, text_share, validation_windows
-from data.lib.settings import check_training, model_config, settle
 from data.lib.tokenizer import tokenizer_from_state
+from data.lib.train_settings import check_training, model_config, settle
 from data.lib.training import Run, underway
 from model import ModelConfig, Transformer
 from sample import draw

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from toys import tiny_model
 
 from data.lib.checkpoint import save_checkpoint
-from data.lib.history import HOLE, History, columns, inert, lines_of, tokens_of, visible
-from data.lib.picture import save_html, save_svg
+from data.lib.escape import inert
+from data.lib.history import HOLE, History, columns, lines_of, tokens_of, visible
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
+from data.lib.views import save_html, save_svg
 from model import ModelConfig, Transformer
 from sample import denoise
 

@@ -18,8 +18,9 @@ import data.lib.corpus
 import data.python.prepare as python_prepare
 import data.shakespeare.prepare as shakespeare_prepare
 from data.lib.corpus import load_corpus, split_at, write_corpus
+from data.lib.download import Secure, download
 from data.lib.errors import Mistake
-from data.lib.files import Secure, download, replacing
+from data.lib.files import replacing
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 from data.text.prepare import prepare
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from toys import all_texts, chi_square_p, tiny_model
 
 import data.lib.window
-from data.lib.fast import Cache
+from data.lib.cache import Cache
 from data.lib.flags import Attention, Level, Span
-from data.lib.settings import attention_fields, attention_of, model_config
 from data.lib.tokenizer import ByteTokenizer
+from data.lib.train_settings import attention_fields, attention_of, model_config
 from data.weights import bert, gpt2, llada, mdlm
 from model import ModelConfig, Transformer
 from sample import denoise, log_likelihood

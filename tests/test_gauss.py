@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import gauss
 import numpy as np
 import pytest
-import test_roberta
 import torch
 import torch.nn as nn
 from gauss import (
@@ -25,8 +24,8 @@ from gauss import (
     step_nats,
 )
 from numpy.polynomial.hermite_e import hermegauss
-from test_commands import assert_same, stopped_in
 from toys import all_texts, chi_square_p, make_book
+from world import assert_same, stopped_in
 
 import data.digits.prepare as digits
 import data.lib.corpus
@@ -38,7 +37,6 @@ from data.lib.tokenizer import GREYS
 from model import ModelConfig
 
 SMALL = "--data book --n_layer 1 --n_embd 16 --n_head 1 --context 32 --batch_size 4 --eval_tokens 64"
-run, mistake = test_roberta.run, test_roberta.mistake
 JOINT = torch.tensor([[0.4, 0.05], [0.15, 0.4]])  # of two words, each of two tokens
 
 

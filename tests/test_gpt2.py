@@ -6,12 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_roberta
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
-from test_roberta import (
+from model_files import (
     assert_equal,
     edit,
     library_text,
@@ -21,7 +19,9 @@ from test_roberta import (
     save_weights,
     without,
     write_bpe,
+    write_roberta,
 )
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from toys import tiny_model
 
@@ -35,14 +35,13 @@ from data.lib.tokenizer import ByteTokenizer
 from data.weights import hub
 from model import ModelConfig, Transformer, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("data_folder")
+
 ROOT = Path(__file__).resolve().parents[1]
 START = "<|endoftext|>"
 FILES = ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]
 
 # The fixtures of the other converter's tests, here of this one.
-data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
-use = test_roberta.use
-merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
 
 
 def shape(width, layers, heads, positions, inside=None):
@@ -471,7 +470,7 @@ def test_only_a_gpt2_is_exported_and_only_to_a_folder_without_a_model(
     checkpoint, original, gpt2, merges, run, mistake, tmp_path
 ):
     model, tokenizer, _ = load_checkpoint(checkpoint)
-    roberta = test_roberta.write_roberta(tmp_path / "roberta", merges[:200])
+    roberta = write_roberta(tmp_path / "roberta", merges[:200])
     save_weights(tmp_path / "roberta", roberta.state_dict())
     run(tmp_path / "roberta", "--out", tmp_path / "roberta.pt", main=roberta_prepare.main)
     small = {"n_embd": 16, "n_layer": 1, "context": 16}

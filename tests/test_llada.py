@@ -5,11 +5,15 @@ import shutil
 import tracemalloc
 
 import pytest
-import test_roberta
 import torch
 import transformers
+from model_files import (
+    assert_equal,
+    edit,
+    library_text,
+    move_biases,
+)
 from safetensors.torch import save_file
-from test_roberta import assert_equal, edit, library_text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data.llada.prepare as prepare
@@ -20,10 +24,9 @@ from data.weights import hub
 from data.weights.llada import Network
 from model import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("data_folder")
+
 # The fixtures of the other converter's tests, here of this one.
-data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
-use = test_roberta.use
-merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
 
 # How Llama 3 and its like cut text into words, but for single digits.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -130,7 +133,7 @@ def random_llama(settings):
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
-    test_roberta.move_biases(model)
+    move_biases(model)
     tensors = {}
     for name, tensor in model.state_dict().items():
         module = name.removesuffix(".weight")

@@ -5,23 +5,21 @@ import math
 import shutil
 
 import pytest
-import test_roberta
 import torch
 import torch.nn.functional as F
+from model_files import edit, write_bpe
 from safetensors.torch import save_file
-from test_roberta import edit, write_bpe
 
 import data.mdlm.prepare as prepare
 import sample
 from data.weights import hub
 from model import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("data_folder")
+
 START = "<|endoftext|>"
 
 # The fixtures of the other converter's tests, here of this one.
-data_folder, run, mistake = test_roberta.data_folder, test_roberta.run, test_roberta.mistake
-use = test_roberta.use
-merges, mixed_lines = test_roberta.merges, test_roberta.mixed_lines
 
 
 # --- the reference -------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from toys import tiny_model
 
-import data.lib.fast as fast
-from data.lib.fast import Dropout
+from data.lib import kernels
+from data.lib.kernels import Dropout
 from data.lib.machine import autocast
 from data.weights import bert, gpt2, llada, mdlm
 from model import Transformer, rotary_angles, rotate
@@ -163,10 +163,10 @@ def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatch):
     """Some machines multiply it faster as a vector. Precision and result are the same."""
-    layer, rows = fast.Linear(8, 5, bias), torch.randn(1, 3, 8)
+    layer, rows = kernels.Linear(8, 5, bias), torch.randn(1, 3, 8)
     with autocast(torch.device("cpu"), dtype):
         for vectors in (True, False):
-            monkeypatch.setattr(fast, "VECTORS", vectors)
+            monkeypatch.setattr(kernels, "VECTORS", vectors)
             together, alone = layer(rows), layer(rows[:, 1:2])
             assert together.dtype == alone.dtype == getattr(torch, dtype)
             torch.testing.assert_close(alone, together[:, 1:2])
@@ -183,6 +183,6 @@ def test_attention_written_out_is_that_of_torch(dtype, sight, device):
     mask = (torch.rand(64, 64, device=device) < 0.5) | torch.eye(64, dtype=torch.bool, device=device)
     flags = {"sees": mask if sight == "mask" else None, "causal": sight == "causal"}
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), flags["sees"], is_causal=flags["causal"])
-    y = fast.attend(q, k, v, Dropout(1e-9).train(), **flags)
+    y = kernels.attend(q, k, v, Dropout(1e-9).train(), **flags)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)

@@ -1,40 +1,32 @@
 """Text and pictures on one canvas: where the place of a token says what it is."""
 
 import csv
-import functools
-import gzip
-import hashlib
 import json
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import test_roberta
 import torch
-from fuzz import idx, write_mnist
-from test_commands import assert_same, run_train, sample_text
+from world import assert_same, run_train, sample_text
 
 import data.digits.prepare as digits
 import data.lib.corpus
-import data.mnist.prepare as mnist
 import data.text.prepare
 import sample
 import train
 from data.lib.checkpoint import read_checkpoint
-from data.lib.corpus import canvases, load_corpus, windows_at, write_tokens
+from data.lib.corpus import canvases
 from data.lib.errors import Mistake
-from data.lib.files import check_sha256
 from data.lib.flags import Level, Span
 from data.lib.history import HOLE, History
 from data.lib.noise import random_tokens
-from data.lib.picture import save_histories
 from data.lib.pixels import as_shown, half_blocks
 from data.lib.prompt import make_canvas
 from data.lib.terminal import Watch
-from data.lib.tokenizer import GREYS, ByteTokenizer, PictureTokenizer, tokenizer_from_state
+from data.lib.tokenizer import GREYS, ByteTokenizer, PictureTokenizer
+from data.lib.views import save_histories
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import TrainConfig, draw_batch, loss_of
@@ -43,10 +35,7 @@ SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_
 CAUSAL = "--attention causal"
 TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
 T = 10
-SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
 GPT = {"block": 1, "shift_id": 256}
-
-run, mistake = test_roberta.run, test_roberta.mistake
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +71,6 @@ def stands(tokens):
     """Whether each token of canvases (B, T) is of the kind of its place."""
     letters, pixels = tokens[:, :4], tokens[:, 4:]
     return ((letters >= 32) & (letters < 127)).all() and ((pixels >= 257) & (pixels < 262)).all()
-
-
-# --- what may stand where ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -167,22 +153,8 @@ def test_what_is_seen_and_has_a_loss_is_replaced_by_tokens_of_its_place():
     assert stands(torch.where(xt == 256, x0, xt))
 
 
-# --- text to canvas ------------------------------------------------------------------------------
-
-
 def canvas_of(prompt, suffix="", tokenizer=TOKENIZER):
     return make_canvas(prompt, suffix, None, tokenizer, tokenizer.canvas_len)
-
-
-def test_the_text_of_a_canvas_is_read_as_that_canvas_and_shows_its_rows():
-    ids = TOKENIZER.canvas("ab", [0, 1, 2, 3, 4, 0])
-    assert TOKENIZER.decode(ids) == "ab  \n⓪①②\n③④⓪"
-    assert TOKENIZER.encode(TOKENIZER.decode(ids)) == ids == TOKENIZER.encode("ab  \r\n⓪①②③\r\n④⓪\n")
-    assert tokenizer_from_state(json.loads(json.dumps(TOKENIZER.state))).kinds == TOKENIZER.kinds
-    assert len(set(GREYS)) == 51
-    assert GREYS[20] == "⑳"
-    assert GREYS[50] == "㊿"
-    assert TOKENIZER.n_bytes("ab  \n⓪①②\n③④⓪") == T
 
 
 def test_text_goes_to_the_next_place_where_it_may_stand_and_all_else_is_holes():
@@ -230,18 +202,6 @@ def test_a_canvas_has_all_its_places():
         make_canvas("", "", 9, TOKENIZER, T)
     for others in (3, 1000):  # beside a model that sees fewer tokens, or more
         assert len(make_canvas("a<mask*2>④", "", None, TOKENIZER, others)) == T
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"caption": 0}, {"width": "3"}, {"greys": 52}, {"height": 10**9}, {"width": True}, {"greys": 1}],
-)
-def test_a_state_that_is_no_picture_is_refused(change):
-    with pytest.raises(ValueError, match="no size"):
-        tokenizer_from_state({**TOKENIZER.state, **change})
-
-
-# --- pixels as pixels ----------------------------------------------------------------------------
 
 
 def make_history():
@@ -329,47 +289,6 @@ def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
     assert run["steps"][2] == [[4, None, None]]
 
 
-# --- the commands --------------------------------------------------------------------------------
-
-
-def test_the_file_of_digits_is_the_corpus_and_no_hand_is_in_both_splits():
-    """1,797 pictures; of the forms that people filled in, 0 to 9 three times and then a hundred digits in a
-    fixed order, the last three validate.
-    """
-    check_sha256(Path(digits.__file__).with_name("digits.csv.gz"), SHA256)
-    pictures, labels = digits.read_digits()
-    assert pictures.shape == (1797, 8, 8)
-    assert (pictures.min(), pictures.max()) == (0, 16)
-    text = "".join(map(str, labels))
-    forms = [match.start() - 31 for match in re.finditer("95565098", text)]
-    assert len(forms) == 14
-    assert forms[-3] == digits.FORM
-    assert text[digits.FORM :].startswith("0123456789" * 3 + "0955650989")
-    train_split, val, tokenizer, meta = load_corpus("digits")
-    for split, chosen in ((train_split, slice(None, digits.FORM)), (val, slice(digits.FORM, None))):
-        x0, prompts = windows_at(split, np.arange(len(labels[chosen]))[:, None], 72)
-        assert (x0[:, 8:] - 257 == pictures[chosen].reshape(-1, 64)).all()
-        assert not prompts.any()
-        words = ["".join(map(chr, row)) for row in x0[:, :8]]
-        assert words == [digits.WORDS[digit].ljust(8) for digit in labels[chosen]]
-    assert meta["val"]["tokens"] == 72 * 382
-    assert tokenizer.canvas_len == 72
-
-
-def test_what_is_learned_from_is_also_there_as_others_might_have_written_it():
-    """Three copies of each, under the same word, that look like it and are not it."""
-    train_split, _, _, _ = load_corpus("digits")
-    x0, _ = windows_at(train_split, np.arange(len(train_split.starts))[:, None], 72)
-    originals, *copies = x0.reshape(4, digits.FORM, 72)
-    assert (copies[0] != copies[1])[:, 8:].any(1).all()
-    for copy in copies:
-        assert (copy[:, :8] == originals[:, :8]).all()
-        alike = [np.corrcoef(*pair)[0, 1] for pair in zip(originals[:, 8:], copy[:, 8:])]
-        others = [np.corrcoef(*pair)[0, 1] for pair in zip(originals[:, 8:], np.roll(copy[:, 8:], 1, 0))]
-        assert np.mean(alike) > 0.75
-        assert np.mean(others) < 0.5
-
-
 def pixels_of(text):
     return "".join(text.splitlines()[1:])
 
@@ -449,20 +368,6 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     assert "--judge" in mistake("--ckpt", shakespeare, "--judge", ckpt, main=sample.main)
 
 
-def test_a_corpus_whose_tokens_are_not_of_their_places_is_refused(world, tmp_path, monkeypatch):
-    """And one that ends within a canvas: neither has the sums of a file that was damaged."""
-    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path)
-    ids = TOKENIZER.canvas("ab", [0] * 6)
-    for name, odd, words in (
-        ("letter", [*ids[:9], 32], "may not stand where they are"),
-        ("pixel", [257, *ids[1:]], "may not stand where they are"),
-        ("short", ids[:-1], "not a whole corpus"),
-    ):
-        write_tokens(name, [("train", ids, T), ("val", odd, T)], TOKENIZER, "made")
-        with pytest.raises(Mistake, match=words):
-            load_corpus(name)
-
-
 @pytest.mark.parametrize("kinds", [((8, 0, 256),), ((72, 0, 274),), (), ((8, 32, 256), (64, 257, 999))])
 def test_a_checkpoint_whose_kinds_are_not_its_tokenizers_is_refused(kinds, world, tmp_path):
     content = torch.load(world / "out" / "last.pt", weights_only=True)
@@ -484,59 +389,3 @@ def test_the_bound_counts_captions_and_pixels_alike_under_what_may_stand_there(d
     expected = -torch.cat((letters, pixels), 1).sum((1, 2))
     loss = loss_of(model, x0, x0.masked_fill(holes, 256), holes, holes.float())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-# --- MNIST ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_mnist(tmp_path):
-    """A folder with four files as MNIST's, of few pictures; the files' sums, and what is in them."""
-    content, sums = write_mnist(tmp_path, 4), {}
-    for split, names in mnist.FILES.items():
-        sums[split] = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
-    return tmp_path, sums, content
-
-
-def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, capsys):
-    folder, files, content = small_mnist
-    run("--dir", folder, "--name", "few", main=functools.partial(mnist.main, files=files))
-    for split, (pictures, labels) in zip(load_corpus("few"), content.values()):
-        x0, _ = windows_at(split, np.arange(len(labels))[:, None], 792)
-        assert (x0[:, 8:] - 257 == np.round(pictures.reshape(-1, 784) / 255 * 16)).all()
-        assert bytes(x0[0, :8].tolist()).decode().rstrip() == digits.WORDS[labels[0]]
-    flags = SMALL.replace("digits", "few").replace("288", "792")
-    run(*f"{flags} --max_iters 1 --out_dir {folder}/out".split(), main=train.main)
-    lines = sample_text(["--ckpt", folder / "out" / "last.pt", "--steps", 2], monkeypatch, capsys).out.split()
-    assert [len(line) for line in lines[-28:]] == [28] * 28
-
-
-def test_damaged_files_of_mnist_are_refused_and_leave_nothing(small_mnist, mistake, world):
-    folder, files, content = small_mnist
-    pictures, labels = map(Path, (folder / name for name in files["train"]))
-    main = functools.partial(mnist.main, files=files)
-    whole = pictures.read_bytes()
-    arrays = content["train"]
-    odd = {
-        "sha256": whole[:-1] + b"\1",
-        "not an IDX file of 28 x 28": idx(arrays[0][:, :27]),
-        "is damaged": idx(arrays[0])[:-300],
-        "not an IDX file": idx(arrays[1]),
-        "not an IDX": gzip.compress(b"\0\0"),
-        "it has more bytes than it says": gzip.compress(gzip.decompress(whole) + b"more", mtime=0),
-        "it has fewer bytes than it says": gzip.compress(gzip.decompress(whole)[:-1], mtime=0),
-        "Not a gzipped": b"no gzip at all",
-        "does not have a digit for each": idx(arrays[0][:-1]),
-    }
-    for words, damaged in odd.items():
-        pictures.write_bytes(damaged)
-        if words != "sha256":
-            files["train"][pictures.name] = hashlib.sha256(damaged).hexdigest()
-        assert words in mistake("--dir", folder, "--name", "none", main=main)
-    pictures.write_bytes(whole)
-    files["train"][pictures.name] = hashlib.sha256(whole).hexdigest()
-    wrong = idx(np.full_like(arrays[1], 10))
-    labels.write_bytes(wrong)
-    files["train"][labels.name] = hashlib.sha256(wrong).hexdigest()
-    assert "does not have a digit for each" in mistake("--dir", folder, "--name", "none", main=main)
-    assert not (world / "data" / "none").exists()

@@ -1,8 +1,6 @@
 """RoBERTa and BERT: the same logits and tokens as transformers', which is the reference, and back."""
 
-import hashlib
 import http.server
-import io
 import json
 import math
 import os
@@ -10,13 +8,9 @@ import pickle
 import random
 import re
 import shutil
-import sys
-import sysconfig
 import threading
 import time
-import tracemalloc
 import unicodedata
-import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -25,207 +19,43 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from model_files import (
+    CLASSES,
+    FIRST,
+    LETTERS,
+    PROTEINS,
+    ROOT,
+    assert_equal,
+    edit,
+    library_text,
+    renamed,
+    same_vocabulary,
+    save_weights,
+    shape,
+    without,
+    write_bert,
+    write_bpe,
+    write_roberta,
+)
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import tiny_model
 
 import data.lib.checkpoint
 import data.lib.corpus
 import data.roberta.prepare as prepare
-import data.text.prepare as text_prepare
 import data.weights.hub
 import data.wikitext2.prepare as wikitext_prepare
 import sample
 import train
 from data.lib.checkpoint import FAMILIES, published_network, save_checkpoint
 from data.lib.corpus import load_corpus
-from data.lib.errors import Mistake, command
+from data.lib.errors import Mistake
 from data.lib.tokenizer import ByteTokenizer
 from data.weights.hub import bpe_files, read_bpe
 from model import ModelConfig, Transformer, load_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-FIRST = ("<s>", "<pad>", "</s>", "<unk>")
-LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS]
-
-
-def shape(width, layers, heads, inside, positions=26):
-    """The settings that give a model its shape."""
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": inside,
-        "max_position_embeddings": positions,
-    }
-
-
-CLASSES = {
-    "roberta": (transformers.RobertaConfig, transformers.RobertaForMaskedLM),
-    "bert": (transformers.BertConfig, transformers.BertForMaskedLM),
-}
-
-
-@pytest.fixture(autouse=True)
-def data_folder(tmp_path, monkeypatch, request):
-    """Everything is written to a folder of the test's own."""
-    (tmp_path / "data").mkdir()
-    for module in (data.lib.corpus, request.module.prepare, wikitext_prepare):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def run(monkeypatch, request):
-    """Call a command's main, that of the `prepare` which a module tests, with these arguments."""
-
-    def run(*arguments, main=None, **more):
-        main = main or request.module.prepare.main
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-        main(**more)
-
-    return run
-
-
-@pytest.fixture
-def mistake(run, tmp_path, capsys):
-    """Call a command that must end in one sentence, with exit code 2 and no file changed; the sentence."""
-
-    def mistake(*arguments, main=None):
-        capsys.readouterr()
-        before = state_of(tmp_path)
-        with pytest.raises(SystemExit) as ended:
-            command(lambda: run(*arguments, main=main))
-        captured = capsys.readouterr()
-        assert (ended.value.code, captured.out) == (2, "")
-        assert len(captured.err.strip().splitlines()) == 1, captured.err
-        assert state_of(tmp_path) == before
-        return captured.err
-
-    return mistake
-
-
-@pytest.fixture
-def use(run, tmp_path, capsys):
-    """Call every command with a checkpoint, and with no flag that names its model."""
-
-    def use(path):
-        capsys.readouterr()
-        run("--ckpt", path, "--prompt", "def", "--watch", main=sample.main)
-        assert capsys.readouterr().out.startswith("def")
-        (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
-        run("--ckpt", path, "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
-        assert "nats per token" in capsys.readouterr().out
-        run(tmp_path / "text.txt", "--name", "own", "--tokenizer", path, main=text_prepare.main)
-        capsys.readouterr()
-        run("--init_from", path, "--eval_only", "--data", "own", main=train.main)
-        assert capsys.readouterr().out.startswith("own: NELBO")
-
-    return use
-
-
-def state_of(folder):
-    """Everything below folder, files with their content."""
-    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
-
-
-def assert_equal(ours, theirs):
-    """Assert that two dicts of tensors are the same to the bit."""
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype
-        assert ours[name].equal(theirs[name]), name
-
-
-# --- files as the hub has them -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def merges():
-    """1,500 merges of a byte-level BPE, learned from the standard library."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + 1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([library_text()[:500_000]], trainer)
-    pairs = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
-
-
-def library_text():
-    paths = sorted(LIBRARY.glob("*.py"))
-    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in paths)
-
-
-def write_bpe(folder, merges, first=FIRST, last=("<mask>",)):
-    """vocab.json and merges.txt; returns the number of tokens."""
-    text = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
-    tokens = list(dict.fromkeys([*first, *text, *last]))
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    return len(tokens)
-
-
-def random_model(kind, **settings):
-    """transformers' model with random weights, those of the padding too."""
-    config_class, model_class = CLASSES[kind]
-    settings = shape(32, 2, 4, 48) | settings
-    torch.manual_seed(0)
-    model = model_class(config_class(initializer_range=settings["hidden_size"] ** -0.5, **settings)).eval()
-    move_biases(model)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].normal_(std=model.config.initializer_range)
-    return model
-
-
-@torch.no_grad()
-def move_biases(model):
-    """Make no bias zero, and no norm without effect."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # a bias, which was 0, or a norm's weight, which was 1
-            parameter += 0.3 * torch.randn_like(parameter)
-
-
-def write_roberta(folder, merges, first=FIRST, **settings):
-    """A folder with the files of a random RoBERTa but its weights; returns its model."""
-    folder.mkdir()
-    vocab_size = write_bpe(folder, merges, first)
-    settings = {"layer_norm_eps": 1e-5, "pad_token_id": first.index("<pad>"), **settings}
-    model = random_model("roberta", vocab_size=vocab_size, **settings)
-    model.config.save_pretrained(folder)
-    return model
-
-
-def write_bert(folder, tokens=PROTEINS, **settings):
-    """A folder with the files of a random BERT but its weights; returns its model."""
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    pad = tokens.index("[PAD]")
-    model = random_model("bert", vocab_size=len(tokens), pad_token_id=pad, **settings)
-    model.config.save_pretrained(folder)
-    return model
-
-
-def save_weights(folder, tensors, **options):
-    torch.save(tensors, folder / "pytorch_model.bin", **options)
-
-
-@pytest.fixture(scope="session")
-def originals(merges, tmp_path_factory):
-    """A small RoBERTa and a small BERT, whole: the folder of each and its model."""
-    folder = tmp_path_factory.mktemp("originals")
-    found = {
-        "roberta": write_roberta(folder / "roberta", merges[:200]),
-        "bert": write_bert(folder / "bert"),
-    }
-    for kind, model in found.items():
-        save_weights(folder / kind, model.state_dict())
-    return {kind: (folder / kind, model) for kind, model in found.items()}
+pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 @pytest.fixture(scope="session")
@@ -233,20 +63,6 @@ def expected(originals):
     """Our tensors of the small RoBERTa."""
     folder, reference = originals["roberta"]
     return in_memory(folder, reference.state_dict()).state_dict()
-
-
-@pytest.fixture
-def roberta(originals, tmp_path):
-    """A copy of the small RoBERTa's folder, for the test to change."""
-    return shutil.copytree(originals["roberta"][0], tmp_path / "model")
-
-
-def edit(path, **changes):
-    """Set entries of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-# --- logits --------------------------------------------------------------------------------------
 
 
 def in_memory(folder, tensors):
@@ -352,17 +168,6 @@ def test_logits_of_odd_shapes_are_those_of_the_reference_at_every_length(name, m
     unused = reference.config.pad_token_id + 1 if name.startswith("roberta") else 0
     assert model.config.context == reference.config.max_position_embeddings - unused
     assert largest < 1e-4
-
-
-# --- names of tensors ----------------------------------------------------------------------------
-
-
-def renamed(tensors, pattern, by):
-    return {re.sub(pattern, by, name): tensor for name, tensor in tensors.items()}
-
-
-def without(tensors, *ends):
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ends)}
 
 
 LAYOUTS = {
@@ -471,9 +276,6 @@ def test_a_tensor_that_is_left_over_missing_or_of_another_shape_is_named(change,
     assert name in mistake(roberta, "--out", tmp_path / "new" / "out.pt")
 
 
-# --- export --------------------------------------------------------------------------------------
-
-
 EXPORTED = {
     "tied": {},
     "untied": {"tie_word_embeddings": False, "hidden_act": "gelu_new", "type_vocab_size": 2},
@@ -505,13 +307,6 @@ def test_an_export_is_the_original_for_transformers_and_for_us(name, merges, run
     assert again.config == model.config
     assert tokenizer_again.state == tokenizer.state
     assert_equal(again.state_dict(), model.state_dict())
-
-
-def same_vocabulary(a, b):
-    """Whether two folders' vocab.json and merges.txt say the same."""
-    ids = [json.loads((folder / "vocab.json").read_text(encoding="utf-8")) for folder in (a, b)]
-    lines = [(folder / "merges.txt").read_text(encoding="utf-8").splitlines() for folder in (a, b)]
-    return ids[0] == ids[1] and lines[0] == lines[1]
 
 
 def recipes():
@@ -560,9 +355,6 @@ def test_only_a_roberta_is_exported_and_only_to_a_folder_without_a_model(origina
     assert "no such checkpoint" in mistake(tmp_path / "none.pt", "--export", tmp_path / "new")
 
 
-# --- RoBERTa's tokens ----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session", params=["trained", "gpt2"])
 def vocabulary(request, merges, tmp_path_factory):
     """A folder with vocab.json and merges.txt, and how many tokens these have."""
@@ -578,24 +370,6 @@ def vocabulary(request, merges, tmp_path_factory):
     tokens = [*FIRST, *tokens, *(f"madeupword{i:04}" for i in range(3)), "<mask>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     return folder, len(tokens)
-
-
-@pytest.fixture(scope="session")
-def mixed_lines():
-    """20,000 lines: code, prose, Unicode from every plane, control characters, long runs of spaces."""
-    draw = random.Random(0)
-    project = [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("data/**/*.py"), *ROOT.glob("tests/*.py")]
-    project = [line for path in sorted(project) for line in path.read_text(encoding="utf-8").splitlines(True)]
-    lines = draw.choices(project, k=3000) + draw.sample(library_text().splitlines(True), 12000)
-    for i in range(2500):
-        points = draw.choices(range(i % 17 << 16, (i % 17 + 1) << 16), k=draw.randrange(1, 20))
-        lines.append("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
-    controls = [chr(point) for point in (*range(32), *range(0x7F, 0xA1), 0x2028, 0xFEFF)]
-    lines += ["".join(draw.choices([*controls, "a", "é", "7"], k=draw.randrange(1, 30))) for _ in range(1250)]
-    spaces = [" ", " " * 17, " " * 300, "\t", "\n", "\r\n", "\u3000", "\xa0"]
-    lines += ["".join(draw.choices([*spaces, "a", "It's", "漢"], k=draw.randrange(1, 20))) for _ in range(1250)]
-    assert len(lines) == 20_000
-    return lines
 
 
 def test_tokens_are_those_of_the_reference_and_hold_the_text(vocabulary, mixed_lines):
@@ -651,9 +425,6 @@ def test_a_megabyte_of_text_is_encoded_in_a_second(vocabulary):
         tokenizer.encode(text)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1
-
-
-# --- BERT's tokens -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -769,9 +540,6 @@ def test_samples_are_text_however_likely_the_special_tokens_are(order, originals
     canvas = torch.full((4, 20), tokenizer.mask_id)
     *_, canvas = sample.denoise(model, canvas, 5, order)
     assert not torch.isin(canvas, torch.tensor(tokenizer.special_ids)).any()
-
-
-# --- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -901,9 +669,6 @@ def test_a_source_that_is_nothing_we_know(mistake, tmp_path):
     assert "roberta-base" in mistake(tmp_path / "none")
 
 
-# --- families of networks ------------------------------------------------------------------------
-
-
 SAVED = {  # a family, and what may differ from its smallest model
     "setitem": [{}, {"conv": 0}, {"block": 4}, {"block": 1, "shift_id": 256}],
     "bert": [{}, {"tied": True}, {"first_position": 2, "token_types": 1, "head_activation": "relu"}],
@@ -1005,9 +770,6 @@ def test_settings_that_no_model_of_a_family_has_are_refused(family, changes, tmp
         load_checkpoint(path)
 
 
-# --- downloads -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(originals, tmp_path, monkeypatch):
     """A server with the small RoBERTa as roberta-base.
@@ -1045,195 +807,3 @@ def hub(originals, tmp_path, monkeypatch):
         monkeypatch.setattr(data.weights.hub, "HUB", f"http://127.0.0.1:{httpd.server_port}")
         yield hub
         httpd.shutdown()
-
-
-FILES = ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]
-
-
-def test_a_name_is_downloaded_once(hub, run, expected, data_folder):
-    run("roberta-base")
-    assert [(name, span) for name, span, _ in hub.requests] == [(name, None) for name in FILES]
-    assert not any("python" in agent.lower() for _, _, agent in hub.requests)
-    assert_equal(load_checkpoint(data_folder / "roberta" / "roberta-base.pt")[0].state_dict(), expected)
-    assert sorted(path.name for path in (data_folder / "roberta" / "roberta-base").iterdir()) == sorted(FILES)
-    run("roberta-base", "--out", data_folder / "again.pt")
-    assert len(hub.requests) == 4
-    assert (data_folder / "again.pt").exists()
-    run("roberta-base", "--export", data_folder / "exported")
-    assert same_vocabulary(data_folder / "exported", hub.folder)
-
-
-@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "none"])
-def test_an_interrupted_download_goes_on_where_it_stopped(ranges, hub, run, data_folder):
-    folder = data_folder / "roberta" / "roberta-base"
-    whole = (hub.folder / "pytorch_model.bin").read_bytes()
-    hub.limit, hub.ranges = len(whole) // 3, ranges
-    with pytest.raises(Mistake, match="pytorch_model.bin: no download"):
-        run("roberta-base")
-    done = (folder / "pytorch_model.bin.part").read_bytes()
-    assert done == whole[: hub.limit]
-    assert not (folder / "pytorch_model.bin").exists()
-    assert not (data_folder / "roberta" / "roberta-base.pt").exists()
-    hub.limit = None
-    run("roberta-base")
-    assert [name for name, _, _ in hub.requests] == [*FILES, "pytorch_model.bin"]
-    assert hub.requests[-1][1] == f"bytes={len(done)}-"
-    assert (folder / "pytorch_model.bin").read_bytes() == whole
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-
-
-@pytest.mark.parametrize("careless", [False, True], ids=["if-range", "careless"])
-def test_a_download_does_not_go_on_from_a_part_of_another_file(careless, hub, run, data_folder):
-    folder, remote = data_folder / "roberta" / "roberta-base", hub.folder / "config.json"
-    hub.limit = 40
-    with pytest.raises(Mistake, match="config.json: no download"):
-        run("roberta-base")
-    assert (folder / "config.json.part").read_bytes() == remote.read_bytes()[:40]
-    remote.write_text(json.dumps(json.loads(remote.read_text()), indent=7))
-    hub.limit, hub.careless = None, careless
-    if careless:
-        with pytest.raises(Mistake, match="config.json: no download"):
-            run("roberta-base")
-    run("roberta-base")
-    assert (folder / "config.json").read_bytes() == remote.read_bytes()
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-
-
-def test_a_part_longer_than_the_file_is_given_up(hub, run, data_folder):
-    part = data_folder / "roberta" / "roberta-base" / "config.json.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b" " * 10_000)
-    with pytest.raises(Mistake, match="config.json: no download"):
-        run("roberta-base")
-    assert not part.exists()
-    run("roberta-base")
-    assert (part.parent / "config.json").read_bytes() == (hub.folder / "config.json").read_bytes()
-
-
-def test_a_server_that_cannot_be_reached(mistake, monkeypatch, data_folder):
-    (data_folder / "roberta" / "roberta-base").mkdir(parents=True)
-    with http.server.HTTPServer(("127.0.0.1", 0), None) as closed:
-        monkeypatch.setattr(data.weights.hub, "HUB", f"http://127.0.0.1:{closed.server_port}")
-    assert "the folder of a copy" in mistake("roberta-base")
-
-
-# --- WikiText ------------------------------------------------------------------------------------
-
-
-RAW = {
-    "wiki.train.raw": " \n = Valkyria = \n \n A naïve @-@ game , 戦場 . \n\n \t \n Its 3rd line . \n",
-    "wiki.valid.raw": " \n = Homarus = \n the last line has no end",
-    "wiki.test.raw": " never read \n",
-}
-SPLIT_LINES = {
-    "train": [" = Valkyria = \n", " A naïve @-@ game , 戦場 . \n", " Its 3rd line . \n"],
-    "val": [" = Homarus = \n", " the last line has no end"],
-}
-
-
-@pytest.fixture
-def raw(tmp_path):
-    """A folder of WikiText's raw files, and the zip of it."""
-    folder = tmp_path / "wikitext-2-raw"
-    folder.mkdir()
-    with zipfile.ZipFile(tmp_path / "raw.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in RAW.items():
-            (folder / name).write_bytes(text.encode())
-            archive.write(folder / name, f"wikitext-2-raw/{name}")
-    return folder, tmp_path / "raw.zip"
-
-
-def read_wikitext(run, *arguments, **more):
-    run(*arguments, main=wikitext_prepare.main, **more)
-    return load_corpus("wikitext2")
-
-
-def test_wikitext_lines_are_between_roberta_s_own_tokens(raw, originals, run, tmp_path):
-    run(originals["roberta"][0], "--out", tmp_path / "roberta.pt")
-    states = []
-    for path in (*raw, raw[0] / "wiki.train.raw"):
-        train, val, tokenizer, meta = read_wikitext(run, "--file", path, "--tokenizer", tmp_path / "roberta.pt")
-        for split, ids in (("train", train), ("val", val)):
-            lines = SPLIT_LINES[split]
-            expected = [[0, *tokenizer.encode(line.rstrip("\n")), 2] for line in lines]
-            assert ids.tolist() == sum(expected, [])
-            text = "".join(line.rstrip("\n") for line in lines)
-            assert meta[split]["bytes"] == len(text.encode())
-            assert meta[split]["tokens"] == len(ids)
-        states.append((meta["train"], meta["val"], meta["tokenizer"]))
-    assert states[0] == states[1] == states[2]
-
-
-def test_wikitext_lines_of_bytes_end_in_a_newline(raw, run):
-    train, val, _, meta = read_wikitext(run, "--file", raw[1])
-    for split, ids in (("train", train), ("val", val)):
-        text = "".join(SPLIT_LINES[split]).encode()
-        assert bytes(ids.tolist()) == text
-        assert meta[split]["bytes"] == len(text)
-
-
-def test_wikitext_is_downloaded_once(raw, hub, run, data_folder):
-    shutil.copy(raw[1], hub.folder / "raw.zip")
-    url = f"{data.weights.hub.HUB}/FacebookAI/roberta-base/resolve/main/raw.zip"
-    digest = hashlib.sha256(raw[1].read_bytes()).hexdigest()
-    for _ in range(2):
-        train, _, _, _ = read_wikitext(run, url=url, sha256=digest)
-        assert bytes(train.tolist()) == "".join(SPLIT_LINES["train"]).encode()
-    assert [name for name, _, _ in hub.requests] == ["raw.zip"]
-    assert not hub.requests[0][2].startswith("Python")
-
-
-def test_wikitext_that_cannot_be_read_leaves_nothing(raw, mistake, tmp_path):
-    folder, path = raw
-    main, whole = wikitext_prepare.main, path.read_bytes()
-    assert "no such file or folder" in mistake("--file", tmp_path / "none", main=main)
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "raw.zip" in mistake("--file", path, main=main)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("wikitext-2-raw/wiki.train.raw", RAW["wiki.train.raw"])
-    assert "no wiki.valid.raw" in mistake("--file", path, main=main)
-    (folder / "wiki.valid.raw").write_bytes(b"caf\xe9\n")
-    assert "wiki.valid.raw" in mistake("--file", folder, main=main)
-    (folder / "wiki.valid.raw").unlink()
-    assert "no wiki.valid.raw" in mistake("--file", folder, main=main)
-    (folder / "wiki.valid.raw").write_text(" \n\n")
-    assert "empty" in mistake("--file", folder, main=main)
-
-
-def test_a_line_without_end_is_refused_in_little_memory(mistake, tmp_path):
-    with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("wiki.train.raw", "a" * 2**25)  # one line
-        archive.writestr("wiki.valid.raw", "b\n")
-    assert (tmp_path / "large.zip").stat().st_size < 2**16
-    tracemalloc.start()
-    try:
-        sentence = mistake("--file", tmp_path / "large.zip", main=wikitext_prepare.main)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert "a line of 1,048,576 characters or more" in sentence
-    assert peak < 2**24
-
-
-def test_sizes_that_none_has_are_refused(originals, mistake, tmp_path):
-    folder = shutil.copytree(originals["roberta"][0], tmp_path / "large")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
-    assert "1,000,000 layers" in mistake(folder)
-    os.truncate(folder / "vocab.json", data.weights.hub.MOST_TEXT + 1)
-    assert "67,108,865 bytes" in mistake(folder)
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
-def test_a_zip_with_a_damaged_byte_anywhere_leaves_nothing(compression, mistake, tmp_path):
-    text = "".join(f"line {i} of the archive\n" for i in range(30))
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", compression) as archive:
-        for name in RAW:
-            archive.writestr(name, text)
-    start = 30 + len("wiki.train.raw")  # behind the header of the first file
-    for offset in (0, 1, 2, 40, 80):
-        damaged = bytearray(packed.getvalue())
-        damaged[start + offset] ^= 0x55
-        (tmp_path / "damaged.zip").write_bytes(damaged)
-        assert "damaged" in mistake("--file", tmp_path / "damaged.zip", main=wikitext_prepare.main)

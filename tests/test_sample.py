@@ -12,7 +12,7 @@ from toys import Conditionals, all_texts, chi_square_p, tiny_model
 
 from data.lib.errors import Mistake
 from data.lib.prompt import make_canvas, split_prompt
-from data.lib.settings import unseen
+from data.lib.sample_settings import unseen
 from data.lib.tokenizer import ByteTokenizer
 from data.lib.window import look_at
 from model import ModelConfig

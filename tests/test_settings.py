@@ -11,15 +11,15 @@ from fuzz import run
 from toys import make_book
 
 import data.lib.corpus
-import data.lib.settings
+import data.lib.train_settings
 import sample
 import train
 from data.lib.chat import BYTES
 from data.lib.checkpoint import save_checkpoint
 from data.lib.errors import Mistake
 from data.lib.flags import Attention, Level, Rate, Span, as_plain, parse
-from data.lib.settings import check_training, settle
 from data.lib.tokenizer import ByteTokenizer
+from data.lib.train_settings import check_training, settle
 from model import ModelConfig, Transformer, load_checkpoint
 
 TRAIN = {
@@ -305,7 +305,7 @@ def test_a_canvas_is_read_as_its_checkpoint_was(attention, world, monkeypatch):
 
 def test_one_block_for_all_of_a_corpus_s_canvas_is_a_canvas(monkeypatch):
     """Its length is that of the corpus's canvases, whatever --context is by default."""
-    monkeypatch.setattr(data.lib.settings, "canvas_len", lambda name: 72)
+    monkeypatch.setattr(data.lib.train_settings, "canvas_len", lambda name: 72)
     config = settled(["--attention", "block:72"], monkeypatch)[0]
     assert (config.context, config.attention) == (72, Attention("canvas"))
     config = settled(["--attention", "block:256"], monkeypatch)[0]

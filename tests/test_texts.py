@@ -14,12 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_roberta
 import tiktoken
 import torch
 from fuzz import MERGES, write_shard
+from model_files import save_weights
 from test_gpt2 import write_gpt2
-from test_roberta import save_weights
 
 import data.fineweb.prepare as fineweb
 import data.gpt2.prepare as gpt2_prepare
@@ -37,8 +36,6 @@ from model import load_checkpoint
 START = "<|endoftext|>"
 SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --context 16 --batch_size 2 --max_iters 2 --evals 1"
 SMALL += " --eval_tokens 64 --prompt_len 0 --dtype float32"
-
-run, mistake = test_roberta.run, test_roberta.mistake
 
 
 @pytest.fixture(autouse=True)

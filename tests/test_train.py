@@ -18,11 +18,12 @@ from toys import Conditionals, all_texts, chi_square_p, make_book, tiny_model
 import data.lib.corpus
 import train
 from data.lib.corpus import spaced_windows
-from data.lib.fast import Muon, cross_entropy, orthogonalised, rows_at_once
 from data.lib.flags import Level, Rate, Span
+from data.lib.kernels import cross_entropy, rows_at_once
 from data.lib.noise import rates_of, relative_information, unigram_nats
+from data.lib.optimizer import Muon, orthogonalised
 from data.lib.report import standard_error
-from data.lib.settings import attention_of
+from data.lib.train_settings import attention_of
 from data.lib.training import Run
 from model import ModelConfig, load_checkpoint
 from sample import denoise, log_likelihood
@@ -194,7 +195,7 @@ def test_a_pass_has_no_more_rows_than_its_logits_allow(monkeypatch):
     assert rows_at_once(64, 4096, 126_464) == 1
     model, texts, sizes = tiny_model(), all_texts(3, 3), []
     model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr("data.lib.fast.rows_at_once", lambda most, T, V: 2)
+    monkeypatch.setattr("data.lib.kernels.rows_at_once", lambda most, T, V: 2)
     monkeypatch.setattr("sample.rows_at_once", lambda most, T, V: 2)
     nelbo(model, texts)
     log_likelihood(model, texts.flatten(), order="left")
@@ -357,7 +358,7 @@ def test_cross_entropy_is_that_of_torch():
         logits[:, 4] = -torch.inf
         target, weights = torch.arange(50) % 4, torch.rand(50, generator=rng())
         ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        with mock.patch("data.lib.fast.rows_at_a_time", lambda logits, rows=rows: rows):
+        with mock.patch("data.lib.kernels.rows_at_a_time", lambda logits, rows=rows: rows):
             nats = cross_entropy(ours * 1, target)
             (weights * nats).sum().backward()
         expected = F.cross_entropy(theirs.float(), target, reduction="none")

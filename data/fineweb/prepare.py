@@ -14,8 +14,8 @@ import numpy as np
 
 from data.gpt2.prepare import START
 from data.lib.corpus import DATA, tokenizer_by_name, write_tokens
+from data.lib.download import download
 from data.lib.errors import Mistake, command
-from data.lib.files import download
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import BPETokenizer
 from data.weights import hub

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from data.lib.history import inert
+from data.lib.escape import inert
 
 
 class Mistake(ValueError):

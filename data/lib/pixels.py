@@ -1,6 +1,6 @@
 """The picture on a canvas that has one, as the terminal shows it: two pixels in each character."""
 
-from data.lib.history import inert
+from data.lib.escape import inert
 
 HOLE_COLOUR = 67  # of a terminal's 256: a blue
 BLACK, WHITE = 232, 255  # and its greys, which end with white

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.lib.corpus import spaced_windows
 from data.lib.errors import Mistake
-from data.lib.history import inert
+from data.lib.escape import inert
 from data.lib.machine import release_memory
 from data.lib.pixels import as_shown
 from data.lib.processes import rank, size, total

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from data.lib.checkpoint import save_checkpoint
 from data.lib.corpus import SPLITS
 from data.lib.errors import Mistake, signals
-from data.lib.fast import Muon
 from data.lib.files import alone_in, link
 from data.lib.flags import as_plain
 from data.lib.machine import autocast, pick_device, send
-from data.lib.processes import agree, average, gathered, piece_of, rank, size, spread, whole
-from data.lib.settings import check_unused
+from data.lib.optimizer import Optimizers
+from data.lib.processes import agree, average, rank, size, spread, whole
+from data.lib.train_settings import check_unused
 
 
 class Run:
@@ -223,59 +223,3 @@ def underway(run, checkpoint):
         yield came
         if run.progress() < 1:
             run.save()
-
-
-class Optimizers:
-    """Muon on the layers' matrices and AdamW on everything else, or AdamW on everything, used like one
-    optimizer.
-    """
-
-    def __init__(self, model, config, dtype):
-        matrices = [p for p in model.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.parts = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
-        if matrices:
-            self.parts += [Muon(matrices, config.lr, config.weight_decay, dtype)]
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
-
-    def state(self):
-        return [with_state(part.state_dict(), gathered) for part in self.parts]
-
-    def load(self, states):
-        """Take the state of earlier ones, but the hyperparameters of these. ValueError if they don't fit."""
-        for part, saved in zip(self.parts, states, strict=True):
-            groups = part.state_dict()["param_groups"]
-            if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved["param_groups"]]:
-                raise ValueError("another optimizer had them")
-            saved = {"state": saved["state"], "param_groups": groups}
-            parameters = [p for group in part.param_groups for p in group["params"]]
-            for i, kept in saved["state"].items():
-                shape = dict.fromkeys(kept, parameters[i].shape) | {"step": ()}
-                if any(tensor.shape != shape[name] for name, tensor in kept.items()):
-                    raise ValueError("an optimizer's state is not of its parameter's shape")
-            part.load_state_dict(with_state(saved, piece_of, parameters))
-
-
-def with_state(saved, function, parameters=None):
-    """An optimizer's state_dict with function(tensor), or function(tensor, parameter), for each tensor."""
-    state = {
-        i: {name: function(tensor, *([parameters[i]] if parameters else [])) for name, tensor in kept.items()}
-        for i, kept in saved["state"].items()
-    }
-    return {**saved, "state": state}

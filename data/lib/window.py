@@ -5,7 +5,7 @@ guidance.
 import torch
 import torch.nn.functional as F
 
-from data.lib.fast import Cache
+from data.lib.cache import Cache
 from data.lib.machine import device_of, send
 
 

@@ -16,11 +16,11 @@ from data.lib.chat import chat_of, converse, reply_length
 from data.lib.errors import Mistake
 from data.lib.history import History
 from data.lib.machine import autocast, pick_device
-from data.lib.picture import save_histories
 from data.lib.pixels import as_shown
 from data.lib.prompt import make_canvas, read_text, shown_of, standing
-from data.lib.settings import check_writing, default_checkpoint, flags_for
+from data.lib.sample_settings import check_writing, default_checkpoint, flags_for
 from data.lib.terminal import Watch
+from data.lib.views import save_histories
 
 
 class Plan(NamedTuple):

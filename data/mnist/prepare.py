@@ -16,8 +16,8 @@ import numpy as np
 
 from data.digits.prepare import GREYS, write_pictures
 from data.lib.corpus import DATA, check_name
+from data.lib.download import check_sha256, download
 from data.lib.errors import Mistake, command
-from data.lib.files import check_sha256, download
 from data.lib.flags import flag, parse
 
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.corpus import DATA, tokenizer_by_name
+from data.lib.download import check_sha256, download
 from data.lib.errors import command
-from data.lib.files import check_sha256, download
 from data.lib.flags import flag, parse
 from data.text.prepare import prepare
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from data.lib.corpus import DATA, write_tokens
+from data.lib.download import download, open_zipped
 from data.lib.errors import Mistake, command
-from data.lib.files import download, open_zipped
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import ByteTokenizer
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from data.lib.fast import Linear
+from data.lib.kernels import Linear
 from data.weights.parts import (
     ACTIVATIONS,
     BiasedLayer,

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from data.lib.checkpoint import check_archive, check_config, check_layout, save, save_checkpoint
+from data.lib.download import download
 from data.lib.errors import Mistake
-from data.lib.files import download, replacing
+from data.lib.files import replacing
 from data.lib.flags import argument, flag, parse
 from data.lib.tokenizer import BPETokenizer
 

@@ -1,6 +1,6 @@
 """MDLM's and BD3-LM's network (2406.07524, 2503.09573): rotary positions, biases, a head with a bias."""
 
-from data.lib.fast import Linear
+from data.lib.kernels import Linear
 from data.weights.parts import BiasedLayer, Published, PublishedConfig, norm
 
 

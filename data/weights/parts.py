@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.lib.fast import Linear
+from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.corpus import DATA, tokenizer_by_name, write_corpus
+from data.lib.download import download, open_zipped
 from data.lib.errors import Mistake, command
-from data.lib.files import download, open_zipped
 from data.lib.flags import flag, parse
 
 URL = "https://wikitext.smerity.com/wikitext-2-raw-v1.zip"

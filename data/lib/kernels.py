@@ -1,33 +1,8 @@
 """Made fast and small: attention, its cache, products and dropout on a CPU, cross-entropy, Muon."""
 
-from collections import defaultdict
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from data.lib.processes import piece_of, shared_out, whole
-
-
-class Cache:
-    """What each layer needs of the first `length` positions of a window of W: keys, values, and the inputs
-    of its convolution. A pass reads the positions after them, and leaves here those that are final: the
-    blocks before `final`, or in a GPT, where no position reads a hole, all.
-    """
-
-    def __init__(self, W):
-        self.W, self.length, self.final, self.kept = W, 0, 0, {}
-
-    def join(self, name, x, zeros=0):
-        """What is kept under this name, and x (..., S, D) after it: (..., zeros + length + S, D).
-
-        zeros: how many rows of zeros stand in front. There is room for W from the start: nothing is copied.
-        """
-        if name not in self.kept:
-            self.kept[name] = x.new_zeros(*x.shape[:-2], zeros + self.W, x.shape[-1])
-        kept = self.kept[name][..., : zeros + self.length + x.shape[-2], :]
-        kept[..., zeros + self.length :, :] = x
-        return kept
 
 
 def attend(q, k, v, dropout, sees=None, causal=False):
@@ -147,51 +122,3 @@ class CrossEntropy(torch.autograd.Function):
 
 
 cross_entropy = CrossEntropy.apply
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is a matrix with singular values near 1 (Jordan 2024; 2502.16982).
-
-    The step's size is that of AdamW's (2502.16982, eq. 4), so one learning rate serves both. This is
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" but for two things: products are in `dtype`, the
-    run's own, where torch's are in bfloat16, which a CPU without instructions for it multiplies a
-    hundred times slower; and matrices of one shape are one product, or one in each process.
-    """
-
-    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            alike = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[p.shape].append(p)
-            for (A, B), matrices in alike.items():
-                for p in matrices:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                averages = [self.state[p]["momentum_buffer"] for p in matrices]
-                torch._foreach_lerp_(averages, [p.grad for p in matrices], 1 - group["momentum"])
-                ahead = [p.grad.lerp(x, group["momentum"]) for p, x in zip(matrices, averages)]  # Nesterov's
-                ahead = torch.stack([whole(x) for x in ahead])
-                updates = shared_out(lambda x: orthogonalised(x, self.dtype), ahead)
-                updates = [piece_of(update, p) for update, p in zip(updates, matrices)]
-                size = 0.2 * max(A, B) ** 0.5  # so that the root of the mean square is some 0.2, as AdamW's
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, updates, alpha=-group["lr"] * size)
-
-
-def orthogonalised(x, dtype):
-    """Matrices x (n, A, B) with all their singular values moved to about 1, in dtype, by five steps of a
-    polynomial that has its steepest rise at 0 (Newton and Schulz; coefficients of Jordan 2024).
-    """
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
-    for _ in range(5):
-        gram = wide @ wide.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        wide = torch.baddbmm(wide, gram, wide, beta=3.4445)
-    return wide if x.shape[1] <= x.shape[2] else wide.mT

@@ -9,8 +9,9 @@ from html import escape
 from pathlib import Path
 
 from data.lib.errors import Mistake
+from data.lib.escape import inert
 from data.lib.files import replacing
-from data.lib.history import inert, lines_of, visible
+from data.lib.history import lines_of, visible
 from data.lib.pixels import share_of_black, split_picture
 
 

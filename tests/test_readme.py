@@ -1,0 +1,134 @@
+"""What the README prints runs, and does what it says."""
+
+import ast
+import csv
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from figures import apply, readme_changes
+from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
+
+from data.lib.sample_settings import SHIPPED
+from model import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("in_world")
+
+
+def test_from_a_text_to_samples_as_a_user_would(tmp_path):
+    (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
+    copy_project(tmp_path)
+    prepared = run_process("data/text/prepare.py", "poem.txt", cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    flags = f"--data poem --max_iters 60 --evals 2 {SMALL}".split()
+    trained = run_process("train.py", *flags, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "nats per token" in trained.stdout
+    assert "bits per byte" in trained.stdout
+    assert "tokens/s" in trained.stderr
+    with open(tmp_path / "out" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert float(rows[-1]["val_nats_per_token"]) < float(rows[0]["loss"]) < 5.5
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    sampled = run_process(
+        ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the <mask*5> fox", "--num_samples", 2, cwd="/"
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    assert "tokens/s" in sampled.stderr
+    assert sampled.stdout.count("the ") >= 2
+    assert "<mask>" not in sampled.stdout
+    assert "--- 2 of 2" in sampled.stderr
+
+
+def test_the_loop_of_the_readme_runs_as_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+    assert len(capsys.readouterr().out) > 8
+
+
+CHANGED = """
+import torch
+from sample import ORDERS, highest
+
+holes, place = torch.ones(1, 8, dtype=torch.bool), torch.arange(8)
+for order in "left", "spread":
+    chosen = highest(ORDERS[order](None, None, place)[None], holes, torch.tensor([[3]]))
+    print(*chosen[0].nonzero().flatten().tolist())
+"""
+
+
+def test_the_changes_of_the_readme_can_be_made_and_do_what_it_says(world, tmp_path):
+    """All five in one copy: `left` begins at the right, `spread` leaves gaps; a model learns and writes."""
+    copy_project(tmp_path)
+    shutil.copytree(world / "data" / "book", tmp_path / "data" / "book")
+    for change in readme_changes():
+        apply(change, tmp_path)
+    chosen = run_process("-c", CHANGED, cwd=tmp_path)
+    assert chosen.stdout.splitlines() == ["5 6 7", "2 5 7"], chosen.stderr
+    trained = run_process(
+        "train.py", *f"--data book --out_dir out --max_iters 2 --evals 1 {SMALL}".split(), cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    written = run_process("sample.py", "--order", "left", "spread", "--steps", 8, cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("KING <mask*7> III:\n", "KING RICHARD III:\n"),
+        ("Good <mask*6>, my lord.", "Good father, my lord."),
+        ("Good morrow, my <mask*9>.", "Good morrow, my good lord."),
+    ],
+)
+def test_the_shipped_model_knows_its_shakespeare(prompt, text, tmp_path, monkeypatch, capsys):
+    """Of one checkpoint and its likeliest text, which another may not share: these are easy."""
+    monkeypatch.chdir(tmp_path)  # where no model of one's own is in out/
+    written = sample_text(["--prompt", prompt, "--order", "confidence", "--temperature", 0], monkeypatch, capsys)
+    assert "data/shakespeare/ckpt.pt: " in written.err
+    assert written.out == text + "\n"
+
+
+def test_the_shipped_model_is_small_and_can_be_trained_on(tmp_path, monkeypatch):
+    """12 MB at most, in bfloat16, without what only resuming needs."""
+    assert SHIPPED.stat().st_size <= 12e6
+    stored = torch.load(SHIPPED, weights_only=True)
+    assert {tensor.dtype for tensor in stored["model"].values()} == {torch.bfloat16}
+    assert "optimizers" not in stored
+    run_train(monkeypatch, f"--init_from {SHIPPED} --data book --out_dir {tmp_path} --max_iters 1 --evals 1")
+    assert load_checkpoint(tmp_path / "ckpt.pt")[0].config == load_checkpoint(SHIPPED)[0].config
+
+
+PARSE = "import ast, sys; [ast.parse(open(path, encoding='utf-8').read()) for path in sys.argv[1:]]\n"
+
+
+def own_imports(paths):
+    """The lines that import something of Python's own library."""
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", node.names[0].name)
+                if module.partition(".")[0] in sys.stdlib_module_names:
+                    yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("minor", range(10, 15))
+def test_each_python_parses_it_and_has_what_it_imports(minor):
+    """Each that is on this machine; of earlier ones than this one at least the grammar is known."""
+    paths = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0][0] != "."]
+    python = shutil.which(f"python3.{minor}")
+    there = python is not None and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    if (3, minor) <= sys.version_info:
+        for path in paths:
+            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, minor))
+    elif not there:
+        pytest.skip(f"no Python 3.{minor} on this machine")
+    if there:
+        script = PARSE + "\n".join({*own_imports(paths)})
+        result = subprocess.run([python, "-c", script, *paths], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr

@@ -1,0 +1,106 @@
+"""Mistakes in sample.py's flags: one sentence and exit code 2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from world import ROOT, mistake
+
+import sample
+import train
+from data.lib.errors import command
+
+pytestmark = pytest.mark.usefixtures("in_world")
+
+
+SAMPLE_MISTAKES = {
+    ("--steps", "0"): "at least 1",
+    ("--temperature", "-1"): "at least 0",
+    ("--top_p", "2"): "at most 1",
+    ("--top_p", "0"): "above 0",
+    ("--top_k", "-3"): "at least 0",
+    ("--num_samples", "0"): "at least 1",
+    ("--order", "upward"): "confidence",
+    ("--length", "9999999"): "at most",
+    ("--prompt", "x" * 33): "33 tokens with its holes; the canvas has 32",
+    ("--prompt", "hello", "--length", "4"): "the canvas has 4",
+    ("--prompt", "<mask*999999999>"): "999999999 holes; the canvas has 1000000",
+    ("--prompt", "<mask*9>", "--length", "8"): "9 holes; the canvas has 8",
+    ("--prompt", "<mask*9:3>"): "<mask*9:3>: a hole is",
+    ("--prompt", "a <mask:8>"): "<mask:8>: a hole is",
+    ("--prompt", "<mask*9999999999>"): "9999999999 holes",
+    ("--prompt", "<mask*4:12>"): "<mask*4:12>: a hole is",
+    ("--prompt", "\udcff"): "UTF-8",
+    ("--prompt", "a", "--suffix", "<mask>"): "--suffix",
+    ("--prompt_file", "none.txt"): "none.txt: No such file",
+    ("--prompt_file", "data"): "data: Is a directory",
+    ("--prompt_file", "out/ckpt.pt"): "not UTF-8",
+    ("--block", "0"): "at least 1",
+    ("--block", "33"): "sees 32 tokens",
+    ("--gamma", "-1"): "at least 0",
+    ("--guidance", "1"): "--guidance",
+    ("--save", "run.png"): ".html",
+    ("--save", ""): "--save",
+    ("--save", "nowhere/run.svg"): "nowhere/run.svg",
+    ("--order", "threshold", "--steps", "9"): "--steps 9",
+    ("--order", "entropy-bound", "threshold", "--steps", "9"): "--steps 9",
+    ("--order", "information"): "entropy-bound",
+    ("--score", "book.txt", "--order", "random"): "no one probability",
+    ("--score", "book.txt", "--order", "remask"): "no one probability",
+    ("--score", "book.txt", "--order", "left", "--top_k", "3"): "--top_k",
+    ("--score", "none.txt", "--order", "left"): "none.txt: No such file",
+    ("--score", os.devnull, "--order", "left"): "it is empty",
+    ("--score", "book.txt", "--order", "left", "--temperature", "1"): "--temperature",
+    ("--steps", "9" * 20): "at most",
+    ("--block", "32", "--length", "64"): "sees 32 tokens",
+    ("--save", "data/.svg"): ".html",
+    ("--ckpt", "gpt/ckpt.pt", "--suffix", "x"): "--suffix: the model in gpt/ckpt.pt",
+    ("--ckpt", "blocks/ckpt.pt", "--suffix", "x"): "--suffix: the model in blocks/ckpt.pt",
+    (
+        "--ckpt",
+        "gpt/ckpt.pt",
+        "--order",
+        "confidence",
+    ): "--order confidence: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--order", "random"): "--order random: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--steps", "3"): "--steps 3: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--block", "4"): "--block 4",
+    ("--ckpt", "gpt/ckpt.pt", "--gamma", "1"): "--gamma 1.0: the model in gpt/ckpt.pt is causal",
+    ("--ckpt", "gpt/ckpt.pt", "--prompt", "a", "--guidance", "2"): "--guidance 2.0",
+    ("--ckpt", "blocks/ckpt.pt", "--block", "3"): "--block 3: it must divide",
+    ("--ckpt", "blocks/ckpt.pt", "--score", "book.txt"): "no one probability",
+    ("--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", "--score", "book.txt"): "of one model at a time",
+    ("--order", "left", "margin", "--score", "book.txt"): "under one order at a time",
+    ("--order", "left", "upward"): "confidence",
+    ("--ckpt", "gpt/ckpt.pt", "--order", "left", "margin"): "--order left margin: the model in gpt/ckpt.pt",
+    ("--ckpt", "gpt/ckpt.pt", "gpt/ckpt.pt", "--order", "left", "--steps", "3"): "--steps 3",
+    ("--judge", "nope.pt"): "nope.pt: there is no such checkpoint",
+    ("--ckpt", "nope.pt"): "no such checkpoint",
+    ("--ckpt", "book.txt"): "not a checkpoint",
+    ("--ckpt", "data"): "data",
+}
+
+
+@pytest.mark.parametrize("flags", SAMPLE_MISTAKES)
+def test_sample_mistakes(flags, monkeypatch, capsys):
+    assert SAMPLE_MISTAKES[flags] in mistake(sample.main, flags, monkeypatch, capsys)
+
+
+def test_help_shows_every_flag_with_its_default(monkeypatch, capsys):
+    for main, config in ((train.main, train.TrainConfig), (sample.main, sample.SampleConfig)):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            command(main)
+        text = " ".join(capsys.readouterr().out.split())
+        assert ended.value.code == 0
+        for name, value in vars(config()).items():
+            assert f"--{name}" in text
+            shown = " ".join(value) if name == "order" else value
+            assert value in (None, ()) or f"default: {shown}" in text
+
+
+def test_a_reader_that_leaves_is_no_mistake(world):
+    script = f"{sys.executable} {ROOT}/sample.py --num_samples 2 --length 30 | head -c 1"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, cwd=world)
+    assert b"Traceback" not in result.stderr

@@ -1,0 +1,102 @@
+"""Mistakes in train.py's flags: one sentence and exit code 2."""
+
+import pytest
+import torch
+from world import mistake, state_of
+
+import sample
+import train
+
+pytestmark = pytest.mark.usefixtures("in_world")
+
+
+TRAIN_MISTAKES = {
+    "--data book --level grid:0": "grid:N",
+    "--data book --level 1.5": "a number in (0, 1]",
+    "--data book --level grid:99999999999999999999": "grid:N",
+    "--eval_only --init_from out/ckpt.pt --level 0.15": "--level 0.15: --eval_only prints the bound",
+    "--eval_only --init_from out/ckpt.pt --level uniform:": "a number in (0, 1]",
+    "--eval_only --init_from out/ckpt.pt --rate spindle:0.3": "--rate spindle:0.3",
+    "--eval_only --init_from out/ckpt.pt --rate slant:1 --level grid:4": "--rate slant:1",
+    "--eval_only --init_from out/ckpt.pt --prompt_len 0:16": "one number",
+    "--rate slant:-1": "slant:W or spindle:W, where W > 0",
+    "--rate slant:0": "W > 0",
+    "--rate spindle:inf": "W > 0",
+    "--rate slant": "W > 0",
+    "--rate t:1": "W > 0",
+    "--rate 0.3": "t, slant:W or spindle:W",
+    "--data book --rate spindle:0.3 --level uniform --weight elbo": "no bound",
+    "--data book --level uniform --weight elbo --visible 0.1": "--visible 0.1",
+    "--data book --rate slant:1 --level grid:4 --weight elbo": "--rate slant:1",
+    "--data book --method d3pm --rate spindle:0.3": "no bound",
+    "--data book --method gpt --level uniform": "each token is a hole",
+    "--method autoregression": "ar-diffusion",
+    "--init_from resume --method mdlm --max_iters 9": "--method mdlm: the run in out/last.pt has default",
+    "--nonsense 1": "--nonsense",
+    "--max_iter 5": "--max_iter",  # no abbreviations either
+    "--batch_size two": "two",
+    "--optimizer middle": "muon",
+    "--data nope": "ready are: book",
+    "--data book --context 1000000": "fewer than one --context",
+    "--level grid:0": "grid:N",
+    "--level grid:x": "grid:N",
+    "--level bell:0": "bell:S",
+    "--level bell": "bell:S",
+    "--level 1.5": "1.5",
+    "--level 0": "(0, 1]",
+    "--level uniform:3": "uniform",
+    "--level nan": "nan",
+    "--level 0.15 --weight elbo": "--weight mean",
+    "--weight elbo": "--weight mean",  # with the default level, a bell
+    "--prompt_len 5:2": "0:64",
+    "--prompt_len x": "0:64",
+    "--prompt_len -1": "--prompt_len",
+    "--prompt_len 256": "256",
+    "--batch_size 6 --grad_accum 4": "--batch_size 6",
+    "--n_embd 30 --n_head 4": "--n_head 4",
+    "--n_layer 0": "at least 1",
+    "--lr 0": "above 0",
+    "--lr nan": "finite",
+    "--max_minutes inf": "finite",
+    "--seed -1": "at least 0",
+    "--seed 99999999999999999999": "at most",
+    "--dropout 1": "below 1",
+    "--max_minutes 0": "above 0",
+    "--eval_only": "--init_from",
+    "--init_from nope.pt --data book": "no such checkpoint",
+    "--init_from resume --out_dir nowhere": "no such checkpoint",
+    "--data book --context 32 --max_iters 1": "--out_dir out: there is a run in it",
+    "--init_from out/ckpt.pt --data book --max_iters 1": "--out_dir out: there is a run in it",
+    "--init_from resume --data other": "--data other: the run in out/last.pt reads book",
+    "--init_from out/ckpt.pt --out_dir new --n_layer 3 --data book": "has 1",
+    "--init_from resume": "complete",
+    "--init_from resume --max_iters 9 --optimizer adamw": "not with these flags",
+    "--data book --out_dir book.txt --context 32 --prompt_len 0": "book.txt",
+    "--data book --out_dir book.txt/below --context 32 --prompt_len 0": "book.txt",
+    "--attention block": "block:K for blocks of K tokens",
+    "--attention sideways": "canvas, shifted, block:K",
+    "--attention shifted:4": "canvas, shifted, block:K",
+    "--attention block:5 --context 32 --data book": "K must divide --context 32",
+    "--attention causal --level uniform --data book": "each token is a hole",
+    "--attention causal --rate slant:1 --data book": "each token is a hole",
+    "--init_from resume --attention causal --max_iters 9": "--attention causal: the model in",
+    "--init_from resume --attention shifted --max_iters 9": "--attention shifted: the model in",
+    "--init_from out/ckpt.pt --out_dir new --data book --attention block:5": "K must divide",
+    "--init_from gpt/ckpt.pt --eval_only --level grid:9": "each token is a hole",
+    "--data book --context 32 --device nonsense": "nonsense",
+    "--data book --context 32 --device cpu:x": "cpu:x",
+    "--data book --context 32 --device cuda:99": "cuda:99",
+}
+
+
+@pytest.mark.parametrize("flags", TRAIN_MISTAKES)
+def test_train_mistakes(flags, world, monkeypatch, capsys):
+    before = state_of(world)
+    assert TRAIN_MISTAKES[flags] in mistake(train.main, flags.split(), monkeypatch, capsys)
+    assert state_of(world) == before
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device")
+def test_a_device_that_is_not_there(main, monkeypatch, capsys):
+    assert "--device cuda" in mistake(main, ["--device", "cuda"], monkeypatch, capsys)
