@@ -1,21 +1,19 @@
-"""The KV cache: what the layers made of the finished part of a text."""
+"""The KV cache: keys, values and convolution inputs of the finished part of a text."""
 
 
 class Cache:
-    """What each layer needs of the first `length` positions of a window of W: keys, values, and the inputs
-    of its convolution. A pass reads the positions after them, and leaves here those that are final: the
-    blocks before `final`, or in a GPT, where no position reads a hole, all.
+    """Keeps what each layer computed for the first `length` positions of a window of W.
+
+    A pass reads the positions after them and adds those that are final: the blocks before position `final`, or in a
+    GPT, where no position reads a hole, every position.
     """
 
     def __init__(self, W):
         self.W, self.length, self.final, self.kept = W, 0, 0, {}
 
     def join(self, name, x, zeros=0):
-        """What is kept under this name, and x (..., S, D) after it: (..., zeros + length + S, D).
-
-        zeros: how many rows of zeros stand in front. There is room for W from the start: nothing is copied.
-        """
-        if name not in self.kept:
+        """Append x (..., S, D) to what is kept under a name: (..., zeros + length + S, D), with zeros in front."""
+        if name not in self.kept:  # allocated once for the whole window, so nothing is copied later
             self.kept[name] = x.new_zeros(*x.shape[:-2], zeros + self.W, x.shape[-1])
         kept = self.kept[name][..., : zeros + self.length + x.shape[-2], :]
         kept[..., zeros + self.length :, :] = x

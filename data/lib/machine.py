@@ -1,4 +1,4 @@
-"""Where a command runs, and in which precision."""
+"""The device that a command runs on, the precision of its matrix products, and copies to the device."""
 
 import ctypes
 import os
@@ -11,24 +11,22 @@ from data.lib.errors import Mistake
 
 
 def pick_device(name):
-    """The torch.device called name; `auto` is cuda, then mps, then cpu. Mistake when it is not there."""
+    """The torch.device with this name; `auto` is cuda, then mps, then cpu. Mistake if the machine doesn't have it."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    with suppress(RuntimeError, KeyError):
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: one for each process
-        if there[device.type]:
-            torch.empty(0, device=device)  # fails for a number that is not there, as in cuda:9
-            return device
-    raise Mistake(f"--device {name}: not on this machine; there is {', '.join(k for k in there if there[k])}")
+    there = [kind for kind in there if there[kind]]
+    name = there[0] if name == "auto" else name
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun each process has its own
+    with suppress(RuntimeError):
+        if name.split(":")[0] in there:
+            return torch.empty(0, device=name).device
+    raise Mistake(f"--device {name}: not on this machine, which has {', '.join(there)}")
 
 
 def release_memory():
-    """Give the system back what was needed for a while, which Linux's C library would keep, and pile up."""
+    """Give freed memory back to the system. Linux's C library would keep it, and it would pile up."""
     if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # musl's has none
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # musl has no malloc_trim
 
 
 def device_of(model):
@@ -36,32 +34,29 @@ def device_of(model):
 
 
 def send(device, *tensors):
-    """Tensors of the CPU on a device, without waiting for it. A bool one arrives as the indices of what is
-    True in it, a tuple: they index alike, and the device does not have to count them.
+    """Copy CPU tensors to a device without synchronising. A bool tensor arrives as the indices of its True elements.
+
+    These index in the same way, and the device doesn't have to count them, which would synchronise.
     """
 
-    def there(tensor):
+    def copy(tensor):
         if device.type != "cuda":
             return tensor.to(device)
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
-    return [
-        tuple(map(there, tensor.nonzero(as_tuple=True))) if tensor.dtype == torch.bool else there(tensor)
-        for tensor in tensors
-    ]
+    return [tuple(map(copy, x.nonzero(as_tuple=True))) if x.dtype == torch.bool else copy(x) for x in tensors]
 
 
 def autocast(device, dtype="auto"):
-    """Context in which matrix products run in dtype, its `fast_dtype`.
+    """Context in which matrix products run in dtype, which is its `fast_dtype`.
 
-    auto: bfloat16 where the machine multiplies it faster than float32, which a CPU does with AMX or
-    AVX-512 BF16 instructions and otherwise does not; float32 elsewhere.
+    auto: bfloat16 if the machine multiplies it faster than float32. A CPU needs AMX or AVX-512 BF16 for that.
     """
     if dtype == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capable = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot say
+            capable = torch.cpu.get_capabilities()
             fast = device.type == "cpu" and (capable.get("amx_bf16") or capable.get("avx512_bf16"))
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
