@@ -1,4 +1,4 @@
-"""Made fast and small: attention, its cache, products and dropout on a CPU, cross-entropy, Muon."""
+"""Attention, dropout, matrix products and cross-entropy that are faster or smaller than torch's own."""
 
 import torch
 import torch.nn as nn
@@ -6,32 +6,32 @@ import torch.nn.functional as F
 
 
 def attend(q, k, v, dropout, sees=None, causal=False):
-    """Each position's mean of the values that it sees, weighted by softmax(q k^T / sqrt(D)): (B, H, Q, D),
-    of q (B, H, Q, D) and k, v (B, H, S, D), or with fewer heads, each for H/n neighbours (2305.13245). sees:
-    (Q, S) bool, or all; causal: those up to its own.
+    """softmax(q k^T / sqrt(D)) v: (B, H, Q, D), of q (B, H, Q, D) and k, v (B, H, S, D), or fewer heads (2305.13245).
 
-    On a CPU torch has no fused kernel with dropout, and its bfloat16 kernel is slow from 64 queries on, as
-    long as all scores fit into the caches: these lines take half the time at 256 positions.
+    sees: (Q, S) bool, None for all. causal: each position sees itself and those before it.
+    On a CPU torch has no fused kernel with dropout, and its bfloat16 kernel takes two to three times as long as these
+    lines for 64 queries or more, as long as all scores fit into the caches.
     """
-    k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
-    p = dropout.p if dropout.training else 0.0
-    written_out = p or (q.dtype == torch.bfloat16 and q.shape[2] >= 64 and q.shape[2] * k.shape[2] <= 2**18)
+    p, (H, Q), S = dropout.p if dropout.training else 0.0, q.shape[1:3], k.shape[2]
+    written_out = p or (q.dtype == torch.bfloat16 and Q >= 64 and Q * S <= 2**18)
     if q.device.type != "cpu" or not written_out:
-        return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=p, is_causal=causal)
+        gqa = k.shape[1] < H
+        return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=p, is_causal=causal, enable_gqa=gqa)
+    k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, Q, S)
     if causal:
-        sees = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+        sees = torch.ones(Q, S, dtype=torch.bool).tril()
     if sees is not None:
         scores.masked_fill_(~sees, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
 
 
-# With AMX torch reads bfloat16 weights 1.4 times as fast for a vector as for a matrix of one row.
-VECTORS = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+# A CPU with AMX reads bfloat16 weights 1.4 times as fast for a vector as for a matrix of one row.
+VECTORS = torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def linear(x, weight, bias=None):
-    """F.linear; the one token that is read when one is appended is a vector to it."""
+    """F.linear, but a single row, as when a GPT appends a token, is multiplied as a vector where that is faster."""
     if not VECTORS or x.device.type != "cpu" or x.numel() != x.shape[-1]:
         return F.linear(x, weight, bias)
     y = weight @ x.flatten()
@@ -44,10 +44,10 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """Zeroes each value with probability p in training, and scales the rest so that the mean stays.
+    """Zero each value with probability p in training, and scale the others so that the mean stays.
 
-    On a CPU torch draws its random numbers one by one. Sixteen bits are enough for each, and a
-    64-bit draw has four of these: five times faster. p is then a multiple of 2**-16.
+    On a CPU torch draws one random number per value. Here a 64-bit draw serves four values, which is five times faster
+    and makes p a multiple of 2**-16.
     """
 
     def forward(self, x):
@@ -59,12 +59,10 @@ class Dropout(nn.Dropout):
 
 
 def rows_at(where, first, T):
-    """N, how many positions `where` names; and their rows in a tensor (B * (T - first), C) that lacks those
-    before `first`, with some of row 0 after them, (N or more,).
+    """The number N of positions in `where`, and their rows in a tensor (B * (T - first), C) of positions from `first`.
 
-    where: (B, T) bool, or its indices, two of (N,): known beforehand, no device has to count them. The number
-    of rows is a power of 2 or a multiple of 128: a CPU's kernels are made, and kept, for each shape, and of
-    a training step they take 2 MB.
+    where: (B, T) bool, or its indices, two of (N,), which no device has to count. The rows are padded with row 0 to a
+    power of 2 or a multiple of 128, because a CPU compiles and keeps kernels for each shape (2 MB per training step).
     """
     b, t = where[:, first:].nonzero(as_tuple=True) if torch.is_tensor(where) else (where[0], where[1] - first)
     multiple = next((power for power in (1, 2, 4, 8, 16, 32, 64) if len(b) <= power), 128)
@@ -72,23 +70,23 @@ def rows_at(where, first, T):
 
 
 def allowed_tokens(kinds, V, device):
-    """Which of V tokens may stand at each place of a canvas, by a tokenizer's kinds: (T, V) bool."""
+    """Which of V tokens may stand at each place of a canvas with these kinds, (T, V) bool."""
     ids = torch.arange(V, device=device)
     return torch.cat([((ids >= first) & (ids < end)).expand(n, V) for n, first, end in kinds])
 
 
 def rows_at_once(most, T, V):
-    """How many rows of T positions, `most` at most, may be read at once, if all logits may be asked for."""
+    """How many texts of T tokens fit in one pass if all their logits are asked for; `most` at most."""
     return max(1, min(most, 2**29 // (T * V)))
 
 
 def rows_at_a_time(logits):
-    """How many rows of logits (N, V) to copy at a time, so that there is no float copy of them all."""
+    """How many rows of logits (N, V) to convert to float32 at a time."""
     return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
 
 
 def in_parts(function, logits, *more):
-    """function(logits (N, V), ...), (N,), a few rows at a time."""
+    """function(logits (N, V), ..), (N,), computed a few rows at a time to save memory."""
     rows = rows_at_a_time(logits)
     if len(logits) <= rows:
         return function(logits, *more)
@@ -96,17 +94,14 @@ def in_parts(function, logits, *more):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of logits (N, V) and target (N,), in nats, one for each (N,), without a float32 copy
-    of the logits.
+    """F.cross_entropy of logits (N, V) and target (N,), in nats, (N,), without a float32 copy of the logits.
 
-    The gradient takes the logits' place in memory, a few rows at a time: at RoBERTa's vocabulary
-    they are by far the largest tensor of a training step.
+    The gradient overwrites the logits. With a large vocabulary they are the largest tensor of a training step.
     """
 
     @staticmethod
     def forward(ctx, logits, target):
-        parts = logits.split(rows_at_a_time(logits))
-        log_z = torch.cat([part.to(torch.float32).logsumexp(-1) for part in parts])  # (N,)
+        log_z = in_parts(lambda part: part.float().logsumexp(-1), logits)  # (N,)
         ctx.save_for_backward(logits, target, log_z)
         return log_z - logits.gather(1, target[:, None]).squeeze(1)
 
@@ -115,7 +110,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, target, log_z = ctx.saved_tensors
         logits, rows = logits.detach(), rows_at_a_time(logits)
         for part, y, z, g in zip(*(tensor.split(rows) for tensor in (logits, target, log_z, gradient))):
-            p = (part.to(torch.float32) - z[:, None]).exp()
+            p = (part.float() - z[:, None]).exp()
             p[torch.arange(len(p), device=p.device), y] -= 1
             part.copy_(p * g[:, None])
         return logits, None

@@ -69,9 +69,9 @@ def agree(minutes, stopped):
 
 
 def share_rows(loss_of, model, *tensors):
-    """Divide the rows of tensors (B, ..) over the processes: loss_of(model, *tensors), (B,), 0 at other processes' rows.
+    """loss_of(model, *tensors), (B,), for this process's share of the B rows, and 0 for the others.
 
-    The sum over the processes has all rows.
+    The sum over all processes has every row.
     """
     device, B = device_of(model), len(tensors[0])
     losses, first = torch.zeros(B, device=device), rank() % B

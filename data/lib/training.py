@@ -1,4 +1,4 @@
-"""The state of a training run: its optimizers, random numbers and clock, and how it is saved and resumed."""
+"""A training run: its optimizers, random numbers and clock, and how it is saved, stopped and resumed."""
 
 import functools
 import math
@@ -20,25 +20,23 @@ from data.lib.files import alone_in, link
 from data.lib.flags import as_plain
 from data.lib.machine import autocast, pick_device, send
 from data.lib.optimizer import Optimizers
-from data.lib.processes import agree, average, rank, size, spread, whole
+from data.lib.processes import agree, distribute, full, rank, synchronise_gradients, world_size
 from data.lib.train_settings import check_unused
 
 
 class Run:
-    """A training run at one step, with everything that `--init_from resume` needs to go on as if never
-    stopped.
+    """A training run at one step, with everything that resuming needs to continue as if it had never stopped.
+
+    meta: that of the corpus; epochs need it. template: how the model chats.
     """
 
     def __init__(self, config, model, device=None, meta=None, tokenizer=None, template=None):
-        """device: by default that of config. meta: that of the corpus; without one, epochs have no length.
-        template: how the model chats.
-        """
         self.device = device = device or pick_device(config.device)
-        self.config, self.model, self.tokenizer = config, model, tokenizer
-        if config.grad_checkpoint:  # each layer is computed again for its gradient instead of being kept
+        self.config, self.model, self.tokenizer, self.template = config, model, tokenizer, template
+        if config.grad_checkpoint:
             for layer in model.layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        self.network = spread(model, device, config.shard)  # called in place of the model
+        self.network = distribute(model, device, config.shard)  # called in place of the model
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
             steps = config.epochs * meta["train"]["tokens"] / (config.batch_size * config.context)
@@ -47,78 +45,67 @@ class Run:
         self.optimizer = Optimizers(model, config, self.precision.fast_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # for batches, levels and holes
-        self.corpus = [meta[split]["sha256"] for split in SPLITS] if meta else []
-        if meta and "chat" in meta:
-            self.corpus += [meta[split]["rows_sha256"] for split in SPLITS]
-        self.template = template
-        self.step, self.minutes, self.best = 0, 0.0, math.inf
-        # What the bound in nats that chooses ckpt.pt, `best`, was measured with. A spindle has none of its own.
+        self.corpus = [meta[split].get(name) for split in SPLITS for name in ("sha256", "rows_sha256")] if meta else []
+        # `best` is the lowest bound so far, in nats per token, under these flags. A spindle's is that of uniform rates.
         rate = "t" if config.rate.kind == "spindle" else str(config.rate)
-        self.bound_flags = {"prompt_len": config.prompt_len.low, "rate": rate}
+        self.best, self.bound_flags = math.inf, {"prompt_len": config.prompt_len.low, "rate": rate}
+        self.step, self.minutes, self.evals_done = 0, 0.0, 0
         self.start_clock()
-        self.evals_done = 0
 
-    # --- how far it is ---------------------------------------------------------------------------
+    # --- progress --------------------------------------------------------------------------------
 
     def progress(self):
-        """How far the run is, in [0, 1], by the limit that will end it: steps or minutes."""
-        by_steps = self.step / self.max_iters
+        """The fraction of the run that is done, by whichever limit ends it: steps or minutes."""
         default = 10 if self.max_iters == math.inf else math.inf
-        by_minutes = self.minutes / (self.config.max_minutes or default)
-        return min(1.0, max(by_steps, by_minutes))
+        return min(1.0, max(self.step / self.max_iters, self.minutes / (self.config.max_minutes or default)))
 
     def start_clock(self):
-        """From now on the clock runs."""
         self.began = time.perf_counter()
         self.start = self.began - 60 * self.minutes
 
     def tick(self, stopped=False):
-        """Read the clock. Returns whether a process was told to stop; all of them go by the clock of one."""
+        """Read the clock, that of rank 0 in all processes. Returns whether any of them was told to stop."""
         self.minutes, stopped = agree((time.perf_counter() - self.start) / 60, stopped)
         return stopped
 
     def evaluation_is_due(self):
-        """Whether one of the run's evaluations, which are spaced evenly, is due now; true once for each."""
+        """Whether the next of the run's evenly spaced evaluations is due; true once for each."""
         before, self.evals_done = self.evals_done, int(self.progress() * self.config.evals)
         if self.evals_done == before:
             return False
         getattr(torch, self.device.type).synchronize()
-        self.paused = time.perf_counter()  # an evaluation is not part of the training speed
+        self.paused = time.perf_counter()  # the speed of training excludes evaluations
         return True
 
     # --- a step ----------------------------------------------------------------------------------
 
     def micro_batches(self, batch):
-        """Cut a batch, tensors of B rows, into --grad_accum micro-batches of this process, on the device;
-        each has levels from all of (0, 1]. Weights are multiplied by the number of processes, over which
-        gradients average.
+        """Yield this process's micro-batches of a batch (tensors of B rows), each with levels from all of (0, 1].
+
+        Weights are multiplied by the number of processes, because gradients are averaged over them.
         """
-        # Dropout depends only on the seed, the step and the process, so it resumes.
+        # Dropout depends only on seed, step and rank, so that a resumed run repeats it.
         seed = np.random.SeedSequence([self.config.seed, self.step, rank()])
         torch.manual_seed(seed.generate_state(1).item())
         n = self.config.grad_accum
         for i in range(n):
-            average(self.network, i == n - 1)
-            rows = slice(i * size() + rank(), None, n * size())
-            x0, xt, holes, weights = (tensor[rows] for tensor in batch)
-            piece = send(self.device, x0, xt, holes, weights * size())
-            if self.config.compile:  # the number of holes changes from step to step: it is not compiled in
-                for index in piece[2]:
+            synchronise_gradients(self.network, i == n - 1)
+            x0, xt, holes, weights = (tensor[i * world_size() + rank() :: n * world_size()] for tensor in batch)
+            part = send(self.device, x0, xt, holes, weights * world_size())
+            if self.config.compile:  # once for all numbers of holes
+                for index in part[2]:
                     torch._dynamo.maybe_mark_dynamic(index, 0)
-            yield piece
+            yield part
 
     def clip(self):
-        """Scale the gradients down to a norm of --grad_clip; returns the norm before."""
-        largest = self.config.grad_clip or math.inf
-        return whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        """Scale the gradients down to the norm --grad_clip; return the norm before."""
+        return full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf))
 
     def compile_ahead(self, batch, loss_of, *more):
-        """Have torch compile passes of every kind, and those of more functions, before the clock starts. They
-        leave no trace.
-        """
-        for piece in self.micro_batches(batch):
+        """Run what torch.compile compiles, before the clock starts: the loss of a batch, and more functions."""
+        for part in self.micro_batches(batch):
             with self.precision:
-                loss_of(self.network, *piece).sum().backward()
+                loss_of(self.network, *part).sum().backward()
         self.optimizer.zero_grad()
         for function in more:
             function()
@@ -127,76 +114,62 @@ class Run:
     # --- saving and resuming ---------------------------------------------------------------------
 
     def state(self):
-        return {
-            "train": as_plain(self.config),
-            "optimizers": self.optimizer.state(),
-            "scaler": self.scaler.state_dict(),
-            "random": {"batches": self.generator.get_state()},
-            "bound": self.bound_flags,
-            "corpus": self.corpus,
-            **({"chat": self.template} if self.template else {}),
-            **{name: getattr(self, name) for name in ("step", "minutes", "best")},
-        }
+        state = {"train": as_plain(self.config), "optimizers": self.optimizer.state()}
+        state |= {"scaler": self.scaler.state_dict(), "random": {"batches": self.generator.get_state()}}
+        state |= {"bound": self.bound_flags, "corpus": self.corpus}
+        state |= {"chat": self.template} if self.template else {}
+        return state | {name: getattr(self, name) for name in ("step", "minutes", "best")}
 
     def restore(self, state):
-        """Go on from state; Mistake where that run cannot, or has come to its end."""
+        """Continue from a state. Mistake if this run can't, or if that one is complete."""
+        again = "--init_from resume"
         if state.get("corpus", self.corpus) != self.corpus:
-            raise Mistake(
-                f"--init_from resume: data/{self.config.data} has another text than when this run began; "
-                "prepare that again, or give the checkpoint's path, to take its model elsewhere"
-            )
+            text = f"data/{self.config.data} has another text than when this run began"
+            raise Mistake(f"{again}: {text}; prepare the old one, or give the checkpoint's path to start anew from it")
         try:
-            self.load(state)
+            self.optimizer.load(state["optimizers"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.generator.set_state(state["random"]["batches"])
+            self.step, self.minutes = int(state["step"]), float(state["minutes"])
+            self.best = float(state["best"]) if self.bound_flags == state["bound"] else math.inf
+            if min(self.step, self.minutes) < 0:
+                raise ValueError("it ran for less than nothing")
+            complete = self.progress() >= 1
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise Mistake(f"--init_from resume: not with these flags ({str(error)[:200]})") from None
-        if self.progress() >= 1:
-            raise Mistake(
-                "--init_from resume: that run is complete; a larger --max_minutes, --max_iters or --epochs, "
-                "counted from its first step, goes on"
-            )
-        self.start_clock()
+            raise Mistake(f"{again}: not with these flags ({str(error)[:200]})") from None
+        if complete:
+            raise Mistake(f"{again}: that run is complete; raise --max_minutes, --max_iters or --epochs, its total")
         self.evals_done = int(self.progress() * self.config.evals)
 
-    def load(self, state):
-        self.optimizer.load(state["optimizers"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["random"]["batches"])
-        self.step, self.minutes, best = int(state["step"]), float(state["minutes"]), float(state["best"])
-        if not (0 <= self.step < 2**63 and self.minutes >= 0 and best >= 0):
-            raise ValueError("its step, minutes or bound cannot be")
-        if self.bound_flags == state["bound"]:
-            self.best = best
-
     def save(self, nats=math.inf):
-        """Write last.pt, and ckpt.pt if there is none, or if nats, the bound per token, is the lowest. A full
-        disk before the end of the run is no error: it is reported, and the run goes on.
+        """Write last.pt, and ckpt.pt if nats per token, the bound, is the lowest so far or there is none yet.
+
+        If the disk is full before the run ends, say so and go on.
         """
-        folder = Path(self.config.out_dir)
-        last, best = folder / "last.pt", nats < self.best or not (folder / "ckpt.pt").exists()
-        before, self.best = self.best, float(nats) if best else self.best
+        last, best = (Path(self.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
+        before, is_best = self.best, nats < self.best or not best.exists()
+        self.best = float(nats) if is_best else self.best
         state = self.state()
         try:
             save_checkpoint(last, self.model, self.tokenizer, **state)
         except OSError as error:
             self.best = before
-            if nats == math.inf or self.progress() >= 1:  # the run is over
+            if nats == math.inf or self.progress() >= 1:
                 raise
             kept = "the earlier one stays" if last.exists() else "there is none yet"
             sentence = f"step {self.step}: no checkpoint ({error.strerror or error}); {kept}"
             tqdm.write(f"{sentence}, and the next evaluation tries again", file=sys.stderr)
             return
         if rank() == 0:
-            if best:
-                link(last, folder / "ckpt.pt")
+            if is_best:
+                link(last, best)
             if self.config.keep:
-                link(last, folder / f"step-{self.step:08}.pt")
-                for old in sorted(folder.glob("step-*.pt"))[: -self.config.keep]:
+                link(last, last.with_name(f"step-{self.step:08}.pt"))
+                for old in sorted(last.parent.glob("step-*.pt"))[: -self.config.keep]:
                     old.unlink()
 
     def end(self, came, script):
-        """Unless the run is complete, end the process with the exit code of the signal that came (by default
-        that of Ctrl-C), and say on stderr how to go on.
-        """
+        """If a signal (the first of `came`, or Ctrl-C) stopped the run, exit with its code, and say how to resume."""
         if self.progress() >= 1:
             return
         if rank() == 0:
@@ -207,17 +180,15 @@ class Run:
 
 @contextmanager
 def underway(run, checkpoint):
-    """Context in which a run trains: it has its folder to itself, resumes where it should, and stops after
-    the step during which Ctrl-C or SIGTERM came, which the list that the context gives tells. It saves where
-    it stopped.
+    """Context in which a run trains. It resumes from the checkpoint if it should, and saves if it ends early.
+
+    It has its folder to itself, and notes Ctrl-C and SIGTERM in the list that it gives.
     """
-    config = run.config
-    if config.init_from == "resume":
+    if run.config.init_from == "resume":
         run.restore(checkpoint)
     else:
-        check_unused(config.out_dir)
-    alone = nullcontext() if rank() else alone_in(config.out_dir)
-    with signals() as came, alone:
+        check_unused(run.config.out_dir)
+    with signals() as came, nullcontext() if rank() else alone_in(run.config.out_dir):
         run.model.train()
         run.start_clock()
         yield came

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import json
 import re
-import warnings
-import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.lib.checkpoint import check_archive, check_config, check_layout, save, save_checkpoint
+from data.lib.checkpoint import check_config, read_archive, save, save_checkpoint
 from data.lib.download import download
 from data.lib.errors import Mistake
 from data.lib.files import replacing
@@ -228,15 +226,9 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        in_zip = zipfile.is_zipfile(path)  # torch's own format since 1.6; earlier files cannot be mapped
-        if in_zip:
-            check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong is said below, in one sentence
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
+        tensors = read_archive(path)
         if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors.items()):
             raise TypeError("it holds more than tensors with names")
-        check_layout(tensors.values(), path.stat().st_size)
         return tensors
     except Exception as error:  # torch raises a different one for every way to be broken
         reason = f"{type(error).__name__}: {str(error)[:120]}"
