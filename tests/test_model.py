@@ -5,23 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import tiny_model
+from toys import NETWORKS, tiny_model
 
-from data.lib import kernels
-from data.lib.kernels import Dropout
-from data.lib.machine import autocast
 from data.weights import bert, gpt2, llada, mdlm
 from model import Transformer, rotary_angles, rotate
 
-SHAPES = {
-    "setitem": {"conv": 5},
-    "setitem without convolution": {"conv": 0},
-    "bert": {"network": bert.Network},
-    "gpt2": {"network": gpt2.Network},
-    "mdlm": {"network": mdlm.Network},
-    "llada": {"network": llada.Network, "n_kv_head": 1},
-}
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_shape = pytest.mark.parametrize("shape", NETWORKS.values(), ids=NETWORKS)
 
 
 @pytest.fixture
@@ -121,68 +110,3 @@ def test_only_bert_normalises_what_a_layer_writes():
         model = with_unit_norms(tiny_model(V=5, T=8, network=network))
         out = model.layers[0](torch.randn(1, 8, 16), model.plan(0, 8, None, "cpu")[0])
         assert torch.allclose(out, F.layer_norm(out, (16,)), atol=1e-3) == (network is bert.Network)
-
-
-def test_autocast_asks_the_machine(monkeypatch):
-    cpu = torch.device("cpu")
-    for capability, dtype in (("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capability=capability: {capability: True})
-        context = autocast(cpu, "auto")
-        assert (context.fast_dtype if context._enabled else None) == dtype
-    assert autocast(cpu, "float16").fast_dtype == torch.float16
-
-
-def test_dropout_zeroes_with_its_probability_and_keeps_the_mean():
-    for p in (0.1, 0.5):
-        x = torch.ones(400_003)
-        out = Dropout(p).train()(x)
-        zeros = (out == 0).float()
-        assert zeros.mean().item() == pytest.approx(p, abs=0.003)
-        assert (zeros[:-1] * zeros[1:]).mean().item() == pytest.approx(p * p, abs=0.003)  # neighbours are independent
-        assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
-        assert Dropout(p).eval()(x) is x
-    assert Dropout(0.0).train()(x).equal(x)
-
-
-@pytest.mark.parametrize("K", [None, 1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypatch):
-    """A CPU takes it with dropout and in bfloat16. If nothing is dropped, it agrees with the fused kernel."""
-    x0 = torch.tensor([[0, 1, 2, 4, 0, 0, 3, 3], [1, 1, 1, 2, 2, 2, 0, 0]])
-    model = tiny_model(V=5, T=8, dropout=0.5, block=K, shift_id=5 if K == 1 else None)
-    expected = model(torch.full_like(x0, 5), clean=x0)
-    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
-    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        logits = model.train()(torch.full_like(x0, 5), clean=x0)
-    tolerance = {"atol": 1.0, "rtol": 0.1} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(logits.float(), expected, **tolerance)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatch):
-    """Some machines multiply it faster as a vector. Precision and result are the same."""
-    layer, rows = kernels.Linear(8, 5, bias), torch.randn(1, 3, 8)
-    with autocast(torch.device("cpu"), dtype):
-        for vectors in (True, False):
-            monkeypatch.setattr(kernels, "VECTORS", vectors)
-            together, alone = layer(rows), layer(rows[:, 1:2])
-            assert together.dtype == alone.dtype == getattr(torch, dtype)
-            torch.testing.assert_close(alone, together[:, 1:2])
-            assert layer(rows[:, :0]).shape == (1, 0, 5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("sight", ["all", "causal", "mask"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_written_out_is_that_of_torch(dtype, sight, device):
-    """Training in bfloat16 takes it, and so does dropout in any precision. Here dropout is too small to drop any."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 2, 64, 8, dtype=dtype, device=device)
-    mask = (torch.rand(64, 64, device=device) < 0.5) | torch.eye(64, dtype=torch.bool, device=device)
-    flags = {"sees": mask if sight == "mask" else None, "causal": sight == "causal"}
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), flags["sees"], is_causal=flags["causal"])
-    y = kernels.attend(q, k, v, Dropout(1e-9).train(), **flags)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)

@@ -2,15 +2,14 @@
 
 import csv
 import re
-import resource
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
-from world import ROOT, SMALL, assert_same, mistake, run_train, state_of, stopped_in, weights
+from world import ROOT, SMALL, assert_same, mistake, no_space_beyond, run_train, state_of, stopped_in, weights
 
 import data.lib.corpus
 import data.lib.report
@@ -126,17 +125,6 @@ def test_one_block_for_all_resumes_under_either_name(tmp_path, monkeypatch):
     run_train(monkeypatch, f"--init_from resume {flags} block:32 --max_iters 2")
     run_train(monkeypatch, f"--init_from resume {flags} canvas --max_iters 3")
     assert weights(tmp_path / "last.pt")[0] == 3
-
-
-@contextmanager
-def no_space_beyond(size):
-    """A limit on the size of files stands in for a full disk: a write fails half-way."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_run_goes_on_where_no_checkpoint_could_be_written_and_tries_again(tmp_path, monkeypatch, capsys):

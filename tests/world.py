@@ -1,6 +1,7 @@
 """A folder with a small corpus and checkpoints, made once, and what it takes to run the commands in it."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -137,3 +138,14 @@ def stopped_in(step, script=train, number=signal.SIGINT):
 def weights(path):
     checkpoint = load_checkpoint(path)[2]
     return checkpoint["step"], checkpoint["model"], checkpoint["optimizers"]
+
+
+@contextmanager
+def no_space_beyond(size):
+    """A limit on the size of files stands in for a full disk: a write fails half-way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

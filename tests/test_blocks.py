@@ -6,51 +6,39 @@ from itertools import permutations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import all_texts, chi_square_p, tiny_model
+from toys import (
+    MASK,
+    NETWORKS,
+    SHAPES,
+    all_texts,
+    chi_square_p,
+    dial,
+    texts,
+    tiny_model,
+)
 
-import data.lib.window
-from data.lib.cache import Cache
 from data.lib.flags import Attention, Level, Span
 from data.lib.tokenizer import ByteTokenizer
 from data.lib.train_settings import attention_fields, attention_of, model_config
-from data.weights import bert, gpt2, llada, mdlm
 from model import ModelConfig, Transformer
 from sample import denoise, log_likelihood
-from train import TrainConfig, corrupt, draw_batch, hole_weights, loss_of, nelbo, sequence_bounds
+from train import (
+    TrainConfig,
+    corrupt,
+    draw_batch,
+    hole_weights,
+    loss_of,
+    nelbo,
+    sequence_bounds,
+)
 
-MASK = 5
 KS = 1, 2, 3, 4, 8, None  # of T = 8; 3 does not divide it
-NETWORKS = {
-    "setitem without convolution": {"conv": 0},
-    "setitem, 5 taps": {"conv": 5},
-    "setitem, 4 taps": {"conv": 4},
-    "bert": {"network": bert.Network},
-    "gpt2": {"network": gpt2.Network},
-    "mdlm": {"network": mdlm.Network},
-    "llada": {"network": llada.Network, "n_kv_head": 1},
-}
-SHAPES = {
-    f"{name}{', shifted' * (shift_id is not None)}": {"shift_id": shift_id, **network}
-    for shift_id in (None, MASK)
-    for name, network in NETWORKS.items()
-}
+
+
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
 CAUSAL = {"block": 1, "shift_id": MASK}
-
-
-def dial(K, T=8, **shape):
-    return tiny_model(V=5, T=T, block=K, **shape)
-
-
-def texts(B=3, T=8, seed=0):
-    """Clean and corrupted tokens, and the holes, (B, T) each."""
-    generator = torch.Generator().manual_seed(seed)
-    x0 = torch.randint(0, 5, (B, T), generator=generator)
-    holes = torch.rand(B, T, generator=generator) < 0.5
-    return x0, x0.masked_fill(holes, MASK), holes
-
-
-# --- who sees whom -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -81,44 +69,6 @@ def test_nothing_leaks_and_all_that_may_be_seen_is(K, shape, device):
             assert (moved[1][seen] > 1e-5).all(), (j, noisy)
 
 
-@torch.no_grad()
-@every_shape
-@pytest.mark.parametrize("K", KS)
-def test_the_doubled_pass_one_half_and_the_cache_agree(K, shape, device):
-    """Training, scoring and sampling see the same: mask, convolution, positions and cache are tested at once."""
-    model, K = dial(K, **shape).to(device), K or 8
-    x0, xt, _ = (tensor.to(device) for tensor in texts())
-    doubled = model(xt, clean=x0)[..., :5]
-    cache = Cache(8) if K < 8 else None
-    for start in range(0, 8, K):
-        end = min(start + K, 8)
-        canvas = torch.cat((x0[:, :start], xt[:, start:end]), 1)
-        where = torch.arange(end, device=device).ge(start).expand(3, -1)
-        one_half = model(canvas, where=where)[:, :5].view(3, -1, 5)
-        torch.testing.assert_close(one_half, doubled[:, start:end], atol=1e-5, rtol=1e-5)
-        for _ in range(2 if cache else 0):  # the second pass finds the blocks before it in the cache
-            cache.length, cache.final = min(cache.length, start), start
-            cached = model(canvas, where=where, cache=cache)[:, :5].view(3, -1, 5)
-            torch.testing.assert_close(cached, one_half, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_pass_reads_only_what_the_cache_does_not_know():
-    """GPT reads one position for each token. A block is read in each step, and once more when it is final."""
-    for shape, expected in (
-        (CAUSAL, [1] * 8),
-        ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
-        ({"block": 1}, [1] + [2] * 7),
-        # A longer canvas slides by a quarter of the context, or by a block, and all in sight is read again.
-        (CAUSAL, [1] * 8 + [7, 1] * 6),
-        ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
-    ):
-        model, read = tiny_model(V=5, T=8, **shape), []
-        model.token_embedding.register_forward_hook(lambda _, idx, out, read=read: read.append(idx[0].shape[1]))
-        *_, _ = denoise(model, torch.full((2, len(expected)), MASK), len(expected))
-        assert read == expected
-
-
 def test_a_block_of_all_positions_is_the_canvas():
     """The network sees 16 tokens, so its blocks of 8 are read as blocks."""
     x0, xt, holes = texts()
@@ -132,17 +82,6 @@ def test_a_block_of_all_positions_is_the_canvas():
         gradients.append([p.grad for p in model.parameters()])
     assert losses[0].equal(losses[1])
     assert all(a.equal(b) for a, b in zip(*gradients))
-
-
-def test_attention_is_read_and_written():
-    for text in ("canvas", "shifted", "block:4", "causal"):
-        assert str(Attention.from_text(text)) == text
-    for text in ("block", "block:0", "block:-1", "canvas:3", "shifted:2", "causal:2", "all", ""):
-        with pytest.raises(ValueError, match="block:K"):
-            Attention.from_text(text)
-
-
-# --- likelihood ----------------------------------------------------------------------------------
 
 
 def block_nats(model, text, start, order):
@@ -277,9 +216,6 @@ def test_probabilities_of_all_texts_sum_to_one_in_blocks(order):
     assert torch.tensor(log_p).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("shift_id", [None, 3])
 def test_a_causal_model_draws_its_distribution(shift_id, device):
@@ -303,52 +239,6 @@ def test_blocks_draw_their_distribution_in_any_order_inside():
     assert chi_square_p(counts, torch.stack(p)) > 1e-3
 
 
-WAYS = {
-    "random": {},
-    "left": {},
-    "confidence": {"guidance": 1.5},
-    "entropy": {"steps": 3},
-    "threshold": {"tau": 0.4},
-    "entropy-bound": {"gamma": 0.5},
-    "remask": {"steps": 20},
-    "margin": {"steps": 5},
-}
-
-
-@pytest.mark.parametrize("T", [6, 8, 21])  # shorter than the context, as long, and longer, so that it slides
-@pytest.mark.parametrize("K", [1, 2, 4])
-@pytest.mark.parametrize("order", WAYS)
-def test_with_and_without_the_cache_the_same_is_written(order, K, T, monkeypatch, device):
-    for shape in SHAPES.values():
-        model = dial(K, **shape).to(device)
-        x0, canvas, _ = texts(T=T, seed=K)
-        canvas[0, : T // 2] = x0[0, : T // 2]  # prompts of several lengths
-        canvas[1] = MASK
-        if not (model.config.conv or model.config.learned_positions):
-            canvas[:, 0] = x0[:, 0]  # in an empty first block all positions are alike, and rounding would choose one
-        runs, log_p = [], []
-        for kind in (Cache, lambda W: None):
-            monkeypatch.setattr(data.lib.window, "Cache", kind)
-            log_p.append(torch.zeros(canvas.shape))
-            runs.append(list(denoise(model, canvas.to(device), order=order, log_p=log_p[-1], **WAYS[order])))
-        assert len(runs[0]) == len(runs[1])
-        assert all(a.equal(b) for a, b in zip(*runs))
-        assert not (runs[0][-1] == MASK).any()
-        torch.testing.assert_close(*log_p, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shift_id", [None, MASK])
-def test_guidance_by_a_prompt_that_no_earlier_block_sees(shift_id, monkeypatch):
-    """The cache keeps rows with and without the prompt from the first block on."""
-    model = dial(2, shift_id=shift_id)
-    canvas = torch.tensor([[MASK] * 5 + [2, MASK, MASK]])
-    runs = []
-    for kind in (Cache, lambda W: None):
-        monkeypatch.setattr(data.lib.window, "Cache", kind)
-        runs.append(list(denoise(model, canvas, guidance=1.5)))
-    assert all(a.equal(b) for a, b in zip(*runs))
-
-
 def test_what_stands_after_a_block_is_not_seen():
     for shape in (CAUSAL, {"block": 2}):
         model = tiny_model(V=5, T=8, **shape)
@@ -370,9 +260,6 @@ def test_a_row_is_written_the_same_beside_longer_and_shorter_prompts(K):
 def test_blocks_of_the_sampler_must_divide_those_of_the_model():
     with pytest.raises(ValueError, match="divide"):
         next(denoise(dial(4), torch.full((1, 8), MASK), block=3))
-
-
-# --- a canvas read with a shift ------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,0 +1,93 @@
+"""What is faster or smaller than torch's own computes the same."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import rng, tiny_model
+
+from data.lib import kernels
+from data.lib.kernels import Dropout, cross_entropy
+from data.lib.machine import autocast
+
+
+def test_cross_entropy_is_that_of_torch():
+    """Values and gradients agree at every dtype of the logits, however many rows are taken at a time."""
+    for dtype, rows in ((torch.float32, 1), (torch.float32, 100), (torch.bfloat16, 7)):
+        logits = torch.randn(50, 11, generator=rng()).to(dtype)
+        logits[:, 4] = -torch.inf
+        target, weights = torch.arange(50) % 4, torch.rand(50, generator=rng())
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        with mock.patch("data.lib.kernels.rows_at_a_time", lambda logits, rows=rows: rows):
+            nats = cross_entropy(ours * 1, target)
+            (weights * nats).sum().backward()
+        expected = F.cross_entropy(theirs.float(), target, reduction="none")
+        (weights * expected).sum().backward()
+        torch.testing.assert_close(nats, expected)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_autocast_asks_the_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    for capability, dtype in (("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capability=capability: {capability: True})
+        context = autocast(cpu, "auto")
+        assert (context.fast_dtype if context._enabled else None) == dtype
+    assert autocast(cpu, "float16").fast_dtype == torch.float16
+
+
+def test_dropout_zeroes_with_its_probability_and_keeps_the_mean():
+    for p in (0.1, 0.5):
+        x = torch.ones(400_003)
+        out = Dropout(p).train()(x)
+        zeros = (out == 0).float()
+        assert zeros.mean().item() == pytest.approx(p, abs=0.003)
+        assert (zeros[:-1] * zeros[1:]).mean().item() == pytest.approx(p * p, abs=0.003)  # neighbours are independent
+        assert out.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+        assert Dropout(p).eval()(x) is x
+    assert Dropout(0.0).train()(x).equal(x)
+
+
+@pytest.mark.parametrize("K", [None, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypatch):
+    """A CPU takes it with dropout and in bfloat16. If nothing is dropped, it agrees with the fused kernel."""
+    x0 = torch.tensor([[0, 1, 2, 4, 0, 0, 3, 3], [1, 1, 1, 2, 2, 2, 0, 0]])
+    model = tiny_model(V=5, T=8, dropout=0.5, block=K, shift_id=5 if K == 1 else None)
+    expected = model(torch.full_like(x0, 5), clean=x0)
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        logits = model.train()(torch.full_like(x0, 5), clean=x0)
+    tolerance = {"atol": 1.0, "rtol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(logits.float(), expected, **tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatch):
+    """Some machines multiply it faster as a vector. Precision and result are the same."""
+    layer, rows = kernels.Linear(8, 5, bias), torch.randn(1, 3, 8)
+    with autocast(torch.device("cpu"), dtype):
+        for vectors in (True, False):
+            monkeypatch.setattr(kernels, "VECTORS", vectors)
+            together, alone = layer(rows), layer(rows[:, 1:2])
+            assert together.dtype == alone.dtype == getattr(torch, dtype)
+            torch.testing.assert_close(alone, together[:, 1:2])
+            assert layer(rows[:, :0]).shape == (1, 0, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sight", ["all", "causal", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_written_out_is_that_of_torch(dtype, sight, device):
+    """Training in bfloat16 takes it, and so does dropout in any precision. Here dropout is too small to drop any."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 64, 8, dtype=dtype, device=device)
+    mask = (torch.rand(64, 64, device=device) < 0.5) | torch.eye(64, dtype=torch.bool, device=device)
+    flags = {"sees": mask if sight == "mask" else None, "causal": sight == "causal"}
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), flags["sees"], is_causal=flags["causal"])
+    y = kernels.attend(q, k, v, Dropout(1e-9).train(), **flags)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
