@@ -180,7 +180,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
     adamw, muon = stored["optimizers"]
     muon = {i: {name: torch.zeros(()) for name in kept} for i, kept in muon.items()}
     strange = [
-        ({"model": {**model, "head.weight": model["head.weight"].to_sparse()}}, "not plain tensors"),
+        ({"model": {**model, "head.weight": model["head.weight"].to_sparse()}}, "damaged"),
         ({"model": {**model, "head.weight": model["head.weight"].to("meta")}}, "not plain tensors"),
         ({"model": {**model, "head.weight": model["head.weight"].to(torch.complex64)}}, "not plain tensors"),
         ({"config": {**config, "conv_right": 99}}, "its convolution can't be"),

@@ -1,13 +1,14 @@
 """Every two settings of a command go together, or are refused in a sentence; a method is a row of settings."""
 
+import contextlib
 import dataclasses
+import io
 import random
 import sys
 from itertools import combinations, permutations
 
 import pytest
 import torch
-from fuzz import run
 from toys import make_book
 
 import data.lib.corpus
@@ -16,7 +17,7 @@ import sample
 import train
 from data.lib.chat import BYTES
 from data.lib.checkpoint import save_checkpoint
-from data.lib.errors import Mistake
+from data.lib.errors import Mistake, command
 from data.lib.flags import Attention, Level, Rate, Span, as_plain, parse
 from data.lib.tokenizer import ByteTokenizer
 from data.lib.train_settings import check_training, settle
@@ -118,6 +119,27 @@ def world(tmp_path_factory):
     torch.set_num_threads(n_threads)
 
 
+def run(main, arguments):
+    """The exit code of a command, and what it said on stderr."""
+    sys.argv, err = ["script.py", *map(str, arguments)], io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+            command(main)
+    except SystemExit as ended:
+        return ended.code, err.getvalue()
+    return 0, ""
+
+
+def test_a_flag_is_its_text():
+    for kind, texts in (
+        (Level, ("uniform", "bell:1.2", "bell:0.123456789", "grid:100", "0.15", "1.0")),
+        (Rate, ("t", "slant:1", "slant:0.25", "spindle:0.3")),
+        (Attention, ("canvas", "shifted", "block:4", "causal")),
+        (Span, ("16", "0:64")),
+    ):
+        assert [str(kind.from_text(text)) for text in texts] == list(texts)
+
+
 def pairs_of(row):
     return {frozenset(pair) for pair in combinations(row.items(), 2)}
 
@@ -152,15 +174,15 @@ def test_no_flag_is_missing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "sample"])
-def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, monkeypatch, tmp_path):
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_every_two_settings_run_or_are_refused_in_a_sentence(script, world, monkeypatch, tmp_path):
     """Rows of many flags at once. A row that is refused loses the flags that its sentence names, or else half
     of those that its pair does not need, until it runs, or only the pair and what it needs are left.
     """
     monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
     monkeypatch.setattr(Transformer, "compile", lambda model: None)  # a minute each time
-    main, settings = {"train": (train.main, TRAIN), "sample": (sample.main, SAMPLE)}[command]
+    main, settings = {"train": (train.main, TRAIN), "sample": (sample.main, SAMPLE)}[script]
     rng, n_runs, refused = random.Random(0), 0, []
 
     def refusal(row):
@@ -190,7 +212,7 @@ def test_every_two_settings_run_or_are_refused_in_a_sentence(command, world, mon
                 del row[name]
         missing -= {frozenset(pair)} if sentence else pairs_of(row)
         refused += [pair] if sentence else []
-    print(f"{command}: {len(every):,} pairs in {n_runs} runs, {len(refused)} refused")
+    print(f"{script}: {len(every):,} pairs in {n_runs} runs, {len(refused)} refused")
     assert {setting for pair in every if pair not in refused for setting in pair} == set(values)
     assert len(refused) < len(every) / 10
 
