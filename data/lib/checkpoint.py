@@ -2,16 +2,16 @@
 
 import dataclasses
 import os
+import types
 import zipfile
 from contextlib import contextmanager
 from importlib import import_module
-from typing import get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 
 from data.lib.errors import Mistake
 from data.lib.files import replacing
-from data.lib.flags import has_type
 from data.lib.processes import full_on_rank_0, rank
 
 FAMILIES = "bert", "gpt2", "mdlm", "llada"  # published networks, each a module of data/weights/
@@ -93,6 +93,15 @@ def refused(path):
         raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
 
 
+def has_type(value, kind):
+    """Whether a field with this annotation may have the value; a list counts as a tuple, an int as a float."""
+    if get_origin(kind) is types.UnionType:
+        return any(has_type(value, each) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and all(has_type(each, get_args(kind)[0]) for each in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 def check_config(config, tokenizer, checkpoint):
     """Raise ValueError unless a ModelConfig has the right types, and fits the tokenizer and the weights."""
     for name, kind in get_type_hints(type(config)).items():
@@ -101,10 +110,10 @@ def check_config(config, tokenizer, checkpoint):
             raise ValueError(f"its {name} is {value!r}"[:200])
     if any(getattr(tokenizer, name) != getattr(config, name) for name in ("vocab_size", "mask_id", "kinds")):
         raise ValueError("its tokenizer belongs to another model")
-    ids = [config.mask_id, config.shift_id or 0, *config.special_ids, *config.end_ids]
-    if not all(0 <= i < config.vocab_size for i in ids):
+    special = {config.mask_id, *config.special_ids}
+    if not all(0 <= i < config.vocab_size for i in (config.shift_id or 0, *special, *config.end_ids)):
         raise ValueError("one of its special tokens is not in the vocabulary")
-    if {config.mask_id, *config.special_ids} & {*config.end_ids}:
+    if special & {*config.end_ids}:
         raise ValueError("a token that ends a text is learned, so it can't be special")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("layers.")}
     heads = config.n_head * (1 if config.learned_positions else 2)  # rotations turn channels in pairs

@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import math
-import types
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from data.lib.errors import Mistake
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -128,14 +129,14 @@ def reader(kind, bounds):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (--help lists every flag)\n")
+        raise Mistake(f"{message.removeprefix('argument ')} (--help lists every flag)")
 
 
-def parse(config_class, description):
-    """Read sys.argv into a dict of the fields that were given, typed as config_class annotates them.
+def parse(config_class, description=None, words=None):
+    """Read words, by default sys.argv, into a dict of the fields that were given, typed as config_class annotates them.
 
     Fields that were not given are left out, so `config_class(**parse(...))` fills in the defaults, and a resumed run
-    can tell which flags are new. A class with a method `from_text` is read by that.
+    can tell which flags are new. A class with a method `from_text` is read by that. Mistake if a flag is wrong.
     """
     parser, hints = Parser(description=description, allow_abbrev=False), get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -153,16 +154,7 @@ def parse(config_class, description):
         shown = "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {default})"
         options["help"] = field.metadata["help"].replace("%", "%%") + shown
         parser.add_argument(name, default=argparse.SUPPRESS, **options)
-    return vars(parser.parse_args())
-
-
-def has_type(value, kind):
-    """Whether a field with this annotation may have the value. A list counts as a tuple, an int as a float."""
-    if get_origin(kind) in (types.UnionType, Literal):
-        return any(has_type(value, each) if isinstance(each, type) else each == value for each in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and all(has_type(each, get_args(kind)[0]) for each in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+    return vars(parser.parse_args(words))
 
 
 def as_plain(config):
@@ -172,13 +164,11 @@ def as_plain(config):
 
 
 def from_plain(config_class, plain):
-    """The config that as_plain made plain. KeyError or ValueError if a field or a value of it is unknown."""
-    hints, values = get_type_hints(config_class), dict(plain)
+    """Turn what as_plain returned back into a config. Mistake if a flag in it is unknown, or has a wrong value."""
+    words = []
     for name, value in plain.items():
-        if hasattr(hints[name], "from_text"):
-            values[name] = hints[name].from_text(value)
-        elif not has_type(value, hints[name]):
-            raise ValueError(f"its --{name} is {value!r}")
-        elif type(value) in (int, float):
-            check_bounds(value, **config_class.__dataclass_fields__[name].metadata["bounds"])
-    return config_class(**values)
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return config_class(**parse(config_class, words=words))

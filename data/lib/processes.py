@@ -68,25 +68,27 @@ def agree(minutes, stopped):
     return said[0].item(), bool(said[1])
 
 
-def share_rows(loss_of, model, *tensors):
-    """loss_of(model, *tensors), (B,), for this process's share of the B rows, and 0 for the others.
+def map_rows(function, *tensors):
+    """function(*tensors), (B, ..), of tensors with B rows each, where each process computes some of the rows."""
+    if not dist.is_initialized():
+        return function(*tensors)
+    B, n = len(tensors[0]), -(-len(tensors[0]) // world_size())  # n rows for each process, with zeros at the end
+    padded = [torch.cat((x, x.new_zeros(n * world_size() - B, *x.shape[1:]))) for x in tensors]
+    part = function(*(x[rank() * n : (rank() + 1) * n] for x in padded)).contiguous()
+    parts = [torch.empty_like(part) for _ in range(world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)[:B]
 
-    The sum over all processes has every row.
-    """
-    device, B = device_of(model), len(tensors[0])
-    losses, first = torch.zeros(B, device=device), rank() % B
-    own = slice(first, None, world_size())
-    loss = loss_of(model, *send(device, *(tensor[own] for tensor in tensors)))
-    if first == rank():  # the others repeat a row, because a sharded model needs a pass of every process
-        losses[own] = loss
-    return losses
+
+def share_rows(loss_of, model, *tensors):
+    """loss_of(model, *tensors), (B,), where each process computes the losses of some of the B rows."""
+    return map_rows(lambda *rows: loss_of(model, *send(device_of(model), *rows)), *tensors)
 
 
 def distribute(model, device, shard):
-    """Return what to call in place of the model, so that gradients become means over the processes.
+    """What to call in place of the model, so that gradients are averaged over the processes.
 
-    DistributedDataParallel keeps the whole model in each process. With `shard`, each process keeps a piece of every
-    tensor, a DTensor.
+    shard: each process keeps a piece of every tensor, a DTensor, instead of the whole model.
     """
     if shard:
         from torch.distributed.fsdp import fully_shard  # takes half a second
@@ -107,29 +109,15 @@ def synchronise_gradients(network, when):
     network.require_backward_grad_sync = when  # DistributedDataParallel
 
 
-def map_rows(function, x):
-    """function(x) of x (n, ..), where each process computes some of the rows."""
-    if not dist.is_initialized():
-        return function(x)
-    n = -(-len(x) // world_size())
-    padded = torch.cat((x, x.new_zeros(n * world_size() - len(x), *x.shape[1:])))
-    part = function(padded[rank() * n : (rank() + 1) * n]).contiguous()
-    parts = [torch.empty_like(part) for _ in range(world_size())]
-    dist.all_gather(parts, part)
-    return torch.cat(parts)[: len(x)]
-
-
 def full(tensor):
     """The whole of a tensor, sharded or not. Every process has to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_on_rank_0(tensor):
-    """The same, but a sharded tensor arrives on the CPU of rank 0 only; None elsewhere."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    tensor = tensor.full_tensor()
-    return None if rank() else tensor.cpu()
+    """The same, but a sharded tensor goes to the CPU of rank 0; the other processes get None."""
+    whole = full(tensor)
+    return tensor if whole is tensor else None if rank() else whole.cpu()
 
 
 def shard_like(tensor, like):

@@ -103,33 +103,30 @@ def settle(given, config_class, methods, load_checkpoint):
 
 
 def with_canvas(config, given):
-    """The config for a corpus of canvases, if it is one: a window is a canvas, all of which may become holes."""
+    """The config; but if the corpus consists of canvases, a window is one of them, and may be masked all over."""
     T = canvas_len(config.data)
     if not T:
         return config
     if given.get("context", T) != T:
         raise Mistake(f"--context {given['context']}: a canvas of --data {config.data} has {T} tokens")
-    keeps = "prompt_len" in given or config.init_from == "resume"
-    return dataclasses.replace(config, context=T, prompt_len=config.prompt_len if keeps else Span(0, 0))
+    return dataclasses.replace(config, context=T, prompt_len=prompt_len(config, given))
 
 
 def without_noise(config, given):
-    """The config, but with blocks of one token every token is a hole, at t = 1, and there is no noise to choose."""
+    """The config; but with blocks of one token every token is a hole, at t = 1, so there is no noise to choose."""
     if config.attention.K != 1:
         return config
     for name in ("level", "one_level", "rate", "visible"):
         if given.get(name) and given[name] != Rate("t"):
             raise Mistake(f"--{name} {given[name]}: with --attention {config.attention} each token is a hole")
     level = Level("uniform") if config.eval_only else Level("fixed", 1.0)
-    keeps = "prompt_len" in given or config.init_from == "resume"
-    return dataclasses.replace(
-        config,
-        rate=Rate("t"),
-        one_level=False,
-        level=level,
-        weight="mean",  # which equals elbo at t = 1
-        prompt_len=config.prompt_len if keeps else Span(0, 0),
-    )
+    noise = {"level": level, "rate": Rate("t"), "one_level": False, "weight": "mean"}  # at t = 1 that is elbo, too
+    return dataclasses.replace(config, **noise, prompt_len=prompt_len(config, given))
+
+
+def prompt_len(config, given):
+    """The prompt length where the default is to have no prompt."""
+    return config.prompt_len if "prompt_len" in given or config.init_from == "resume" else Span(0, 0)
 
 
 def model_config(config_class, config, tokenizer):
@@ -162,40 +159,29 @@ def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpo
 
 def check_training(config):
     """Raise Mistake for flags that don't go together, before anything is written."""
+    level, rate, span, K = config.level, config.rate, config.prompt_len, config.attention.K
     needs_bound = config.eval_only or config.weight == "elbo"
     # A fixed level gives no bound, and under a bell 1/t over its density has infinite variance.
-    levels = ("uniform",) if config.rate.kind == "slant" else ("uniform", "grid")
-    bound = "the bound, by --eval_only or --weight elbo"
-    K, rows = config.attention.K, config.grad_accum * world_size()
-    for wrong, sentence in (
-        (config.eval_only and config.init_from == "scratch", "--eval_only: needs --init_from"),
-        (config.rate.kind == "spindle" and needs_bound, f"--rate {config.rate}: has no bound; use --weight mean"),
-        (
-            needs_bound and config.level.kind not in levels,
-            f"--level {config.level}: {bound}, needs --level uniform, or grid:N with --rate t; or use --weight mean",
-        ),
-        (config.visible and config.weight == "elbo", f"--visible {config.visible}: goes with --weight mean"),
-        (
-            config.eval_only and config.prompt_len.low < config.prompt_len.high,
-            f"--prompt_len {config.prompt_len}: --eval_only needs one number",
-        ),
-        (
-            config.prompt_len.high >= config.context,
-            f"--prompt_len {config.prompt_len}: the context is {config.context}",
-        ),
-        (K and config.context % (K or 1), f"--attention {config.attention}: K must divide --context {config.context}"),
-        (
-            config.batch_size % rows,
-            f"--batch_size {config.batch_size}: not a multiple of {rows}, --grad_accum times the processes",
-        ),
-        (config.shard and not dist.is_initialized(), "--shard: for the processes that torchrun starts"),
-        (
-            config.init_from == "scratch" and config.n_embd % (2 * config.n_head),
-            f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}",
-        ),
-    ):
+    levels = ("uniform",) if rate.kind == "slant" else ("uniform", "grid")
+    rows = config.grad_accum * world_size()
+
+    def refuse(wrong, sentence):
         if wrong:
             raise Mistake(sentence)
+
+    refuse(config.eval_only and config.init_from == "scratch", "--eval_only: needs --init_from")
+    refuse(rate.kind == "spindle" and needs_bound, f"--rate {rate}: has no bound; train with --weight mean")
+    needs = "the bound needs --level uniform, or grid:N with --rate t; to train without it, --weight mean"
+    refuse(needs_bound and level.kind not in levels, f"--level {level}: {needs}")
+    refuse(config.visible and config.weight == "elbo", f"--visible {config.visible}: goes with --weight mean")
+    refuse(config.eval_only and span.low < span.high, f"--prompt_len {span}: --eval_only needs one number")
+    refuse(span.high >= config.context, f"--prompt_len {span}: must be below --context {config.context}")
+    refuse(K and config.context % K, f"--attention {config.attention}: K must divide --context {config.context}")
+    multiple = f"not a multiple of --grad_accum times the number of processes, {rows}"
+    refuse(config.batch_size % rows, f"--batch_size {config.batch_size}: {multiple}")
+    refuse(config.shard and not dist.is_initialized(), "--shard: is for the processes that torchrun starts")
+    heads = config.init_from == "scratch" and config.n_embd % (2 * config.n_head)
+    refuse(heads, f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}")
     pick_device(config.device)
 
 
