@@ -90,7 +90,7 @@ class Attention(NamedTuple):
 
 
 def flag(default, help, **bounds):
-    """A dataclass field that becomes `--name`. bounds: see check_bounds."""
+    """A dataclass field that becomes `--name`. bounds: least, most, above, below; see within."""
     return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds})
 
 
@@ -99,29 +99,23 @@ def argument(help, default=dataclasses.MISSING):
     return dataclasses.field(default=default, metadata={"help": help, "bounds": {}, "positional": True})
 
 
-def check_bounds(value, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
-    """Raise ValueError unless a number is finite and in bounds: `least` and `most` are included, the others not."""
-    for holds, words in (
-        (-math.inf < value < math.inf, "a finite number"),
-        (value >= least, f"at least {least}"),
-        (value <= most, f"at most {most}"),
-        (value > above, f"above {above}"),
-        (value < below, f"below {below}"),
-    ):
-        if not holds:
-            raise ValueError(f"must be {words}, not {value}")
+def within(value, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf):
+    """Whether a number is finite and in its bounds; `least` and `most` are included."""
+    return least <= value <= most and above < value < below
 
 
 def reader(kind, bounds):
     """The function that argparse calls to read a flag of this kind."""
+    words = {"least": "at least", "most": "at most"}
 
     def read(text):
         try:
             value = getattr(kind, "from_text", kind)(text)
-            if kind in (int, float):
-                check_bounds(value, **bounds)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        if kind in (int, float) and not within(value, **bounds):
+            limits = [f"{words.get(name, name)} {limit}" for name, limit in bounds.items()]
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {value}")
         return value
 
     return read

@@ -116,8 +116,10 @@ def full(tensor):
 
 def full_on_rank_0(tensor):
     """The same, but a sharded tensor goes to the CPU of rank 0; the other processes get None."""
-    whole = full(tensor)
-    return tensor if whole is tensor else None if rank() else whole.cpu()
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    tensor = tensor.full_tensor()
+    return None if rank() else tensor.cpu()
 
 
 def shard_like(tensor, like):

@@ -32,16 +32,16 @@ class Report:
     def __init__(self, run, denoise, val, meta):
         self.run, self.denoise, self.out_dir = run, denoise, Path(run.config.out_dir)
         self.prompt = val[0][0, : val[1][0]]  # (n,), empty unless the corpus has examples
-        self.bound_name = bound_name(run.model.config, **run.bound_flags, of_replies="chat" in meta)
-        self.fraction, self.counts = text_share(*val, run.model.config.special_ids), meta["val"]
+        self.bound_name = bound_name(run.model.config, **run.bound, of_replies="chat" in meta)
+        self.counted = text_share(*val, run.model.config.special_ids), meta["val"]
 
     def __enter__(self):
         run = self.run
         parameters = sum(p.numel() for p in run.model.parameters())
         print(f"{parameters:,} parameters on {run.device} in {run.precision.fast_dtype}")
         self.open_log(self.out_dir / "log.csv" if rank() == 0 else Path(os.devnull))
-        layout, pace = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10  # seconds
-        self.bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=pace, disable=rank() > 0)
+        layout, seconds = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10
+        self.bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=seconds, disable=rank() > 0)
         self.restart()
         return self
 
@@ -77,7 +77,7 @@ class Report:
         speed = self.tokens / (now - max(self.last, run.began))  # compiling is not counted
         self.check(norm, nats)
         if logs:
-            lr, bits = run.optimizer.param_groups[0]["lr"], nats and self.to_bits(nats)
+            lr, bits = run.optimizer.param_groups[0]["lr"], nats and bits_per_byte(nats, *self.counted)
             row = run.step, run.minutes, self.loss, lr, norm, speed, nats, bits
             with suppress(OSError):  # on a full disk; what isn't written now is written with a later row
                 self.log.writerow(f"{x:.6g}" if isinstance(x, float) else x for x in row)
@@ -89,31 +89,24 @@ class Report:
 
     def check(self, norm, nats):
         """Raise Mistake unless loss, norm and bound are finite. In float16 the scaler skips a norm that isn't."""
-        finite = math.isfinite(self.loss) and (math.isfinite(norm) or self.run.scaler.is_enabled())
-        if finite and math.isfinite(nats or 0):
-            return
-        last = self.out_dir / "last.pt"
-        kept = f"{last} is from before" if last.exists() else "nothing was saved"
-        bound = "" if nats is None else f", validation {self.bound_name} {nats:.3g}"
-        said = f"step {self.run.step}: loss {self.loss:.3g}, gradient norm {norm:.3g}{bound}"
-        raise Mistake(f"{said}; a smaller --lr may help ({kept})")
-
-    def to_bits(self, nats):
-        return bits_per_byte(nats, self.fraction, self.counts)
+        skipped = self.run.scaler.is_enabled() and not math.isfinite(norm)
+        if not all(map(math.isfinite, (self.loss, 0 if skipped else norm, nats or 0))):
+            said = f"loss {self.loss:.3g}, gradient norm {norm:.3g}, bound {nats}; a smaller --lr may help"
+            raise Mistake(f"step {self.run.step}: {said} (what is in {self.out_dir} was saved before)")
 
     def evaluation(self, nats):
         """Show the bound, and a sample."""
         text = textwrap.indent(self.sample(), "  | ", lambda line: True)
         self.bar.write(
             f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.bound_name} "
-            f"{nats:.3f} nats per token = {self.to_bits(nats):.3f} bits per byte. A sample:\n{text}"
+            f"{nats:.3f} nats per token = {bits_per_byte(nats, *self.counted):.3f} bits per byte. A sample:\n{text}"
         )
         release_memory()
         self.restart()
 
     def sample(self):
         """Write a short text, safe to show. If the corpus has examples, it replies to the first prompt."""
-        run, T, config, tokenizer = self.run, self.run.config.context, self.run.model.config, self.run.tokenizer
+        run, config, tokenizer, T = self.run, self.run.model.config, self.run.tokenizer, self.run.config.context
         ids = make_canvas("", suffix="", length=T, tokenizer=tokenizer, context=T)
         ids[: len(self.prompt)] = self.prompt.tolist()
         run.model.eval()
@@ -122,9 +115,6 @@ class Report:
         run.model.train()
         text = tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids))
         return as_shown(text, tokenizer) if sys.stdout.isatty() else inert(text)
-
-
-# --- the bound -----------------------------------------------------------------------------------
 
 
 def validation_windows(split, config):
@@ -144,7 +134,7 @@ def print_bound(run, sequence_bounds, val_split, counts):
         bounds, n_maskable = sequence_bounds(run.model, tokens, own_prompt + config.prompt_len.low, draws, **settings)
     nats = (bounds.mean(0).sum() / n_maskable.sum()).item()
     error = "exact" if K == 1 else f"standard error {standard_error(bounds, n_maskable):.4f}"
-    name = bound_name(run.model.config, **run.bound_flags, level=config.level, of_replies=own_prompt.any())
+    name = bound_name(run.model.config, **run.bound, level=config.level, of_replies=own_prompt.any())
     bits = bits_per_byte(nats, text_share(tokens, own_prompt, run.model.config.special_ids), counts)
     print(
         f"{config.data}: {name} {nats:.4f} nats per token ({error}), {bits:.4f} bits per byte, perplexity "

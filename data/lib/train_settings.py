@@ -16,8 +16,6 @@ from data.lib.processes import world_size
 
 SHAPE = "n_layer", "n_head", "n_embd", "conv"  # fields that a checkpoint's model fixes
 
-# --- who sees whom -------------------------------------------------------------------------------
-
 
 def attention_of(config):
     """The Attention of a ModelConfig."""
@@ -49,9 +47,6 @@ def one_canvas(attention, context, shifted):
     if attention.kind == "canvas" or (attention.kind == "block" and attention.K == context):
         return Attention("shifted" if shifted else "canvas")
     return attention
-
-
-# --- settings ------------------------------------------------------------------------------------
 
 
 def settle(given, config_class, methods, load_checkpoint):
@@ -152,9 +147,6 @@ def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpo
     if config.compile:
         model.compile()
     return config, template
-
-
-# --- refusals ------------------------------------------------------------------------------------
 
 
 def check_training(config):

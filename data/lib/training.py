@@ -40,7 +40,7 @@ class Run:
         self.max_iters = config.max_iters or math.inf
         if config.epochs:
             steps = config.epochs * meta["train"]["tokens"] / (config.batch_size * config.context)
-            self.max_iters = min(self.max_iters, math.ceil(min(steps, 2**53)))
+            self.max_iters = min(self.max_iters, steps)
         self.precision = autocast(device, config.dtype)
         self.optimizer = Optimizers(model, config, self.precision.fast_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
@@ -48,11 +48,9 @@ class Run:
         self.corpus = [meta[split].get(name) for split in SPLITS for name in ("sha256", "rows_sha256")] if meta else []
         # `best` is the lowest bound so far, in nats per token, under these flags. A spindle's is that of uniform rates.
         rate = "t" if config.rate.kind == "spindle" else str(config.rate)
-        self.best, self.bound_flags = math.inf, {"prompt_len": config.prompt_len.low, "rate": rate}
+        self.best, self.bound = math.inf, {"prompt_len": config.prompt_len.low, "rate": rate}
         self.step, self.minutes, self.evals_done = 0, 0.0, 0
         self.start_clock()
-
-    # --- progress --------------------------------------------------------------------------------
 
     def progress(self):
         """The fraction of the run that is done, by whichever limit ends it: steps or minutes."""
@@ -77,17 +75,13 @@ class Run:
         self.paused = time.perf_counter()  # the speed of training excludes evaluations
         return True
 
-    # --- a step ----------------------------------------------------------------------------------
-
     def micro_batches(self, batch):
         """Yield this process's micro-batches of a batch (tensors of B rows), each with levels from all of (0, 1].
 
         Weights are multiplied by the number of processes, because gradients are averaged over them.
         """
-        # Dropout depends only on seed, step and rank, so that a resumed run repeats it.
-        seed = np.random.SeedSequence([self.config.seed, self.step, rank()])
-        torch.manual_seed(seed.generate_state(1).item())
-        n = self.config.grad_accum
+        seed, n = np.random.SeedSequence([self.config.seed, self.step, rank()]), self.config.grad_accum
+        torch.manual_seed(seed.generate_state(1).item())  # for dropout, which a resumed run has to repeat
         for i in range(n):
             synchronise_gradients(self.network, i == n - 1)
             x0, xt, holes, weights = (tensor[i * world_size() + rank() :: n * world_size()] for tensor in batch)
@@ -111,34 +105,34 @@ class Run:
             function()
         self.start_clock()
 
-    # --- saving and resuming ---------------------------------------------------------------------
-
     def state(self):
-        state = {"train": as_plain(self.config), "optimizers": self.optimizer.state()}
-        state |= {"scaler": self.scaler.state_dict(), "random": {"batches": self.generator.get_state()}}
-        state |= {"bound": self.bound_flags, "corpus": self.corpus}
-        state |= {"chat": self.template} if self.template else {}
-        return state | {name: getattr(self, name) for name in ("step", "minutes", "best")}
+        return {
+            **{name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "corpus")},
+            **({"chat": self.template} if self.template else {}),
+            "train": as_plain(self.config),
+            "optimizers": self.optimizer.state(),
+            "scaler": self.scaler.state_dict(),
+            "random": self.generator.get_state(),
+        }
 
     def restore(self, state):
         """Continue from a state. Mistake if this run can't, or if that one is complete."""
-        again = "--init_from resume"
         if state.get("corpus", self.corpus) != self.corpus:
             text = f"data/{self.config.data} has another text than when this run began"
-            raise Mistake(f"{again}: {text}; prepare the old one, or give the checkpoint's path to start anew from it")
+            raise Mistake(f"--init_from resume: {text}; prepare that again, or give the checkpoint's path instead")
         try:
             self.optimizer.load(state["optimizers"])
             self.scaler.load_state_dict(state["scaler"])
-            self.generator.set_state(state["random"]["batches"])
+            self.generator.set_state(state["random"])
             self.step, self.minutes = int(state["step"]), float(state["minutes"])
-            self.best = float(state["best"]) if self.bound_flags == state["bound"] else math.inf
+            self.best = float(state["best"]) if self.bound == state["bound"] else math.inf
             if min(self.step, self.minutes) < 0:
-                raise ValueError("it ran for less than nothing")
+                raise ValueError("its step or minutes are negative")
             complete = self.progress() >= 1
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise Mistake(f"{again}: not with these flags ({str(error)[:200]})") from None
+            raise Mistake(f"--init_from resume: not with these flags ({str(error)[:200]})") from None
         if complete:
-            raise Mistake(f"{again}: that run is complete; raise --max_minutes, --max_iters or --epochs, its total")
+            raise Mistake("--init_from resume: that run is complete; raise --max_minutes, --max_iters or --epochs")
         self.evals_done = int(self.progress() * self.config.evals)
 
     def save(self, nats=math.inf):
@@ -149,17 +143,15 @@ class Run:
         last, best = (Path(self.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
         before, is_best = self.best, nats < self.best or not best.exists()
         self.best = float(nats) if is_best else self.best
-        state = self.state()
         try:
-            save_checkpoint(last, self.model, self.tokenizer, **state)
+            save_checkpoint(last, self.model, self.tokenizer, **self.state())
         except OSError as error:
             self.best = before
             if nats == math.inf or self.progress() >= 1:
                 raise
             kept = "the earlier one stays" if last.exists() else "there is none yet"
-            sentence = f"step {self.step}: no checkpoint ({error.strerror or error}); {kept}"
-            tqdm.write(f"{sentence}, and the next evaluation tries again", file=sys.stderr)
-            return
+            said = f"step {self.step}: no checkpoint ({error.strerror or error}); {kept}"
+            return tqdm.write(f"{said}, and the next evaluation tries again", file=sys.stderr)
         if rank() == 0:
             if is_best:
                 link(last, best)
