@@ -43,7 +43,7 @@ import data.wikitext2.prepare
 import sample
 import train
 from data.lib.chat import BYTES
-from data.lib.checkpoint import FAMILIES, byte_sum, published_network, save_checkpoint, tensors
+from data.lib.checkpoint import FAMILIES, published_network, save_checkpoint
 from data.lib.errors import command
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, PictureTokenizer
@@ -150,12 +150,13 @@ def damage_one(folder, rng, names=None):
         path.write_bytes(damage(path.read_bytes(), rng))
 
 
-def save_with_sums(content, path):
-    """Save a changed checkpoint with the sums of its tensors, unless they are too large or have none."""
-    with contextlib.suppress(Exception):
-        if sum(tensor.numel() for tensor in tensors(content)) < 10**7:
-            content["sums"] = [byte_sum(tensor) for tensor in tensors(content)]
-    torch.save(content, path)
+def tensors(content):
+    """The tensors in a dict of dicts, lists and tensors, in its order."""
+    for value in content.values() if isinstance(content, dict) else content:
+        if torch.is_tensor(value):
+            yield value
+        elif isinstance(value, (dict, list, tuple)):
+            yield from tensors(value)
 
 
 # --- the readers ---------------------------------------------------------------------------------
@@ -186,8 +187,7 @@ def bad_checkpoint(good, folder, rng):
     names = ["small.pt", "blocks.pt", "bpe.pt", "pictures.pt", *(f"{family}.pt" for family in FAMILIES)]
     name = rng.choice(names)
     content = torch.load(good / name, weights_only=True)
-    del content["sums"]
-    save_with_sums(change(content, rng), folder / "last.pt")
+    torch.save(change(content, rng), folder / "last.pt")
     flags = ["--prompt", "in"] if name == "pictures.pt" else ["--prompt", "in the", "--length", "8"]
     flags += ["--dtype", "float32"] if name == "gpt2.pt" else ["--dtype", "float32", "--steps", "2"]
     if rng.random() < 0.6:
@@ -242,11 +242,10 @@ def jsonl(good, folder, rng):
 def chat(good, folder, rng):
     """A checkpoint with a template of a stranger's choice, and what is said to it."""
     content = torch.load(good / "talk.pt", weights_only=True)
-    del content["sums"]
     part = rng.choice(["chat", "chat", "config", None])
     if part:
         content[part] = change(content[part], rng)
-    save_with_sums(content, folder / "x.pt")
+    torch.save(content, folder / "x.pt")
     parts = ["Hi", " ", "\x03", "\x01user\x02", "{role}", "{content}", "<mask>", "<mask*9>", "\udcff", "\n"]
     said = "".join(rng.choices(parts, k=rng.randrange(5)))
     (folder / "x.txt").write_bytes(said.encode("utf-8", "surrogateescape"))

@@ -186,7 +186,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
         ({"config": {**config, "conv_right": 99}}, "its convolution can't be"),
         ({"config": {**config, "n_head": 16}}, "another shape"),
         ({"config": {**config, "mask_id": 999}}, "its tokenizer belongs to another model"),
-        ({"config": {**config, "end_ids": (999,)}}, "not in the vocabulary"),
+        ({"config": {**config, "end_ids": (999,)}}, "end_ids or shift_id is not in the vocabulary"),
         ({"config": {**config, "dropout": math.nan}}, "its dropout is nan"),
         ({"config": {**config, "position": "learned"}}, "not a checkpoint of setitem"),
         ({"family": "mamba"}, "its family 'mamba' is unknown"),

@@ -59,7 +59,7 @@ def read_archive(path):
         if sum(x.nbytes for x in weights) > 2 * before.st_size:  # tied weights count twice
             raise ValueError("its tensors are larger than the file")
     except Exception as error:  # torch has many ways to say that a file isn't its own
-        failure = f"{path}: damaged, or not a file of weights ({type(error).__name__}: {str(error)[:120]})"
+        failure = f"{path}: damaged, or not a checkpoint ({type(error).__name__}: {str(error)[:120]})"
     if not os.path.samestat(before, os.stat(path)):  # a run has saved meanwhile, and we may have half of each file
         return read_archive(path)
     if failure:
@@ -112,9 +112,9 @@ def check_config(config, tokenizer, checkpoint):
         raise ValueError("its tokenizer belongs to another model")
     special = {config.mask_id, *config.special_ids}
     if not all(0 <= i < config.vocab_size for i in (config.shift_id or 0, *special, *config.end_ids)):
-        raise ValueError("one of its special tokens is not in the vocabulary")
+        raise ValueError("its mask_id, special_ids, end_ids or shift_id is not in the vocabulary")
     if special & {*config.end_ids}:
-        raise ValueError("a token that ends a text is learned, so it can't be special")
+        raise ValueError("a token of its end_ids is special, but what ends a text has to be learned")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("layers.")}
     heads = config.n_head * (1 if config.learned_positions else 2)  # rotations turn channels in pairs
     if config.n_layer != len(layers) or not heads or config.n_embd % heads or config.block == 0:
