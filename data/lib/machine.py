@@ -40,9 +40,8 @@ def send(device, *tensors):
     """
 
     def copy(tensor):
-        if device.type != "cuda":
-            return tensor.to(device)
-        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+        tensor = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
+        return tensor.to(device, non_blocking=device.type == "cuda")
 
     return [tuple(map(copy, x.nonzero(as_tuple=True))) if x.dtype == torch.bool else copy(x) for x in tensors]
 
@@ -53,10 +52,8 @@ def autocast(device, dtype="auto"):
     auto: bfloat16 if the machine multiplies it faster than float32. A CPU needs AMX or AVX-512 BF16 for that.
     """
     if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capable = torch.cpu.get_capabilities()
-            fast = device.type == "cpu" and (capable.get("amx_bf16") or capable.get("avx512_bf16"))
+        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+        fast = fast or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

@@ -86,7 +86,7 @@ def share_rows(loss_of, model, *tensors):
 
 
 def distribute(model, device, shard):
-    """What to call in place of the model, so that gradients are averaged over the processes.
+    """Return what to call in place of the model, so that gradients are averaged over the processes.
 
     shard: each process keeps a piece of every tensor, a DTensor, instead of the whole model.
     """
@@ -115,7 +115,7 @@ def full(tensor):
 
 
 def full_on_rank_0(tensor):
-    """The same, but a sharded tensor goes to the CPU of rank 0; the other processes get None."""
+    """The same, but only rank 0 gets a sharded tensor, on its CPU. The others get None."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     tensor = tensor.full_tensor()

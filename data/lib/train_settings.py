@@ -28,7 +28,7 @@ def attention_of(config):
 def attention_fields(attention, mask_id, old=None):
     """The fields that give a ModelConfig this Attention.
 
-    old: the ModelConfig of a model that goes on with it, and keeps its shift, its convolution and its position table.
+    old: the config of a trained model that goes on with it. Its shift, convolution and position table stay.
     """
     shift_id = None if old is None else old.shift_id
     if attention.kind in ("causal", "shifted") and shift_id is None:
@@ -43,14 +43,14 @@ def attention_fields(attention, mask_id, old=None):
 
 
 def one_canvas(attention, context, shifted):
-    """The attention, but one block of the whole context is a canvas, and a model with a shift keeps it."""
+    """Call one block of the whole context a canvas, and a canvas of a model with a shift `shifted`."""
     if attention.kind == "canvas" or (attention.kind == "block" and attention.K == context):
         return Attention("shifted" if shifted else "canvas")
     return attention
 
 
 def settle(given, config_class, methods, load_checkpoint):
-    """Combine the flags given, those of the method and those of the checkpoint: (config, model, tokenizer, checkpoint).
+    """Combine the flags given, the method's and the checkpoint's: (config, model, tokenizer, checkpoint).
 
     Flags win over the checkpoint, the checkpoint over the method, and the method over the defaults. A run from scratch
     has no model, tokenizer and checkpoint.
@@ -98,7 +98,7 @@ def settle(given, config_class, methods, load_checkpoint):
 
 
 def with_canvas(config, given):
-    """The config; but if the corpus consists of canvases, a window is one of them, and may be masked all over."""
+    """If the corpus consists of canvases, make each window one of them, which may be masked all over."""
     T = canvas_len(config.data)
     if not T:
         return config
@@ -108,7 +108,7 @@ def with_canvas(config, given):
 
 
 def without_noise(config, given):
-    """The config; but with blocks of one token every token is a hole, at t = 1, so there is no noise to choose."""
+    """With blocks of one token make every token a hole, at t = 1. There is no noise to choose."""
     if config.attention.K != 1:
         return config
     for name in ("level", "one_level", "rate", "visible"):
@@ -120,7 +120,7 @@ def without_noise(config, given):
 
 
 def prompt_len(config, given):
-    """The prompt length where the default is to have no prompt."""
+    """The config's prompt length if it was chosen, else none."""
     return config.prompt_len if "prompt_len" in given or config.init_from == "resume" else Span(0, 0)
 
 
@@ -133,7 +133,7 @@ def model_config(config_class, config, tokenizer):
 
 
 def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint):
-    """The config for this model on this corpus, and the chat template of either. Mistake if they don't fit."""
+    """Adapt config and model to the corpus; return config and chat template. Mistake if they don't fit."""
     if tokenizer is not None and tokenizer.state != corpus_tokenizer.state:
         raise Mistake(f"--data {config.data}: its tokenizer is not the one that the model was trained with")
     template = meta.get("chat") or (checkpoint or {}).get("chat")
