@@ -6,31 +6,14 @@ from itertools import permutations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import (
-    MASK,
-    NETWORKS,
-    SHAPES,
-    all_texts,
-    chi_square_p,
-    dial,
-    texts,
-    tiny_model,
-)
+from toys import MASK, NETWORKS, SHAPES, all_texts, chi_square_p, dial, texts, tiny_model
 
 from data.lib.flags import Attention, Level, Span
 from data.lib.tokenizer import ByteTokenizer
 from data.lib.train_settings import attention_fields, attention_of, model_config
 from model import ModelConfig, Transformer
 from sample import denoise, log_likelihood
-from train import (
-    TrainConfig,
-    corrupt,
-    draw_batch,
-    hole_weights,
-    loss_of,
-    nelbo,
-    sequence_bounds,
-)
+from train import TrainConfig, corrupt, draw_batch, hole_weights, loss_of, nelbo, sequence_bounds
 
 KS = 1, 2, 3, 4, 8, None  # of T = 8; 3 does not divide it
 
@@ -189,11 +172,7 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
     model = dial(1, shift_id=MASK)
     x0, _, _ = texts(B=16)
     config = TrainConfig(
-        batch_size=16,
-        context=8,
-        level=Level("fixed", 1.0),
-        prompt_len=Span(0, 0),
-        attention=Attention("causal", 1),
+        batch_size=16, context=8, level=Level("fixed", 1.0), prompt_len=Span(0, 0), attention=Attention("causal", 1)
     )
     everything = torch.full((16, 8), MASK), torch.ones(16, 8, dtype=torch.bool), torch.full((16, 8), 1 / 128)
     loss = loss_of(model, x0, *everything).sum().item()

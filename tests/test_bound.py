@@ -23,14 +23,7 @@ from data.lib.kernels import rows_at_once
 from data.lib.noise import rates_of
 from data.lib.report import standard_error
 from sample import log_likelihood
-from train import (
-    STRATA,
-    draw_levels,
-    loss_of,
-    nelbo,
-    sequence_bounds,
-    uniform_rates,
-)
+from train import STRATA, draw_levels, loss_of, nelbo, sequence_bounds, uniform_rates
 
 
 @torch.no_grad()

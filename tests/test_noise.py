@@ -78,11 +78,6 @@ def test_a_bell_widens_over_the_run_and_no_other_level_does():
     assert draw_levels(level_at(0), 64, 1, rng()).tolist() == [[0.5]] * 64
 
 
-@pytest.mark.parametrize(("name", "values"), [("grid:4", {0.25, 0.5, 0.75, 1.0}), ("0.25", {0.25}), ("1", {1.0})])
-def test_levels_of_a_grid_and_fixed_levels(name, values):
-    assert set(draw_levels(level(name), 64, 1, rng()).flatten().tolist()) == values
-
-
 @given(st.floats(0.01, 1), st.integers(0, 20), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=50)
 def test_prompt_is_never_masked(t, prompt_len, seed):

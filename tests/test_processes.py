@@ -137,10 +137,7 @@ def test_torchrun_itself_stops_all_processes_after_a_step(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("event", "said"),
-    [
-        ("1 / (len(steps) - 4)", "ZeroDivisionError"),
-        ("if len(steps) == 4: os.kill(os.getpid(), 9)", "SIGKILL"),
-    ],
+    [("1 / (len(steps) - 4)", "ZeroDivisionError"), ("if len(steps) == 4: os.kill(os.getpid(), 9)", "SIGKILL")],
 )
 def test_when_one_process_dies_all_end_with_its_error(event, said, world, tmp_path):
     began = time.monotonic()

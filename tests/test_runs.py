@@ -1,13 +1,10 @@
 """What `python train.py` does from the first step to the last."""
 
 import csv
-import hashlib
 import itertools
-import json
 import math
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +29,6 @@ import data.lib.training
 import train
 from data.lib.flags import Rate
 from data.lib.machine import autocast
-from data.lib.tokenizer import ByteTokenizer
 from data.lib.train_settings import attention_of
 from model import Transformer, load_checkpoint
 
@@ -271,38 +267,3 @@ def test_learned_positions_open_with_one_position_less(tmp_path, monkeypatch, ca
     assert (model.config.context, model.config.shift_id, len(model.position_embedding.weight)) == (31, 256, 32)
     sentence = mistake(train.main, f"{go_on} --context 32 --out_dir new".split(), monkeypatch, capsys)
     assert "at most 31 tokens" in sentence
-
-
-def zeros(n_bytes):
-    """What meta.json says of a split of zeros."""
-    digest, chunk = hashlib.sha256(), bytes(10**5)
-    for _ in range(n_bytes // len(chunk)):
-        digest.update(chunk)
-    digest.update(bytes(n_bytes % len(chunk)))
-    return {"tokens": n_bytes // 2, "bytes": n_bytes // 2, "sha256": digest.hexdigest()}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
-def test_training_on_5_gb_takes_no_more_memory_than_on_a_little(tmp_path):
-    """Of its own: pages of the file that are mapped are the system's, which takes them back. The file is
-    sparse: its zeros are no bytes of the disk.
-    """
-    copy_project(tmp_path)
-    script = "import runpy, sys; del sys.argv[0]; runpy.run_path('train.py', run_name='__main__'); "
-    script += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')))"
-    sizes = []
-    for n_bytes in (10**5, 5 * 10**9):
-        folder = tmp_path / "data" / f"zeros{n_bytes}"
-        folder.mkdir()
-        meta = {"source": "", "train": zeros(n_bytes), "val": zeros(2000)}
-        meta |= {"tokenizer": ByteTokenizer.state, "occurrences": [1] * 257}
-        (folder / "meta.json").write_text(json.dumps(meta))
-        for split, size in (("train", n_bytes), ("val", 2000)):
-            with open(folder / f"{split}.bin", "wb") as file:
-                file.truncate(size)
-        flags = f"train.py --data {folder.name} --max_iters 3 --evals 1 --out_dir {n_bytes} {SMALL}"
-        process = run_process("-c", script, *flags.split(), cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
-        sizes.append(int(process.stdout.split()[-1]) / 1024)
-    assert sizes[1] < sizes[0] + 20

@@ -245,16 +245,6 @@ def test_a_method_equals_its_flags(method, start, world, monkeypatch):
     assert (dataclasses.replace(config, method="default"), model_config) == by_flags
 
 
-def test_a_method_and_its_flags_train_the_same_model(world, monkeypatch, tmp_path):
-    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
-    weights = []
-    for name, words in (("method", ["--method", "d3pm"]), ("flags", words_of("d3pm"))):
-        small = flags({"data": "book", "max_iters": "2", "eval_tokens": "64", "out_dir": str(tmp_path / name), **SHAPE})
-        assert run(train.main, [*small, *words]) == (0, "")
-        weights.append(load_checkpoint(tmp_path / name / "last.pt")[0].state_dict())
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("start", ["scratch", "canvas.pt"])
 def test_a_flag_beside_a_method_wins(start, world, monkeypatch):
     """On either side of it; what no flag says stays as the method has it."""

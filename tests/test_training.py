@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from toys import (
-    ATTENTIONS,
-    level,
-    make_book,
-    rng,
-    tiny_model,
-)
+from toys import ATTENTIONS, level, make_book, rng, tiny_model
 
 import data.lib.corpus
 import data.lib.window
@@ -23,14 +17,7 @@ from data.lib.flags import Span
 from data.lib.train_settings import attention_of
 from data.lib.training import Run
 from model import load_checkpoint
-from train import (
-    METHODS,
-    TrainConfig,
-    draw_batch,
-    learning_rate,
-    loss_of,
-    update,
-)
+from train import METHODS, TrainConfig, draw_batch, learning_rate, loss_of, update
 
 TABLE = {  # level, rate, weight and attention of each method
     "default": ("bell:1.2", "t", "mean", "canvas"),
