@@ -24,8 +24,10 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 by_shape[p.shape].append(p)
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         for (A, B), matrices in by_shape.items():
-            averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)) for p in matrices]
+            averages = [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(averages, [p.grad for p in matrices], 1 - group["momentum"])
             nesterov = [full(p.grad.lerp(x, group["momentum"])) for p, x in zip(matrices, averages)]
             updates = map_rows(lambda x: orthogonalised(x, self.dtype), torch.stack(nesterov))  # (n, A, B)

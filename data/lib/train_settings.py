@@ -161,7 +161,10 @@ def check_training(config):
         if wrong:
             raise Mistake(sentence)
 
-    refuse(config.eval_only and config.init_from == "scratch", "--eval_only: needs --init_from")
+    refuse(
+        config.eval_only and config.init_from == "scratch",
+        "--eval_only: needs --init_from resume, or a checkpoint's path",
+    )
     refuse(rate.kind == "spindle" and needs_bound, f"--rate {rate}: has no bound; train with --weight mean")
     needs = "the bound needs --level uniform, or grid:N with --rate t; to train without it, --weight mean"
     refuse(needs_bound and level.kind not in levels, f"--level {level}: {needs}")
