@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data.lib.writing import nats_per_byte
 from world import mistake, sample_text
 
 import data.lib.corpus
@@ -17,7 +18,6 @@ import sample
 import train
 from data.lib.checkpoint import byte_sum, tensors
 from data.lib.errors import Mistake
-from data.lib.writing import nats_per_byte
 from model import Transformer, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")

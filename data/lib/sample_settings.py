@@ -1,56 +1,40 @@
-"""What sample.py was asked to do, settled with its checkpoints, or refused in a sentence."""
+"""Settles the flags of sample.py with its checkpoints, or says in a sentence why they don't fit."""
 
 import os
 from pathlib import Path
 
 from data.lib.errors import Mistake
-from data.lib.prompt import MASK_TAG, MOST, check_prompts
 from data.lib.views import check_path
 
-OWN = Path("out/ckpt.pt")  # what train.py writes unless told otherwise
+OWN = Path("out/ckpt.pt")  # where train.py writes by default
+SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
 
 
-SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # README.md there says how it was made
-
-
-def check_writing(config, given, prompts):
-    """Raise Mistake for flags that cannot work together, before a model is loaded. prompts: texts; none is an
-    empty one, and with --chat a conversation on stdin.
-    """
-    goes_with_score = "score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"
-    wrong = [name for name in given if name not in goes_with_score]
-    if config.score is not None and wrong:
-        raise Mistake(f"--score: not with --{wrong[0]}; it is at temperature 1, and nothing is written")
-    if config.score is not None and len(config.ckpt) > 1:
-        raise Mistake(f"--score: of one model at a time, and --ckpt names {len(config.ckpt)}")
-    if config.score is not None and len(config.order) > 1:
-        raise Mistake(f"--score: under one order at a time, and --order names {len(config.order)}")
-    own_pace = {"threshold", "entropy-bound"}  # orders that take as many steps as they need
-    if set(config.order) <= own_pace and config.steps is not None:
-        raise Mistake(f"--steps {config.steps}: --order {config.order[0]} takes as many steps as it needs")
+def check_flags(config, given, prompts):
+    """Raise Mistake for flags that don't go together, whatever the model. given: the flags on the command line."""
+    several = len(config.ckpt) > 1 or len(config.order) > 1
+    if config.score is not None:
+        for name in given:
+            if name not in ("score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"):
+                raise Mistake(f"--score: not with --{name}; it is at temperature 1, and nothing is written")
+        if several:
+            raise Mistake("--score: of one --ckpt at a time, and under one --order")
     if config.chat:
-        check_chat(config, given, prompts)
-    else:
-        check_prompts(prompts or [""], config.suffix, config.length or MOST)
-    prompted = all(MASK_TAG.sub("", text) or config.suffix for text in prompts or [""])
-    if config.guidance and not (prompted or config.chat):
-        raise Mistake("--guidance: it needs a --prompt to heed")
+        for name in ("suffix", "judge"):
+            if name in given:
+                raise Mistake(f"--{name} {given[name]}: not with --chat, which writes replies alone")
+        if not prompts and (several or config.num_samples > 1):
+            raise Mistake("--chat: a conversation is with one --ckpt, in one --order, of one sample at a time")
+    if config.steps is not None and {*config.order} <= {"threshold", "entropy-bound"}:
+        raise Mistake(f"--steps {config.steps}: --order {config.order[0]} takes as many steps as it needs")
+    if config.guidance and not (config.chat or config.suffix or any(prompts)):
+        raise Mistake("--guidance: it needs a --prompt")
     if config.save is not None:
         check_path(config.save)
 
 
-def check_chat(config, given, prompts):
-    """Raise Mistake for what does not go with --chat."""
-    for name in ("suffix", "judge"):
-        if given.get(name):
-            raise Mistake(f"--{name} {given[name]}: not with --chat, which writes replies alone")
-    several = len(config.ckpt) > 1 or len(config.order) > 1 or config.num_samples > 1
-    if several and not prompts:
-        raise Mistake("--chat: a conversation is with one --ckpt, in one --order, of one sample at a time")
-
-
 def default_checkpoint():
-    """The path of the reader's own checkpoint, or else of the shipped one."""
+    """The path of the user's own checkpoint, or else of the one that comes with the project."""
     for path in OWN, SHIPPED:
         if path.exists():
             return os.path.relpath(path)
@@ -58,11 +42,12 @@ def default_checkpoint():
 
 
 def flags_for(config, given, path, model, canvases, all_causal):
-    """The flags of denoise, for each order, as the model in path can follow them on canvases, lists of ids.
-    Mistake if it cannot. Beside other models a causal one writes as it must: the flags are for the others.
+    """The flags of denoise, for each order, with which the model in `path` fills canvases, lists of ids.
+
+    Mistake if it can't follow them. all_causal: no other model is asked that could.
     """
-    K, W, longest = model.config.block, model.config.context, max(map(len, canvases))
-    # Holes in the middle of a text a GPT fills from what stands before them; for these two that is no answer.
+    K, W = model.config.block, model.config.context
+    # A GPT may fill holes without seeing the text after them, but then a suffix or half a picture would mean nothing.
     if (config.suffix or model.config.kinds) and any(unseen(ids, model.config) for ids in canvases):
         name = "suffix" if config.suffix else "prompt"
         raise Mistake(f"--{name}: the model in {path} fills holes without seeing what stands after them")
@@ -70,20 +55,19 @@ def flags_for(config, given, path, model, canvases, all_causal):
         names = "order", "steps", "tau", "gamma", "block", "guidance"
         wrong = [name for name in names if given.get(name, 0) not in (["left"], 0)]
         if wrong and all_causal:
-            reason = "is causal and writes from the left, one token a step"
-            value = " ".join(given["order"]) if wrong[0] == "order" else given[wrong[0]]
-            raise Mistake(f"--{wrong[0]} {value}: the model in {path} {reason}")
+            value = " ".join(config.order) if wrong[0] == "order" else given[wrong[0]]
+            raise Mistake(f"--{wrong[0]} {value}: the model in {path} is causal and writes from the left")
         return [{"order": "left"}]
     if K and K % (config.block or 1):
         raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
-    if (config.block or 0) > W or (config.block == W < longest):
-        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time")
+    if (config.block or 0) >= W < max(map(len, canvases)):
+        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time, and a block must leave room")
     flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
     return [{"order": order, **flags} for order in config.order]
 
 
 def unseen(ids, config):
-    """Whether a model fills a hole of ids without seeing some of the text, in a block after the hole's."""
+    """Whether the model fills a hole of ids without seeing text in a later block."""
     text = [i for i, token in enumerate(ids) if token not in (config.mask_id, *config.special_ids)]
-    last = max(text, default=0)
-    return config.mask_id in ids[: last // (config.block or len(ids)) * (config.block or len(ids))]
+    block = config.block or len(ids)
+    return config.mask_id in ids[: max(text, default=0) // block * block]
