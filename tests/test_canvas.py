@@ -25,9 +25,10 @@ from toys import tiny_model
 
 from data.lib.checkpoint import save_checkpoint
 from data.lib.escape import inert
-from data.lib.history import HOLE, History, columns, lines_of, tokens_of, visible
+from data.lib.history import HOLE, History, tokens_of
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
-from data.lib.views import save_html, save_svg
+from data.lib.views import save_histories
+from data.lib.wrap import columns, lines_of, visible
 from model import ModelConfig, Transformer
 from sample import denoise
 
@@ -119,14 +120,14 @@ def data_of(page):
 
 def test_the_page_is_small_and_alone(tmp_path):
     """256 positions, 64 steps, all of them written anew at each: under 500 KB, and nothing from elsewhere."""
-    save_html(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
+    save_histories(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert (tmp_path / "run.html").stat().st_size < 500_000
     assert not re.search(r"https?:|src=|href=|@import|url\(", page)
 
 
 def test_text_in_the_page_is_inert(tmp_path):
-    save_html(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
+    save_histories(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     template = (ROOT / "data" / "lib" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
@@ -137,7 +138,7 @@ def test_text_in_the_page_is_inert(tmp_path):
 
 def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
     run, canvases = run_of([*NASTY.encode(), *b"\n\t<&", *[256] * 300], 64)
-    save_svg(tmp_path / "run.svg", [[run]], [""])
+    save_histories(tmp_path / "run.svg", [[run]], [""])
     root = ElementTree.parse(tmp_path / "run.svg").getroot()
     groups = root.findall("{*}g")
     assert len(groups) == 40
@@ -229,7 +230,7 @@ def evaluator(call):
 def test_the_page_in_a_browser(tmp_path):
     """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
     runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
-    save_html(tmp_path / "run.html", [[run] for run, _ in runs], [""])
+    save_histories(tmp_path / "run.html", [[run] for run, _ in runs], [""])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -281,7 +282,7 @@ def test_the_page_in_a_browser(tmp_path):
 def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
     (quick, _), (slow, canvases) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    save_html(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
+    save_histories(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -299,7 +300,7 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
 def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
     """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
     runs = [[run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")] for prompt in (b"a", b"b")]
-    save_html(tmp_path / "run.html", runs, ["left", "random"])
+    save_histories(tmp_path / "run.html", runs, ["left", "random"])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -314,7 +315,7 @@ def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
 def test_a_picture_of_two_models_has_two_panels(tmp_path):
     (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    save_svg(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
+    save_histories(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
     groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
     titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
     assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]

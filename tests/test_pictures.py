@@ -231,12 +231,12 @@ def test_a_terminal_shows_two_rows_in_a_line_of_half_blocks():
 
 def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
     watch, history = Watch(["one"]), make_history()
-    watch.show(history, 1)  # not a terminal
+    watch.show(0, history, 1)  # not a terminal
     assert "ab  \n⓪①②\n③④⓪" in capsys.readouterr().err
-    watch.moving = True
+    watch.in_place = True
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
     monkeypatch.setattr("os.get_terminal_size", lambda _: (40, 10))
-    watch.show(history, 1)
+    watch.show(0, history, 1)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "\x1b[Kab  "
     assert lines[1].count("▀") == 3
@@ -248,10 +248,10 @@ def test_a_picture_that_is_taller_than_the_terminal_is_cut(monkeypatch, capsys):
     tall, watch = PictureTokenizer(4, 30, 40, 5), Watch(["one"])
     history = History(tall, tall.canvas("ab", [0] * 1200))
     history.add(history.canvas, [1.0] * 1204, 1.0)
-    watch.moving = True
+    watch.in_place = True
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
     monkeypatch.setattr("os.get_terminal_size", lambda _: (20, 10))
-    watch.show(history, 1)
+    watch.show(0, history, 1)
     assert watch.n_lines == 9
     assert capsys.readouterr().err.count("▀") == 7 * 20
 

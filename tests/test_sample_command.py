@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from data.lib.writing import nats_per_byte
 from world import mistake, sample_text
 
 import data.lib.corpus
@@ -18,6 +17,7 @@ import sample
 import train
 from data.lib.checkpoint import byte_sum, tensors
 from data.lib.errors import Mistake
+from data.lib.sampling import nats_per_byte
 from model import Transformer, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")
@@ -173,7 +173,7 @@ def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, caps
 
 def test_without_a_checkpoint_sample_says_what_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.lib.train_settings, "SHIPPED", tmp_path / "none.pt")
+    monkeypatch.setattr(data.lib.sample_settings, "SHIPPED", tmp_path / "none.pt")
     assert "python train.py" in mistake(sample.main, [], monkeypatch, capsys)
 
 
@@ -181,7 +181,7 @@ def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, t
     shipped = tmp_path / "data" / "shipped.pt"
     shipped.parent.mkdir()
     shipped.write_bytes((world / "blocks" / "ckpt.pt").read_bytes())
-    monkeypatch.setattr(data.lib.train_settings, "SHIPPED", shipped)
+    monkeypatch.setattr(data.lib.sample_settings, "SHIPPED", shipped)
     monkeypatch.chdir(tmp_path)
     assert "data/shipped.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
     monkeypatch.chdir(world)

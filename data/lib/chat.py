@@ -95,10 +95,7 @@ def chat_of(path, checkpoint, tokenizer):
     if checkpoint.get("chat") is None:
         advice = "data/chat/prepare.py makes a corpus of prompts and answers, and `train.py --init_from` teaches it one"
         raise Mistake(f"--chat: the model in {path} has no chat template; {advice}")
-    try:
-        return Chat(checkpoint["chat"], tokenizer)
-    except Mistake as mistake:
-        raise Mistake(f"{path}: {mistake}") from None
+    return Chat(checkpoint["chat"], tokenizer)
 
 
 def reply_length(checkpoint, W):
@@ -117,11 +114,7 @@ def converse(chat, answer):
         return sys.stdin.buffer.readline()
 
     for line in iter(next_line, b""):
-        try:
-            content = line.decode().strip()
-        except UnicodeDecodeError:
-            raise Mistake("--chat: stdin is not UTF-8") from None
-        if content:
+        if content := line.decode(errors="replace").strip():
             messages.append({"role": "user", "content": content})
             reply = "".join(c for c in answer(messages) if c not in chat.reserved)
             messages.append({"role": "assistant", "content": reply})

@@ -25,9 +25,9 @@ class History:
     def __init__(self, tokenizer, canvas):
         self.tokenizer, self.canvas, self.probability = tokenizer, canvas, [1.0] * len(canvas)
         self.pixels = tokenizer.pixels
-        self.start = self.tokens = tokens_of(tokenizer, canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
-        self.kinds = ["hole" if hole else "given" for hole in self.holes]
+        self.start = self.tokens = tokens_of(tokenizer, canvas)
+        self.first_kinds = self.kinds = ["hole" if hole else "given" for hole in self.holes]
         self.steps, self.seconds = [], []
 
     def add(self, canvas, probability, seconds):
@@ -48,8 +48,7 @@ class History:
 
     def frames(self):
         """The (tokens, kinds) at the start and after every step."""
-        kinds = ["hole" if hole else "given" for hole in self.holes]
-        return itertools.accumulate(self.steps, frame_after, initial=(self.start, kinds))
+        return itertools.accumulate(self.steps, frame_after, initial=(self.start, self.first_kinds))
 
 
 def frame_after(frame, changes):

@@ -13,12 +13,6 @@ def split_picture(tokens, pixels):
     return tokens[:first], [tokens[i : i + width] for i in range(first, len(tokens), width)]
 
 
-def as_text(tokens, pixels):
-    """The tokens of a canvas as text, with a line for each row of the picture."""
-    caption, rows = split_picture(tokens, pixels)
-    return "\n".join(["".join(caption), *map("".join, rows)])
-
-
 def blackness(token, pixels):
     """How black a pixel's token is, in [0, 1]; None for a hole."""
     grey = pixels["greys"].find(token)

@@ -20,9 +20,8 @@ def check_flags(config, given, prompts):
         if several:
             raise Mistake("--score: of one --ckpt at a time, and under one --order")
     if config.chat:
-        for name in ("suffix", "judge"):
-            if name in given:
-                raise Mistake(f"--{name} {given[name]}: not with --chat, which writes replies alone")
+        if config.suffix:
+            raise Mistake(f"--suffix {config.suffix}: not with --chat, which writes replies")
         if not prompts and (several or config.num_samples > 1):
             raise Mistake("--chat: a conversation is with one --ckpt, in one --order, of one sample at a time")
     if config.steps is not None and {*config.order} <= {"threshold", "entropy-bound"}:
@@ -47,10 +46,8 @@ def flags_for(config, given, path, model, canvases, all_causal):
     Mistake if it can't follow them. all_causal: no other model is asked that could.
     """
     K, W = model.config.block, model.config.context
-    # A GPT may fill holes without seeing the text after them, but then a suffix or half a picture would mean nothing.
-    if (config.suffix or model.config.kinds) and any(unseen(ids, model.config) for ids in canvases):
-        name = "suffix" if config.suffix else "prompt"
-        raise Mistake(f"--{name}: the model in {path} fills holes without seeing what stands after them")
+    if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
+        raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")
     if K == 1:
         names = "order", "steps", "tau", "gamma", "block", "guidance"
         wrong = [name for name in names if given.get(name, 0) not in (["left"], 0)]
@@ -64,10 +61,3 @@ def flags_for(config, given, path, model, canvases, all_causal):
         raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time, and a block must leave room")
     flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
     return [{"order": order, **flags} for order in config.order]
-
-
-def unseen(ids, config):
-    """Whether the model fills a hole of ids without seeing text in a later block."""
-    text = [i for i, token in enumerate(ids) if token not in (config.mask_id, *config.special_ids)]
-    block = config.block or len(ids)
-    return config.mask_id in ids[: max(text, default=0) // block * block]

@@ -37,9 +37,8 @@ class Session:
         keep = getattr(torch, config.dtype, None)
         self.loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
-        for _, tokenizer, _ in self.loaded if self.judge else ():
-            if (None, tokenizer.kinds) != (self.judge[1].bos_id, self.judge[1].kinds):
-                raise Mistake(f"--judge {config.judge}: it reads another kind of canvas, so it can't judge")
+        if self.judge and self.judge[1].bos_id is not None:
+            raise Mistake(f"--judge {config.judge}: its lines begin with a special token, so it can't judge text")
         self.rounds = []  # for each turn of a conversation, or once: the histories of each plan
 
     def run(self):
@@ -69,8 +68,8 @@ class Session:
         with Watch(self.names) if self.config.watch else nullcontext() as watch:
             results = [self.follow(plan, watch and partial(watch.show, pane)) for pane, plan in enumerate(plans)]
         self.rounds.append([histories for _, histories, _ in results])
-        for plan, (texts, _, summary) in zip(plans, results):
-            self.print_texts(plan, texts, summary)
+        for plan, (texts, _, speed) in zip(plans, results):
+            self.print_texts(plan, texts, speed)
         return results[0][0][0]
 
     def plans(self, prompts):
@@ -91,34 +90,29 @@ class Session:
 
     def follow(self, plan, show):
         """Write num_samples texts for each canvas of a plan: the texts, their histories, and a line about speed."""
-        _, model, tokenizer, canvases, _ = plan
-        rows = [(ids, self.config.seed + i) for ids in canvases for i in range(self.config.num_samples)]
-        passes, seconds, filled = [], 0.0, {}
-        hook = model.register_forward_hook(lambda *_: passes.append(1))
-        for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
+        rows = [(ids, self.config.seed + i) for ids in plan.canvases for i in range(self.config.num_samples)]
+        passes, seconds, written = [], 0.0, {}
+        hook = plan.model.register_forward_hook(lambda *_: passes.append(1))
+        for T in sorted({len(ids) for ids in plan.canvases}):  # the rows of a batch have one length
             numbers = [number for number, (ids, _) in enumerate(rows) if len(ids) == T]
             batch, took = self.fill(plan, [rows[number] for number in numbers], show)
-            filled.update(zip(numbers, batch))
+            written.update(zip(numbers, batch))
             seconds += took
         hook.remove()
-        texts = []
-        for number, (canvas, _) in enumerate(rows):
-            start = canvas.index(tokenizer.mask_id) if self.config.chat else 0  # only the reply
-            shown = shown_of(filled[number][0], canvas, tokenizer.mask_id, model.config.end_ids, start)
-            texts.append(tokenizer.decode(shown))
-        n = sum(ids.count(tokenizer.mask_id) for ids, _ in rows)
-        summary = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
-        return texts, [filled[number][1] for number in range(len(rows))], summary
+        texts, histories = zip(*(written[number] for number in range(len(rows))))
+        n = sum(ids.count(plan.tokenizer.mask_id) for ids, _ in rows)
+        speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
+        return texts, histories, speed
 
     def fill(self, plan, rows, show):
-        """Fill rows, (ids, seed) of one length: (ids, History or None) of each, and the seconds that denoise took."""
+        """Fill rows, (ids, seed) of one length: (text, History or None) of each, and the seconds that denoise took."""
         config, is_recorded = self.config, show or self.config.save is not None
         histories = [History(plan.tokenizer, ids) if is_recorded else None for ids, _ in rows]
         canvas, seeds = torch.tensor([ids for ids, _ in rows]), [seed for _, seed in rows]
         log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-        seconds, began = 0.0, time.perf_counter()
         canvases = self.denoise(plan.model, canvas, seeds=seeds, log_p=log_p, **how, **plan.flags)
+        seconds, began = 0.0, time.perf_counter()
         for canvas in tqdm(canvases, unit="step", leave=False, disable=bool(show)):
             seconds += time.perf_counter() - began
             if is_recorded:
@@ -127,9 +121,13 @@ class Session:
             if show:
                 show(histories[0], len(histories))
             began = time.perf_counter()
-        return zip(canvas.tolist(), histories), seconds
+        mask_id, end_ids, texts = plan.tokenizer.mask_id, plan.model.config.end_ids, []
+        for (old, _), ids in zip(rows, canvas.tolist()):
+            start = old.index(mask_id) if config.chat else 0  # only the reply
+            texts.append(plan.tokenizer.decode(shown_of(ids, old, mask_id, end_ids, start)))
+        return zip(texts, histories), seconds
 
-    def print_texts(self, plan, texts, summary):
+    def print_texts(self, plan, texts, speed):
         """Print texts on stdout, and everything else on stderr."""
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
@@ -137,8 +135,8 @@ class Session:
             print(as_shown(text, plan.tokenizer) if sys.stdout.isatty() else text, flush=True)
         if self.judge:
             nats = (nats_per_byte(*self.judge[:2], text, self.log_likelihood) for text in texts)
-            summary += f"; under {self.config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
-        print(f"{plan.name}: {summary}", file=sys.stderr)
+            speed += f"; under {self.config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
+        print(f"{plan.name}: {speed}", file=sys.stderr)
 
     # --- scoring ---------------------------------------------------------------------------------
 

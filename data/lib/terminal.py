@@ -1,9 +1,10 @@
 """Draws canvases in the terminal while they fill (`--watch`)."""
 
+import itertools
 import os
 import sys
 
-from data.lib.pixels import as_text, half_blocks, split_picture
+from data.lib.pixels import half_blocks, split_picture
 from data.lib.wrap import columns, lines_of, visible
 
 CODES = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
@@ -47,32 +48,29 @@ class Watch:
             self.redraw()
         else:
             name = f"{self.names[pane]}: " if len(self.names) > 1 else ""
-            self.write(f"--- {name}{status}\n{as_text(history.tokens, history.pixels)}\n")
+            text, picture = split_picture(history.tokens, history.pixels)
+            self.write("\n".join([f"--- {name}{status}", "".join(text), *map("".join, picture), ""]))
 
     def redraw(self):
         width, height = os.get_terminal_size(sys.stderr.fileno())
         width, height = width or 80, height or 24  # some terminals report 0
         width = max(8, (width + 3) // len(self.panes) - 3)  # " | " between two panes
-        panes = [pane_lines(*pane, width, height) for pane in self.panes]
-        tallest = max(map(len, panes))
-        panes = [[*lines, *[("", 0)] * (tallest - 1 - len(lines)), status] for *lines, status in panes]
-        rows = []
-        for *left, (last, _) in zip(*panes):
-            rows.append("".join(f"{text}{' ' * (width - size)} | " for text, size in left) + last)
+        bodies, statuses = zip(*(draw_pane(*pane, width, height) for pane in self.panes))
+        rows = [
+            " | ".join(text + " " * (width - size) for text, size in cells)
+            for cells in (*itertools.zip_longest(*bodies, fillvalue=("", 0)), statuses)
+        ]
         self.write(self.back() + "".join(f"\x1b[K{row}\n" for row in rows) + "\x1b[J")
         self.n_lines = len(rows)
 
 
-def pane_lines(tokens, kinds, status, pixels, width, height):
-    """The lines of a pane, (text, columns) each: the caption or text, the picture, the status."""
+def draw_pane(tokens, kinds, status, pixels, width, height):
+    """The lines of a pane, the text above the picture, and its status, as (text, columns) each."""
     text, picture = split_picture(tokens, pixels)
     picture = half_blocks(picture, pixels, width)[: max(0, height - 3)]
     room = max(1, height - 2 - len(picture))  # the status and the cursor need a line each
-    lines = [coloured(line) for line in visible(lines_of(text, kinds, width), room)]
-    return [*lines, *picture, (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))]
-
-
-def coloured(line):
-    """A line of (text, kind) runs with its colours, and how many columns it takes."""
-    runs = (f"{CODES[kind]}{text}\x1b[0m" if kind in CODES else text for text, kind in line)
-    return "".join(runs), sum(columns(c) for text, _ in line for c in text)
+    lines = []
+    for line in visible(lines_of(text, kinds, width), room):
+        runs = (f"{CODES[kind]}{run}\x1b[0m" if kind in CODES else run for run, kind in line)
+        lines.append(("".join(runs), sum(columns(c) for run, _ in line for c in run)))
+    return [*lines, *picture], (f"\x1b[7m{status[:width]}\x1b[0m", len(status[:width]))

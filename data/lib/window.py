@@ -8,11 +8,10 @@ from data.lib.machine import device_of, send
 
 
 def blocks(model, canvas, steps=None, block=None, guidance=0.0):
-    """Cut a canvas (B, T) into blocks, from left to right. For each block with holes, yield its number, its slice of T,
-    its number of steps (B, 1), and look(where) -> logits (N, V) at the N positions of where (B, block), bool.
+    """Cut a canvas (B, T) into blocks, which share the steps by their holes. The parameters are those of denoise.
 
-    The blocks share `steps` by their holes, but each gets at least one. Defaults are those of denoise, in sample.py.
-    ValueError if `block` does not divide the model's own blocks.
+    For each block with holes, from left to right, yield its number, its slice of T, its number of steps (B, 1), and
+    look(where) -> logits (N, V) at where (B, block), bool. ValueError if `block` does not divide the model's blocks.
     """
     config, T = model.config, canvas.shape[1]
     context, K = config.context, config.block or T + config.context  # without blocks, one that is larger than all
@@ -43,9 +42,8 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
 def window_of(part, block, T, context, K):
     """The slice of a canvas of T that the model sees, at most `context` tokens, while it fills the block `part`.
 
-    Up to a quarter of the context is in sight after the block. A model with blocks sees nothing after its own block of
-    K, and its window moves by whole blocks, about a quarter of the context at a time, because each move empties the
-    cache.
+    A canvas model sees up to a quarter of the context after the part. A model with blocks sees nothing after its own
+    block of K. Its window moves by about a quarter of the context at a time, because each move empties the cache.
     """
     jump, ahead = (max(1, context // 4 // K) * K, K) if K < context else (1, min(context // 4, (context - block) // 2))
     unseen = (part.start // K + 1) * K  # where the model's next block begins
