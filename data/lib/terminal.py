@@ -57,7 +57,7 @@ class Watch:
         width = max(8, (width + 3) // len(self.panes) - 3)  # " | " between two panes
         bodies, statuses = zip(*(draw_pane(*pane, width, height) for pane in self.panes))
         rows = [
-            " | ".join(text + " " * (width - size) for text, size in cells)
+            " | ".join(text + " " * (width - size) for text, size in cells).rstrip()
             for cells in (*itertools.zip_longest(*bodies, fillvalue=("", 0)), statuses)
         ]
         self.write(self.back() + "".join(f"\x1b[K{row}\n" for row in rows) + "\x1b[J")
