@@ -231,7 +231,7 @@ def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
     monkeypatch.setattr("os.get_terminal_size", lambda _: (40, 10))
     watch.show(0, history, 1)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "\x1b[Kab"
+    assert lines[0] == "\x1b[Kab  "
     assert lines[1].count("▀") == 3
     assert "100% filled" in lines[2]
 

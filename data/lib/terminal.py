@@ -56,10 +56,9 @@ class Watch:
         width, height = width or 80, height or 24  # some terminals report 0
         width = max(8, (width + 3) // len(self.panes) - 3)  # " | " between two panes
         bodies, statuses = zip(*(draw_pane(*pane, width, height) for pane in self.panes))
-        rows = [
-            " | ".join(text + " " * (width - size) for text, size in cells).rstrip()
-            for cells in (*itertools.zip_longest(*bodies, fillvalue=("", 0)), statuses)
-        ]
+        rows = []
+        for *left, (last, _) in (*itertools.zip_longest(*bodies, fillvalue=("", 0)), statuses):
+            rows.append("".join(text + " " * (width - size) + " | " for text, size in left) + last)
         self.write(self.back() + "".join(f"\x1b[K{row}\n" for row in rows) + "\x1b[J")
         self.n_lines = len(rows)
 
