@@ -14,33 +14,29 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """How a canvas, a list of ids, filled.
+    """How a canvas, a list of ids, filled. tokens and kinds are the canvas now, start and first_kinds at first.
 
-    start: the text of each token at first. holes: whether each was a hole. pixels: the tokenizer's, None without a
-    picture. seconds: when each step was done. tokens, kinds: the canvas now (see `frame_after`).
     steps: the changes of each step, [position, text, probability]. The text is None if the token was masked again. The
     probability is None if the token only looks different, because one set later completed its character.
     """
 
     def __init__(self, tokenizer, canvas):
-        self.tokenizer, self.canvas, self.probability = tokenizer, canvas, [1.0] * len(canvas)
-        self.pixels = tokenizer.pixels
+        self.tokenizer, self.pixels = tokenizer, tokenizer.pixels
+        self.canvas, self.probability = canvas, [1.0] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
         self.start = self.tokens = tokens_of(tokenizer, canvas)
         self.first_kinds = self.kinds = ["hole" if hole else "given" for hole in self.holes]
-        self.steps, self.seconds = [], []
+        self.steps, self.seconds = [], []  # seconds: when each step was done
 
     def add(self, canvas, probability, seconds):
         """Record the canvas after one more step, and the probability with which each of its tokens was set."""
         tokens, changes = tokens_of(self.tokenizer, canvas), []
         for i, token in enumerate(tokens):
-            is_new = canvas[i] != self.canvas[i]
-            if canvas[i] == self.tokenizer.mask_id:
-                changes += [[i, None, None]] if is_new else []
-            elif is_new or probability[i] != self.probability[i]:  # drawn again, the same token may have another
-                changes.append([i, token, round(probability[i], 3)])
-            elif token != self.tokens[i]:
-                changes.append([i, token, None])
+            is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # the same, drawn again
+            if is_new and canvas[i] == self.tokenizer.mask_id:
+                changes.append([i, None, None])
+            elif is_new or token != self.tokens[i]:
+                changes.append([i, token, round(probability[i], 3) if is_new else None])
         self.steps.append(changes)
         self.seconds.append(round(seconds, 3))
         self.canvas, self.probability = canvas, probability

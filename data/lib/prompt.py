@@ -38,8 +38,8 @@ def standing(ids, tokenizer):
 def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
-    Without a length, a prompt with holes gets no others, and one without fills the context. With special tokens that
-    open and close a line, the canvas begins with one, and ends with the other if it ends where the text does.
+    Without a length, a prompt with holes gets no others, and one without fills the context. If the tokenizer's lines
+    begin and end with special tokens, so does the canvas, unless the text may end anywhere.
     """
     parts = split_prompt(prompt)
     if MASK_TAG.search(suffix):

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from data.lib.errors import Mistake
-from data.lib.views import check_path
 
 OWN = Path("out/ckpt.pt")  # where train.py writes by default
 SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
@@ -29,7 +28,9 @@ def check_flags(config, given, prompts):
     if config.guidance and not (config.chat or config.suffix or any(prompts)):
         raise Mistake("--guidance: it needs a --prompt")
     if config.save is not None:
-        check_path(config.save)
+        path = Path(config.save)
+        if path.suffix not in (".html", ".svg") or not os.access(path.parent, os.W_OK):
+            raise Mistake(f"--save {path}: a file in a folder that can be written to, and that ends in .html or .svg")
 
 
 def default_checkpoint():
@@ -41,10 +42,7 @@ def default_checkpoint():
 
 
 def flags_for(config, given, path, model, canvases, all_causal):
-    """The flags of denoise, for each order, with which the model in `path` fills canvases, lists of ids.
-
-    Mistake if it can't follow them. all_causal: no other model is asked that could.
-    """
+    """The flags of denoise for each order. Mistake if the model can't follow them, unless another one of these can."""
     K, W = model.config.block, model.config.context
     if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
         raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")

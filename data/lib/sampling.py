@@ -59,8 +59,6 @@ class Session:
                 if config.save is not None and self.rounds:
                     save_histories(config.save, [text for sides in self.rounds for text in zip(*sides)], self.names)
 
-    # --- writing ---------------------------------------------------------------------------------
-
     def answer(self, prompts):
         """Write and print a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
         plans = list(self.plans(prompts))
@@ -137,8 +135,6 @@ class Session:
             nats = (nats_per_byte(*self.judge[:2], text, self.log_likelihood) for text in texts)
             speed += f"; under {self.config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
         print(f"{plan.name}: {speed}", file=sys.stderr)
-
-    # --- scoring ---------------------------------------------------------------------------------
 
     def print_score(self):
         """Print how likely the text of a file is, under the steps that would write it."""

@@ -4,31 +4,17 @@ import bisect
 import itertools
 import json
 import math
-import os
 from html import escape
 from pathlib import Path
-from string import Template
 
-from data.lib.errors import Mistake
 from data.lib.escape import inert
 from data.lib.files import replacing
 from data.lib.pixels import blackness, split_picture
 from data.lib.wrap import lines_of, visible
 
 
-def check_path(path):
-    """Raise Mistake if save_histories can't write there."""
-    if Path(path).suffix not in (".html", ".svg"):
-        raise Mistake(f"--save {path}: the name of a page ends in .html, that of an animation in .svg")
-    if not os.access(Path(path).parent, os.W_OK):
-        raise Mistake(f"--save {path}: it can't be written there")
-
-
 def save_histories(path, texts, names=("",)):
-    """Write a page of all texts, or an animation of the first one.
-
-    Each text is a list of histories, one for each of the names of models or orders. They are shown side by side.
-    """
+    """Write a page of all texts, or an animation of the first. A text is a list of histories, one for each name."""
     write = page if Path(path).suffix == ".html" else animation
     with replacing(path) as file:
         file.write(write(texts, names).encode())
@@ -44,8 +30,6 @@ def page(texts, names):
     return Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("[/* runs */]", data)
 
 
-# --- the animation -------------------------------------------------------------------------------
-
 LETTER, LINE, MARGIN = 7.85, 17, 12  # width and height of a character, and space on the left and right of a canvas
 SECONDS, REST = 0.16, 3.0  # how long a frame is shown, and the last one
 
@@ -55,7 +39,7 @@ def animation(texts, names):
     sides = texts[0]
     frames = [list(history.frames()) for history in sides]
     n = min(39, max(len(history.steps) for history in sides))  # frames after the first
-    total, (columns, pixel) = SECONDS * n + REST, sizes(sides)
+    total, (columns, pixel) = SECONDS * n + REST, size_canvas(sides)
     pane_width, groups, tallest = 2 * MARGIN + round(LETTER * columns), [], 0
     for i, steps in enumerate(moments(sides, n)):
         elements = []
@@ -69,18 +53,13 @@ def animation(texts, names):
             tallest = max(tallest, height)
         groups.append(f'<g style="animation-delay: {SECONDS * i - total:.2f}s">{"".join(elements)}</g>')
     width, height = len(sides) * pane_width, 46 + math.ceil(tallest)
-    return Template(Path(__file__).with_name("animation.svg").read_text(encoding="utf-8")).substitute(
-        size=f"{width} {height}",
-        inner=f'width="{width - 1}" height="{height - 1}"',
-        steps=len(sides[0].steps),
-        total=f"{total:.2f}",
-        first=f"{100 * SECONDS / total:.2f}",
-        last=f"{100 * REST / total:.2f}",
-        frames="\n".join(groups),
-    )
+    sizes = {"width": width, "height": height, "inner_width": width - 1, "inner_height": height - 1}
+    times = {"total": total, "first": 100 * SECONDS / total, "last": 100 * REST / total}
+    template = Path(__file__).with_name("animation.svg").read_text(encoding="utf-8")
+    return template.format(**sizes, **times, steps=len(sides[0].steps), frames="\n".join(groups))
 
 
-def sizes(sides):
+def size_canvas(sides):
     """How many columns a canvas has, and the side of a pixel, which is a line high if that is not too wide."""
     widest = max(history.pixels["columns"] if history.pixels else 0 for history in sides)
     columns = 72 if len(sides) == 1 else 48

@@ -55,8 +55,7 @@ def look_at(model, canvas, prompt, window, part, K, guidance, cache):
     """Return look(where) -> logits (N, V) at where (B, block), bool; minus infinity for special tokens.
 
     It sees the window of the canvas as it is when called. With guidance w the logits are (1 + w) times the model's,
-    minus w times those of a canvas whose prompt is masked, too (2410.18514). With a cache, the first look at a block
-    also reads the block before it, which is final now.
+    minus w times those of a canvas whose prompt is masked, too (2410.18514).
     """
     mask_id, context, device = model.config.mask_id, model.config.context, device_of(model)
     (not_text,) = send(device, torch.tensor([mask_id, *model.config.special_ids]))
@@ -76,7 +75,7 @@ def look_at(model, canvas, prompt, window, part, K, guidance, cache):
             text = torch.cat((text, text.masked_fill(seen_prompt[rows], mask_id)))
             place = torch.cat((place, place))
         if cache is not None:
-            cache.length, cache.final = min(cache.length, final), final
+            cache.length, cache.final = min(cache.length, final), final  # at first, read the block before again
         text, place = send(device, text, place)
         logits = model(text, where=place, cache=cache)
         if guidance:
