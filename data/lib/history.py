@@ -32,7 +32,7 @@ class History:
         """Record the canvas after one more step, and the probability with which each of its tokens was set."""
         tokens, changes = tokens_of(self.tokenizer, canvas), []
         for i, token in enumerate(tokens):
-            is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # the same, drawn again
+            is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # drawn again
             if is_new and canvas[i] == self.tokenizer.mask_id:
                 changes.append([i, None, None])
             elif is_new or token != self.tokens[i]:

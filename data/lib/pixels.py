@@ -2,11 +2,11 @@
 
 from data.lib.escape import inert
 
-HOLE_COLOUR, BLACK, WHITE = 67, 232, 255  # of a terminal's 256: a blue, and the ends of its greys
+HOLE_COLOUR, BLACK, WHITE = 67, 232, 255  # in 256 colours: a blue, and the ends of the greys
 
 
 def split_picture(tokens, pixels):
-    """The caption's tokens, and the rows of the picture. pixels: a tokenizer's, None without a picture."""
+    """Split a canvas into the caption's tokens and the rows of the picture. pixels: the tokenizer's, or None."""
     if pixels is None:
         return tokens, []
     first, width = pixels["first"], pixels["columns"]

@@ -38,8 +38,8 @@ def standing(ids, tokenizer):
 def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
-    Without a length, a prompt with holes gets no others, and one without fills the context. If the tokenizer's lines
-    begin and end with special tokens, so does the canvas, unless the text may end anywhere.
+    Without a length, a prompt with holes gets no others, and one without fills the context. If lines begin and end with
+    special tokens, the canvas begins with one, and ends with one if we know where its text ends.
     """
     parts = split_prompt(prompt)
     if MASK_TAG.search(suffix):

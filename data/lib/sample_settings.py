@@ -17,7 +17,7 @@ def check_flags(config, given, prompts):
             if name not in ("score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"):
                 raise Mistake(f"--score: not with --{name}; it is at temperature 1, and nothing is written")
         if several:
-            raise Mistake("--score: of one --ckpt at a time, and under one --order")
+            raise Mistake("--score: it takes one --ckpt and one --order")
     if config.chat:
         if config.suffix:
             raise Mistake(f"--suffix {config.suffix}: not with --chat, which writes replies")
@@ -30,7 +30,7 @@ def check_flags(config, given, prompts):
     if config.save is not None:
         path = Path(config.save)
         if path.suffix not in (".html", ".svg") or not os.access(path.parent, os.W_OK):
-            raise Mistake(f"--save {path}: a file in a folder that can be written to, and that ends in .html or .svg")
+            raise Mistake(f"--save {path}: its name must end in .html or .svg, and its folder must be writable")
 
 
 def default_checkpoint():
@@ -42,7 +42,7 @@ def default_checkpoint():
 
 
 def flags_for(config, given, path, model, canvases, all_causal):
-    """The flags of denoise for each order. Mistake if the model can't follow them, unless another one of these can."""
+    """The flags of denoise for each order. Mistake if the model can't follow them, and no other can."""
     K, W = model.config.block, model.config.context
     if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
         raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")
@@ -56,6 +56,6 @@ def flags_for(config, given, path, model, canvases, all_causal):
     if K and K % (config.block or 1):
         raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
     if (config.block or 0) >= W < max(map(len, canvases)):
-        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time, and a block must leave room")
+        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time, and a block must be smaller")
     flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
     return [{"order": order, **flags} for order in config.order]

@@ -1,4 +1,4 @@
-"""Does everything around the sampler for `python sample.py`: loads, writes, shows, prints, judges, scores and saves."""
+"""Everything that `python sample.py` does around the sampler: it loads models, writes, prints, judges, scores, saves."""
 
 import math
 import sys

@@ -11,7 +11,7 @@ CODES = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
 
 
 class Watch:
-    """Draws on stderr, in a terminal always in the same place. Each of the names has a pane, side by side."""
+    """Draws on stderr, over and over in one place if that's a terminal. Each name has a pane, side by side."""
 
     def __init__(self, names):
         self.names, self.panes, self.n_lines = names, [([], [], "", None)] * len(names), 0

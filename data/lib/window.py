@@ -32,7 +32,7 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
         if not holes[:, part].any():
             continue
         window = window_of(part, block, T, context, K)
-        if window.start != window_start:  # every position in the window is another now
+        if window.start != window_start:  # it moved, so every position in it changed
             window_start = window.start
             cache = Cache(min(T, context)) if K < context else None  # a canvas of one block has nothing final
         n_steps = (share[:, part.stop] - share[:, start]).clamp(min=1)[:, None]
@@ -74,8 +74,8 @@ def look_at(model, canvas, prompt, window, part, K, guidance, cache):
         if guidance:
             text = torch.cat((text, text.masked_fill(seen_prompt[rows], mask_id)))
             place = torch.cat((place, place))
-        if cache is not None:
-            cache.length, cache.final = min(cache.length, final), final  # at first, read the block before again
+        if cache is not None:  # the first look at a block also reads the one before it, which is final now
+            cache.length, cache.final = min(cache.length, final), final
         text, place = send(device, text, place)
         logits = model(text, where=place, cache=cache)
         if guidance:
