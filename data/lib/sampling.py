@@ -1,4 +1,4 @@
-"""Everything that `python sample.py` does around the sampler: it loads models, writes, prints, judges, scores, saves."""
+"""Everything that `python sample.py` does around the sampler: it loads models, writes, prints, judges and scores."""
 
 import math
 import sys
