@@ -1,37 +1,30 @@
-"""The three views of a canvas: what they show, and that no text in it can do anything."""
+"""Views of how a canvas filled: its history, the page, the animation, and that no text in them can do anything."""
 
 import fcntl
 import json
 import os
-import pty
 import re
 import select
 import shutil
-import signal
-import struct
 import subprocess
-import sys
-import termios
 import time
 import xml.etree.ElementTree as ElementTree
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import tiny_model
+from world import ROOT
 
-from data.lib.checkpoint import save_checkpoint
 from data.lib.escape import inert
-from data.lib.history import HOLE, History, columns, lines_of, tokens_of, visible
+from data.lib.history import HOLE, History, tokens_of
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
-from data.lib.views import save_html, save_svg
-from model import ModelConfig, Transformer
+from data.lib.views import save_histories
+from data.lib.wrap import columns, lines_of, visible
 from sample import denoise
 
-ROOT = Path(__file__).resolve().parents[1]
 BYTES = ByteTokenizer()
 NASTY = "\x1b]0;owned\x07\x1b[2J</script><script>document.title='owned'</script>&amp;\x9b31m\u202e\x00"
 WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##c", "##d", "<", "##"]
@@ -79,9 +72,6 @@ def test_lines_keep_to_the_width(tokens, width):
     assert shown.replace(" ", "") == re.sub(r"[\s]", "", "".join(tokens))
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 def run_of(start, steps=8, order="random", **flags):
     """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
     model = tiny_model(V=256, T=len(start))
@@ -119,14 +109,14 @@ def data_of(page):
 
 def test_the_page_is_small_and_alone(tmp_path):
     """256 positions, 64 steps, all of them written anew at each: under 500 KB, and nothing from elsewhere."""
-    save_html(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
+    save_histories(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert (tmp_path / "run.html").stat().st_size < 500_000
     assert not re.search(r"https?:|src=|href=|@import|url\(", page)
 
 
 def test_text_in_the_page_is_inert(tmp_path):
-    save_html(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
+    save_histories(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     template = (ROOT / "data" / "lib" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
@@ -137,7 +127,7 @@ def test_text_in_the_page_is_inert(tmp_path):
 
 def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
     run, canvases = run_of([*NASTY.encode(), *b"\n\t<&", *[256] * 300], 64)
-    save_svg(tmp_path / "run.svg", [[run]], [""])
+    save_histories(tmp_path / "run.svg", [[run]])
     root = ElementTree.parse(tmp_path / "run.svg").getroot()
     groups = root.findall("{*}g")
     assert len(groups) == 40
@@ -151,7 +141,15 @@ def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
     assert (tmp_path / "run.svg").stat().st_size < 1_000_000
 
 
-# --- in a browser --------------------------------------------------------------------------------
+def test_a_picture_of_two_models_has_two_panels(tmp_path):
+    (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
+    quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
+    save_histories(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
+    groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
+    titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
+    assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
+    assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
+    assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]
 
 
 @contextmanager
@@ -229,7 +227,7 @@ def evaluator(call):
 def test_the_page_in_a_browser(tmp_path):
     """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
     runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
-    save_html(tmp_path / "run.html", [[run] for run, _ in runs], [""])
+    save_histories(tmp_path / "run.html", [[run] for run, _ in runs], [""])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -281,7 +279,7 @@ def test_the_page_in_a_browser(tmp_path):
 def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
     (quick, _), (slow, canvases) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    save_html(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
+    save_histories(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -299,7 +297,7 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
 def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
     """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
     runs = [[run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")] for prompt in (b"a", b"b")]
-    save_html(tmp_path / "run.html", runs, ["left", "random"])
+    save_histories(tmp_path / "run.html", runs, ["left", "random"])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -309,147 +307,3 @@ def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
         assert shown() == "aabb"
         evaluate("select.selectedIndex = 1; select.dispatchEvent(new Event('change'))")
         assert shown() == "bb"
-
-
-def test_a_picture_of_two_models_has_two_panels(tmp_path):
-    (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
-    quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    save_svg(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
-    groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
-    titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
-    assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
-    assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
-    assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]
-
-
-# --- in a terminal -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("watch") / "ckpt.pt"
-    save_checkpoint(path, Transformer(ModelConfig(n_embd=16, n_layer=1, context=64)), ByteTokenizer())
-    return path
-
-
-def in_terminal(checkpoint, *flags, width=40, height=10, interrupt=None):
-    """What sample.py writes to a terminal of that size, and its exit code."""
-    main, worker = pty.openpty()
-    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-    command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--watch", *map(str, flags)]
-    process = subprocess.Popen(command, stdin=worker, stdout=worker, stderr=worker)
-    os.close(worker)
-    written = b""
-    while True:
-        try:
-            data = os.read(main, 4096)
-        except OSError:  # how a terminal ends
-            break
-        if not data:
-            break
-        written += data
-        if interrupt and interrupt in written:
-            process.send_signal(signal.SIGINT)
-            interrupt = None
-    os.close(main)
-    return written.decode(), process.wait()
-
-
-def screen(written, width, height):
-    """The lines that a terminal shows after what was written, of the codes that we use."""
-    lines, row, column = [""], 0, 0
-    for code, c in re.findall("\x1b\\[([?0-9;]*[a-zA-Z])|([^\x1b])", written):
-        if code.endswith("F"):
-            row, column = max(0, row - int(code[:-1])), 0
-        elif code == "K":
-            lines[row] = lines[row][:column]
-        elif code == "J":
-            lines[row:] = [lines[row][:column]]
-        elif c == "\r":
-            column = 0
-        elif c == "\n":
-            row += 1
-            lines += [""] * (row + 1 - len(lines))
-        elif c:
-            lines[row] = lines[row][:column] + c + lines[row][column + 1 :]
-            column += 1
-    return lines
-
-
-def test_watch_draws_in_place_and_leaves_the_text(checkpoint):
-    written, code = in_terminal(checkpoint, "--prompt", "a<b\t日\x1b[5m", "--steps", 6)
-    alone = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "sample.py",
-            "--ckpt",
-            checkpoint,
-            "--prompt",
-            "a<b\t日\x1b[5m",
-            "--steps",
-            "6",
-        ],
-        capture_output=True,
-    )
-    assert code == 0
-    assert written.startswith("\x1b[?25l\x1b[?7l")
-    assert written.count("\x1b[?7h\x1b[?25h") == 1
-    assert "\x1b[5m" not in written
-    assert "step 6, 100% filled" in written
-    for frame in written.split("\x1b[J")[:-1]:
-        rows = re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "").strip("\n").split("\n")
-        assert len(rows) <= 9
-        assert all(sum(map(columns, row)) <= 40 for row in rows)
-    text = inert(alone.stdout.decode()).rstrip("\n")
-    shown = "\n".join(screen(written, 40, 10))
-    assert text.replace("\t", "") in shown.replace("\t", "")
-    assert "filled" not in shown  # the text has taken the place of the canvas
-    assert b"\x1b[5m" in alone.stdout  # into a file it goes as it is
-
-
-def test_two_models_fill_a_pane_each(checkpoint):
-    written, code = in_terminal(
-        checkpoint, "--ckpt", checkpoint, "--prompt", "a<b", "--steps", 3, "--length", 30, width=60
-    )
-    assert code == 0
-    frames = [re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "") for frame in written.split("\x1b[J")]
-    rows = [frame.strip("\n").split("\n") for frame in frames if " | " in frame]
-    assert len(rows) == 6
-    for frame in rows:
-        assert {row[28:31] for row in frame} == {" | "}
-        assert all(sum(map(columns, row)) <= 60 for row in frame)
-    panes = [[row[:28] + "|" + row[31:] for row in frame] for frame in rows]
-    assert "step 1, " in panes[0][-1].partition("|")[0]
-    assert panes[0][-1].partition("|")[2].strip() == ""  # the second waits
-    left = [[row.partition("|")[0] for row in pane] for pane in panes]
-    assert left[2][:-1] == left[5][: len(left[2]) - 1]  # and the first stays
-    assert "step 3, 100% filled" in left[5][-1]
-    assert "step 3, 100% filled" in panes[5][-1].partition("|")[2]
-
-
-def test_ctrl_c_gives_the_cursor_back(checkpoint):
-    written, code = in_terminal(checkpoint, "--steps", 10**6, "--length", 10**4, interrupt=b"step 3,")
-    assert code == 130
-    assert written.rindex("\x1b[?25h") > written.rindex("step ")
-    assert "Traceback" not in written
-
-
-def test_watch_and_save_change_nothing_and_frames_are_plain_without_a_terminal(checkpoint, tmp_path):
-    def run(*flags):
-        command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--steps", "5", "--length", "60"]
-        command += map(str, flags)
-        done = subprocess.run(command, capture_output=True, check=True)
-        return done.stdout, done.stderr.decode()
-
-    text, _ = run()
-    watched, frames = run("--watch")
-    assert watched == text
-    assert "\x1b" not in frames
-    assert re.findall(r"^--- step (\d), (\d+)% filled", frames, re.MULTILINE) == [
-        (str(k), str(20 * k)) for k in range(1, 6)
-    ]
-    for name in ("run.html", "run.svg"):
-        saved, _ = run("--save", tmp_path / name)
-        assert saved == text
-        assert (tmp_path / name).stat().st_size > 1000
