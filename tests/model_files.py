@@ -17,7 +17,7 @@ import data.lib.checkpoint
 import data.lib.corpus
 import data.text.prepare as text_prepare
 import data.weights.hub
-import data.wikitext2.prepare as wikitext_prepare
+import data.wikitext.prepare as wikitext_prepare
 import sample
 import train
 from data.lib.errors import command

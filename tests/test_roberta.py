@@ -45,7 +45,7 @@ import data.lib.checkpoint
 import data.lib.corpus
 import data.roberta.prepare as prepare
 import data.weights.hub
-import data.wikitext2.prepare as wikitext_prepare
+import data.wikitext.prepare as wikitext_prepare
 import sample
 import train
 from data.lib.checkpoint import FAMILIES, published_network, save_checkpoint
