@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 FIRST = ("<s>", "<pad>", "</s>", "<unk>")
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS]
+PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
 
 def shape(width, layers, heads, inside, positions=26):

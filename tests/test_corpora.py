@@ -118,7 +118,7 @@ def test_a_corpus_that_is_missing_is_told_which_command_makes_it():
 
 MADE_BY = {
     "shakespeare": "data/shakespeare/prepare.py",
-    "wikitext2": "data/wikitext/prepare.py wikitext2",
+    "wikitext2": "data/wikitext/prepare.py",
     "wikitext103": "data/wikitext/prepare.py wikitext103",
     "text8": "data/text8/prepare.py",
     "enwik8": "data/text8/prepare.py enwik8",

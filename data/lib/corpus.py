@@ -1,15 +1,14 @@
 """Writes corpora, loads them, and reads windows of their tokens.
 
-A corpus is a folder with two splits, train.bin and val.bin, which hold token ids of 16 or 32 bits, and meta.json: the
-tokenizer, the source, each split's number of tokens and bytes and its sha256, and how often each token is in train.bin.
+A corpus is a folder with the token ids of two splits, train.bin and val.bin, and with meta.json, which has the
+tokenizer, the source, the counts and the sha256 of each split, and how often each token occurs in train.bin.
 
-A split is running text, or a row of canvases (captioned pictures), or a row of examples (prompts with replies). Then
-meta.json has the chat template, and train.rows and val.rows have where each example begins and how long its prompt is.
+A split is running text, or canvases (captioned pictures), or examples (prompts with replies). For examples meta.json
+also has the chat template, and train.rows and val.rows tell where each one begins and how long its prompt is.
 """
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -25,8 +24,9 @@ from data.lib.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
 DATA = Path(__file__).resolve().parents[1]  # the folder data/
 SPLITS = ("train", "val")
-# Corpora that another folder's script makes, by its folder and its argument.
-MADE_BY = {"wikitext2": "wikitext", "wikitext103": "wikitext", "enwik8": "text8", "mnist": "digits"}
+# The corpora whose script is in a folder of another name.
+MADE_BY = {"wikitext2": "wikitext/prepare.py", "wikitext103": "wikitext/prepare.py wikitext103"}
+MADE_BY |= {"enwik8": "text8/prepare.py enwik8", "mnist": "digits/prepare.py mnist"}
 
 
 def check_name(name, own=None):
@@ -53,22 +53,26 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
 def write_tokens(name, pieces, tokenizer, source, template=None):
     """Write data/NAME from pieces, which are read one at a time: (split, ids, number of bytes of text).
 
-    With a chat template a piece is an example: (split, ids, bytes of the reply, length of the prompt in tokens).
-    Returns the dict that is in meta.json. On an error all files stay as they were.
+    With a chat template each piece is an example: (split, ids, bytes of the reply, length of the prompt in tokens).
+    Returns the content of meta.json. On an error all files stay as they were.
     """
     check_name(name)
-    folder, files, rows = DATA / name, {}, {split: [] for split in SPLITS}
-    counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
+    folder, files, units = DATA / name, {}, ("tokens", "bytes", "examples") if template else ("tokens", "bytes")
+    counts = {split: dict.fromkeys(units, 0) for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     occurrences = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     with ExitStack() as stack:  # which renames the files at its end, meta.json last
         for file in ("meta.json", "train.bin", "val.bin", *(("train.rows", "val.rows") if template else ())):
             files[file] = stack.enter_context(replacing(folder / file))
         for split, ids, n_bytes, *prompt_len in pieces:
+            if template:
+                row = np.array([counts[split]["tokens"], *prompt_len], dtype=np.int64)
+                files[f"{split}.rows"].write(row)
+                digests[split].update(row)
+                counts[split]["examples"] += 1
             ids = np.asarray(ids, np.min_scalar_type(tokenizer.vocab_size - 1))
             files[f"{split}.bin"].write(ids)
             digests[split].update(ids)
-            rows[split].append((counts[split]["tokens"], *prompt_len))
             counts[split]["tokens"] += len(ids)
             counts[split]["bytes"] += n_bytes
             if split == "train":
@@ -76,11 +80,6 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
         for split in SPLITS:
             if 0 in counts[split].values():
                 raise Mistake(f"{source}: too little text, its {split} split is empty")
-            if template:
-                index = np.array(rows[split], dtype=np.int64)  # (N, 2)
-                files[f"{split}.rows"].write(index)
-                digests[split].update(index)
-                counts[split]["examples"] = len(index)
             counts[split]["sha256"] = digests[split].hexdigest()
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state, "occurrences": occurrences.tolist()}
         meta |= {"chat": template} if template else {}
@@ -121,18 +120,17 @@ def load_corpus(name, context=1):
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
             sys.exit(2)  # it has said why
     if not (folder / "meta.json").exists():
-        ready = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
-        sentence = f"--data {name}: there is no such corpus; ready are: {', '.join(ready) or 'none'}"
-        if name in MADE_BY or (folder / "prepare.py").exists():
-            script = f"data/{MADE_BY[name]}/prepare.py {name}" if name in MADE_BY else f"data/{name}/prepare.py"
-            raise Mistake(f"{sentence}; `python {script}` makes this one")
-        raise Mistake(f"{sentence}; `python data/text/prepare.py FILE --name NAME` makes a new one")
+        ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
+        own = name in MADE_BY or (folder / "prepare.py").exists()
+        script = MADE_BY.get(name, f"{name}/prepare.py") if own else "text/prepare.py FILE --name NAME"
+        how = f"`python data/{script}` makes {'this' if own else 'a new'} one"
+        raise Mistake(f"--data {name}: there is no such corpus; ready are: {ready}; {how}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = tokenizer_from_state(meta["tokenizer"])
         numbers = [*meta["occurrences"], *(meta[split][unit] for split in SPLITS for unit in ("tokens", "bytes"))]
-        fits = len(meta["occurrences"]) == tokenizer.vocab_size
-        if not fits or not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        numbers_fit = all(type(number) is int and 0 <= number < 2**62 for number in numbers)
+        if len(meta["occurrences"]) != tokenizer.vocab_size or not numbers_fit:
             raise ValueError("its counts can't be")
         train, val = (open_split(folder, split, meta, tokenizer, context) for split in SPLITS)
     except Exception as error:
@@ -152,15 +150,11 @@ def open_split(folder, split, meta, tokenizer, context):
     """The memory-mapped tokens of a split, or its Examples. ValueError if they don't fit meta.json."""
     tokens = np.memmap(folder / f"{split}.bin", np.min_scalar_type(tokenizer.vocab_size - 1), "r")
     tokens.vocab_size = tokenizer.vocab_size  # for windows_at, which checks the ids that it reads
-    counts, canvas = meta[split], tokenizer.canvas_len
-    fits = len(tokens) == counts["tokens"] and len(tokens) % max(1, canvas) == 0
-    if not fits or not counts["bytes"] or type(counts["sha256"]) is not str:
+    counts, T = meta[split], tokenizer.canvas_len
+    if len(tokens) != counts["tokens"] or not counts["bytes"] or type(counts["sha256"]) is not str:
         raise ValueError(f"{split}.bin is not what meta.json says")
-    if canvas:
-        starts = np.arange(0, len(tokens), canvas)
-        return Examples(tokens, np.stack((starts, np.zeros_like(starts)), 1), None, canvas)
-    if "chat" not in meta:
-        return tokens
+    if T or "chat" not in meta:
+        return canvases(tokens, T) if T else tokens
     rows = np.fromfile(folder / f"{split}.rows", np.int64).reshape(meta[split]["examples"], 2)
     return Examples(tokens, rows, Chat(meta["chat"], tokenizer).end_id, context)
 
@@ -175,13 +169,18 @@ class Examples:
         self.tokens, self.end_id, self.T = tokens, end_id, T
         self.starts, self.prompts = rows.T  # (N,) each
         self.lengths = np.diff(self.starts, append=len(tokens))  # (N,)
-        inside = self.starts[0] == 0 and (rows >= 0).all() and (self.starts < len(tokens)).all()
-        if not inside or (self.prompts >= self.lengths).any():
+        outside = self.starts[0] != 0 or (rows < 0).any() or (self.starts >= len(tokens)).any()
+        if outside or (self.prompts >= self.lengths).any():
             raise ValueError("its examples do not fit its tokens")
 
     def __len__(self):
-        """The number of tokens of all windows."""
-        return len(self.starts) * self.T
+        return len(self.starts) * self.T  # the tokens of all windows
+
+
+def canvases(tokens, T):
+    """A split of canvases of T tokens each, as Examples without prompts."""
+    starts = np.arange(0, len(tokens), T)
+    return Examples(tokens, np.stack((starts, np.zeros_like(starts)), 1), 0, T)
 
 
 def canvas_len(name):
@@ -193,14 +192,14 @@ def canvas_len(name):
 
 
 def n_windows(split, T):
-    """How many windows of T tokens a split has: one per example, or one from each token of a text."""
+    """How many windows of T tokens a split has, which is one per example, or one from each token of a text."""
     return len(split.starts) if isinstance(split, Examples) else len(split) - T + 1
 
 
 def windows_at(split, places, T):
-    """Read the windows with these numbers, (B, 1): their tokens (B, T) and how long their own prompts are (B, 1).
+    """Read the windows with these numbers, (B, 1): their tokens (B, T), and the length of their own prompts (B, 1).
 
-    Both are int64. Running text has no prompts. Mistake if a token is none of the tokenizer's.
+    Running text has no prompts. Mistake if a token is not one of the tokenizer's.
     """
     i = np.arange(T)
     if isinstance(split, Examples):
@@ -230,7 +229,7 @@ def spaced_windows(split, T, n_tokens):
 
 
 def tokenizer_by_name(name):
-    """`bytes`, `gpt2`, whose merges tiktoken downloads once, or the tokenizer of a checkpoint's path."""
+    """The tokenizer `bytes`, or `gpt2`, whose merges tiktoken downloads once, or that of a checkpoint's path."""
     return tokenizer_and_template(name)[0]
 
 
@@ -238,7 +237,7 @@ def tokenizer_and_template(name):
     """The tokenizer of that name, and the chat template of its checkpoint, or None."""
     if name == "bytes":
         return ByteTokenizer(), None
-    if name.endswith(".pt") or os.path.isfile(name):
+    if name.endswith(".pt") or Path(name).is_file():
         from data.lib.checkpoint import read_checkpoint  # torch takes a second to load
 
         checkpoint = read_checkpoint(name)
@@ -251,9 +250,6 @@ def tokenizer_and_template(name):
         return tokenizer, template
     if name != "gpt2":
         raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # this includes what requests raises
-        raise Mistake(f"--tokenizer gpt2: tiktoken cannot download its merges ({error})") from None
+    encoding = tiktoken.get_encoding("gpt2")
     merges = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
     return BPETokenizer([token.decode("latin-1") for token in merges], encoding._pat_str), None

@@ -26,17 +26,20 @@ CHINESE = re.compile(
 
 
 class Tokenizer:
-    """The parts that all tokenizers share. special: the ids that are not text, by name."""
+    """A tokenizer whose tokens are byte strings.
 
-    # Where the place of a token on the canvas decides which kind it is: (how many tokens, first id, last id + 1) of
-    # each kind, in order. Empty if any token may stand anywhere.
-    kinds = ()
-    pixels = None  # for pictures a dict: the first token of the picture, its columns, and the text of each grey
+    special: the ids that are not text, by name. bytes_of: the bytes of each id that is text.
+    kinds: if the place of a token on its canvas decides which tokens may stand there, (n, first id, last id + 1) for
+    each kind, which says that the next n tokens are of it. pixels: if there is a picture, where and how it is shown.
+    """
 
-    def __init__(self, special, vocab_size):
-        self.special, self.vocab_size = special, vocab_size
-        self.special_ids = tuple(sorted(special.values()))
+    kinds, pixels = (), None
+
+    def __init__(self, special, bytes_of):
+        self.special, self.special_ids = special, tuple(sorted(special.values()))
         self.shown = {i: SHOWN.get(name, "") for name, i in special.items()}
+        self.bytes_of = bytes_of | {i: text.encode() for i, text in self.shown.items()}
+        self.vocab_size = len(self.bytes_of)
         self.mask_id = self.first("<mask>", "[MASK]")
         self.bos_id = self.first("<s>", "[CLS]")  # opens a line, if the tokenizer has one
         self.eos_id = self.first("</s>", "[SEP]")  # closes it
@@ -50,22 +53,14 @@ class Tokenizer:
         """How many bytes "bits per byte" divides by."""
         return len(text.encode())
 
-    def decode(self, ids):
-        return "".join(self.pieces(ids))
-
     def encode_line(self, line):
         """Encode a line that ends in a newline. Tokens that open and close a line replace it, if there are any."""
         if self.bos_id is None or self.eos_id is None:
             return self.encode(line)
         return [self.bos_id, *self.encode(line.rstrip("\n")), self.eos_id]
 
-
-class ByteLevelTokenizer(Tokenizer):
-    """A tokenizer whose tokens are byte strings. bytes_of: the bytes of each id that is text."""
-
-    def __init__(self, special, bytes_of):
-        super().__init__(special, len(bytes_of) + len(special))
-        self.bytes_of = bytes_of | {i: text.encode() for i, text in self.shown.items()}
+    def decode(self, ids):
+        return "".join(self.pieces(ids))
 
     def pieces(self, ids):
         """What each token adds to the text, list[str]. A character of several tokens comes with the last of them.
@@ -81,7 +76,7 @@ class ByteLevelTokenizer(Tokenizer):
         return pieces
 
 
-class ByteTokenizer(ByteLevelTokenizer):
+class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8, which write any text in any language."""
 
     state = {"kind": "bytes"}
@@ -93,7 +88,7 @@ class ByteTokenizer(ByteLevelTokenizer):
         return list(text.encode("utf-8"))
 
 
-class BPETokenizer(ByteLevelTokenizer):
+class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding. tiktoken does the merging.
 
     tokens: the byte strings in the order in which they merge, as latin-1 text. pattern: the regular expression that
@@ -122,7 +117,7 @@ class BPETokenizer(ByteLevelTokenizer):
             raise Mistake("the tokenizer's pattern does not cut this text into words") from None
 
 
-class PictureTokenizer(ByteLevelTokenizer):
+class PictureTokenizer(Tokenizer):
     """A canvas with a caption, which is `caption` letters of ASCII filled up with spaces, and a picture below it.
 
     The picture is width * height pixels, row by row, with a token for each grey from 0 (white) to greys - 1. As text
@@ -160,11 +155,11 @@ class PictureTokenizer(ByteLevelTokenizer):
         words = re.sub("#.*", "", text).split()[1:]
         numbers = [int(word) for word in words if word.isascii() and word.isdecimal() and len(word) < 6]
         if len(numbers) < len(words):
-            raise Mistake("the picture is not plain PGM, which has only numbers after P2")
+            raise Mistake("the picture is not plain PGM, in which numbers alone follow P2")
         size, (most, *values) = numbers[:2], numbers[2:] or [0]
         fits = size == [self.width, self.height] and len(values) == self.width * self.height
         if not fits or not 0 < most >= max(values):
-            raise Mistake(f"the picture is not plain PGM with the model's {self.width} x {self.height} pixels")
+            raise Mistake(f"the picture is not plain PGM of {self.width} x {self.height} pixels, as the model needs")
         return [round((len(self.greys) - 1) * (1 - value / most)) for value in values]
 
     def decode(self, ids):
@@ -188,7 +183,7 @@ class WordPieceTokenizer(Tokenizer):
 
     def __init__(self, tokens, lowercase, strip_accents, split_chinese):
         special = {token: i for i, token in enumerate(tokens) if self.special_pattern.fullmatch(token)}
-        super().__init__(special, len(tokens))
+        super().__init__(special, {i: token.encode() for i, token in enumerate(tokens)})
         self.state = {"kind": "wordpiece", "tokens": tokens, "lowercase": lowercase}
         self.state |= {"strip_accents": strip_accents, "split_chinese": split_chinese}
         self.id_of = {token: i for i, token in enumerate(tokens) if i not in self.shown}
@@ -202,7 +197,7 @@ class WordPieceTokenizer(Tokenizer):
         """What each token adds to the text, list[str]. A word that follows another begins with a space."""
         pieces, before = [], "\n"
         for i in ids:
-            word = self.shown[i] if i in self.shown else self.state["tokens"][i]
+            word = self.bytes_of[i].decode()
             if word and before != "\n":
                 word = word[2:] if word.startswith("##") else " " * (word != "\n") + word
             pieces.append(word)
