@@ -1,11 +1,11 @@
-"""Handwritten digits, each with its word: text and picture on one canvas, with 17 greys.
+"""Handwritten digits with their words: a canvas has a caption and a picture in 17 greys.
 
     python data/digits/prepare.py           # data/digits: 1,797 of 8 x 8 pixels, from digits.csv.gz (see README.md)
     python data/digits/prepare.py mnist     # data/mnist: 70,000 of 28 x 28 pixels, a download
 
-The digits are in the order of the forms that people filled in, some 130 on each. The last three forms validate, so
-nobody's hand is in both splits. The others are there four times, as they are and with three kinds of small changes.
-MNIST's test set validates.
+The digits are in the order of the forms that people filled in, about 130 on each. The last three forms validate, so
+that all of them are by new hands. The others are there four times, as they are and changed a little. MNIST's test set
+validates.
 """
 
 import gzip
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.lib.corpus import DATA, check_name, write_tokens
+from data.lib.corpus import DATA, SPLITS, check_name, write_tokens
 from data.lib.download import check_sha256, download
 from data.lib.errors import command
 from data.lib.flags import argument, flag, parse
@@ -31,15 +31,11 @@ CAPTION, GREYS = 8, 17  # letters of a caption; greys of a pixel
 COPIES = 3  # changed copies of each digit to train on
 FORM = 1415  # the first digit of the twelfth of the fourteen forms
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-FILES = {  # MNIST's pictures and labels, with their sha256
-    "train": {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    },
-    "val": {
-        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-    },
+FILES = {  # MNIST's pictures and digits, first to train and then to validate, with their sha256
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 
 
@@ -48,14 +44,6 @@ class PrepareConfig:
     corpus: Literal["digits", "mnist"] = argument("which of the two", "digits")
     dir: str | None = flag(None, "a folder with copies of MNIST's four files, instead of the download")
     name: str | None = flag(None, "folder of data/ to write (default: the corpus)")
-
-
-def canvases(splits, tokenizer):
-    """Yield (split, ids, bytes) of each canvas. splits: by name, pictures (N, height, width) and digits (N,)."""
-    for split, (pictures, digits) in splits.items():
-        for pixels, digit in zip(pictures, digits):
-            ids = tokenizer.canvas(WORDS[digit], pixels.flatten())
-            yield split, ids, len(ids)  # a letter or a pixel counts as a byte
 
 
 def as_by_others(pictures, digits, seed=0):
@@ -70,27 +58,25 @@ def as_by_others(pictures, digits, seed=0):
 
 
 def read_digits():
-    """The pictures (1797, 8, 8), numbers from 0 (white) to 16, and their digits (1797,)."""
+    """The pictures (1797, 8, 8), which are numbers from 0 (white) to 16, and the digits (1797,)."""
     with gzip.open(Path(__file__).with_name("digits.csv.gz"), "rt") as file:
         table = np.loadtxt(file, delimiter=",").astype(int)
     return table[:, :64].reshape(-1, 8, 8), table[:, 64]
 
 
 def read_mnist(folder, files):
-    """The splits of MNIST, with greys from 0 (white) to 16. Without a folder the files are downloaded."""
-    splits = {}
-    for split, sums in files.items():
-        content = []
-        for name, sha256 in sums.items():
-            path = Path(folder or DATA / "mnist") / name
-            if folder is None:
-                download(URL + name, path, sha256, "--dir takes copies of the files")
-            check_sha256(path, sha256)
-            with gzip.open(path) as file:
-                content.append(np.frombuffer(file.read(), np.uint8))
-        pictures, digits = content[0][16:].reshape(-1, 28, 28), content[1][8:]  # after the headers
-        splits[split] = ((GREYS - 1) * pictures.astype(np.uint16) + 127) // 255, digits
-    return splits
+    """MNIST's pictures (N, 28, 28) and digits (N,), to train and to validate. Without a folder they are downloaded."""
+    contents = []
+    for name, sha256 in files.items():
+        path = Path(folder or DATA / "mnist") / name
+        if folder is None:
+            download(URL + name, path, sha256, "--dir takes copies of the files")
+        check_sha256(path, sha256)
+        with gzip.open(path) as file:
+            contents.append(np.frombuffer(file.read(), np.uint8))
+    for pictures, digits in zip(contents[::2], contents[1::2]):
+        greys = ((GREYS - 1) * pictures[16:].astype(np.uint16) + 127) // 255  # after a header of 16 bytes
+        yield greys.reshape(-1, 28, 28), digits[8:]
 
 
 def main(files=FILES):
@@ -98,14 +84,19 @@ def main(files=FILES):
     name = config.name or config.corpus
     check_name(name, own="digits")
     if config.corpus == "mnist":
-        splits = read_mnist(config.dir, files)
+        splits, source = [*read_mnist(config.dir, files)], "MNIST"
     else:
         pictures, digits = read_digits()
-        splits = {"train": as_by_others(pictures[:FORM], digits[:FORM]), "val": (pictures[FORM:], digits[FORM:])}
-    (_, height, width) = splits["train"][0].shape
-    tokenizer = PictureTokenizer(CAPTION, width, height, GREYS)
-    source = {"digits": "UCI, Optical Recognition of Handwritten Digits", "mnist": "MNIST"}[config.corpus]
-    write_tokens(name, canvases(splits, tokenizer), tokenizer, source)
+        splits = [as_by_others(pictures[:FORM], digits[:FORM]), (pictures[FORM:], digits[FORM:])]
+        source = "UCI, Optical Recognition of Handwritten Digits"
+    (_, height, width) = splits[0][0].shape
+    tokenizer, n_bytes = PictureTokenizer(CAPTION, width, height, GREYS), CAPTION + width * height
+    pieces = (
+        (split, tokenizer.canvas(WORDS[digit], pixels.flatten()), n_bytes)
+        for split, pairs in zip(SPLITS, splits)
+        for pixels, digit in zip(*pairs)
+    )
+    write_tokens(name, pieces, tokenizer, source)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 A corpus is a folder with the token ids of two splits, train.bin and val.bin, and with meta.json, which has the
 tokenizer, the source, the counts and the sha256 of each split, and how often each token occurs in train.bin.
 
-A split is running text, or canvases (captioned pictures), or examples (prompts with replies). For examples meta.json
-also has the chat template, and train.rows and val.rows tell where each one begins and how long its prompt is.
+A split is running text, or canvases (captioned pictures), or examples (prompts with replies). Examples also have a chat
+template in meta.json, and train.rows and val.rows, which tell where each one begins and how long its prompt is.
 """
 
 import hashlib
@@ -129,8 +129,7 @@ def load_corpus(name, context=1):
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer = tokenizer_from_state(meta["tokenizer"])
         numbers = [*meta["occurrences"], *(meta[split][unit] for split in SPLITS for unit in ("tokens", "bytes"))]
-        numbers_fit = all(type(number) is int and 0 <= number < 2**62 for number in numbers)
-        if len(meta["occurrences"]) != tokenizer.vocab_size or not numbers_fit:
+        if len(numbers) != tokenizer.vocab_size + 4 or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise ValueError("its counts can't be")
         train, val = (open_split(folder, split, meta, tokenizer, context) for split in SPLITS)
     except Exception as error:
@@ -141,36 +140,32 @@ def load_corpus(name, context=1):
             sentence = f"too small for an example of {longest} tokens; --context {longest} is the least that will do"
             raise Mistake(f"--data {name}: --context {context} is {sentence}")
         if n < context:
-            shortage = f"{n} tokens, fewer than one --context of {context}; a smaller one will do"
-            raise Mistake(f"--data {name}: its {split} split has {shortage}")
+            raise Mistake(f"--data {name}: its {split} split has {n} tokens, fewer than one --context of {context}")
     return train, val, tokenizer, meta
 
 
 def open_split(folder, split, meta, tokenizer, context):
-    """The memory-mapped tokens of a split, or its Examples. ValueError if they don't fit meta.json."""
+    """The memory-mapped tokens of a split, or its Examples. Some error if they don't fit meta.json."""
     tokens = np.memmap(folder / f"{split}.bin", np.min_scalar_type(tokenizer.vocab_size - 1), "r")
     tokens.vocab_size = tokenizer.vocab_size  # for windows_at, which checks the ids that it reads
-    counts, T = meta[split], tokenizer.canvas_len
+    counts = meta[split]
     if len(tokens) != counts["tokens"] or not counts["bytes"] or type(counts["sha256"]) is not str:
         raise ValueError(f"{split}.bin is not what meta.json says")
-    if T or "chat" not in meta:
-        return canvases(tokens, T) if T else tokens
-    rows = np.fromfile(folder / f"{split}.rows", np.int64).reshape(meta[split]["examples"], 2)
+    if "chat" not in meta:
+        return canvases(tokens, tokenizer.canvas_len) if tokenizer.kinds else tokens
+    rows = np.fromfile(folder / f"{split}.rows", np.int64).reshape(counts["examples"], 2)
     return Examples(tokens, rows, Chat(meta["chat"], tokenizer).end_id, context)
 
 
 class Examples:
-    """A split of N prompts with replies, each of which is a window of T tokens, filled up with end_id.
-
-    rows: (N, 2), where each example begins in `tokens` and how long its prompt is. ValueError if they can't be.
-    """
+    """N windows of T tokens, each an example filled up with end_id. rows: (N, 2), their starts and prompt lengths."""
 
     def __init__(self, tokens, rows, end_id, T):
         self.tokens, self.end_id, self.T = tokens, end_id, T
         self.starts, self.prompts = rows.T  # (N,) each
         self.lengths = np.diff(self.starts, append=len(tokens))  # (N,)
-        outside = self.starts[0] != 0 or (rows < 0).any() or (self.starts >= len(tokens)).any()
-        if outside or (self.prompts >= self.lengths).any():
+        inside = self.starts[0] == 0 and (rows >= 0).all() and (self.starts < len(tokens)).all()
+        if not inside or (self.prompts >= self.lengths).any():
             raise ValueError("its examples do not fit its tokens")
 
     def __len__(self):
@@ -242,12 +237,12 @@ def tokenizer_and_template(name):
 
         checkpoint = read_checkpoint(name)
         try:
-            tokenizer, template = tokenizer_from_state(checkpoint["tokenizer"]), checkpoint.get("chat")
+            tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         except Exception as error:
             raise Mistake(f"{name}: it has no tokenizer of ours ({str(error)[:200]})") from None
         if tokenizer.kinds:
             raise Mistake(f"--tokenizer {name}: its tokens are of captions and pictures, not of a text")
-        return tokenizer, template
+        return tokenizer, checkpoint.get("chat")
     if name != "gpt2":
         raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
     encoding = tiktoken.get_encoding("gpt2")
