@@ -2,8 +2,8 @@
 
     {"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-Each line of the file is a conversation like this, or only the list. Every message of the assistant becomes an example:
-everything before it is the prompt, and the reply is learned together with its end.
+Each line of the file is a conversation like this, or only its list. Every message of the assistant becomes an example:
+everything before it is the prompt, and the model learns the reply and its end.
 """
 
 import json
@@ -28,7 +28,7 @@ class PrepareConfig:
 
 
 def conversations(path, chat):
-    """Yield the conversations of a file, which are lists of messages. Mistake with the line of the first bad one."""
+    """Yield the conversations of a file, each a list of messages. The Mistake for a bad one has its line number."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

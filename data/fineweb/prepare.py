@@ -33,7 +33,7 @@ class PrepareConfig:
 
 
 def gpt2_tokenizer():
-    """The same tokenizer as in the checkpoint of a published GPT-2, made of tiktoken's, whose ids are in order."""
+    """The tokenizer that a published GPT-2's checkpoint has, made from tiktoken's copy of it."""
     place = {token: i for i, token in enumerate(tokenizer_by_name("gpt2").state["tokens"])}
     tokens = [*map(chr, range(256)), *[*place][256:]]  # the 256 bytes come first in both, but sorted here
     special = {START: len(tokens), "<mask>": len(tokens) + 1}
@@ -41,7 +41,7 @@ def gpt2_tokenizer():
 
 
 def read_shard(path, tokenizer):
-    """Yield (ids, number of bytes of their text), a piece at a time. Mistake if the file is no shard."""
+    """Yield (ids, number of bytes of their text) for a part of the shard at a time. Mistake if it is no shard."""
     lengths = np.array([len(tokenizer.bytes_of[i]) for i in range(tokenizer.vocab_size)])
     lengths[list(tokenizer.special_ids)] = 0
     with open(path, "rb") as file:

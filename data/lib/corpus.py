@@ -61,7 +61,7 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
     counts = {split: dict.fromkeys(units, 0) for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     occurrences = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    with ExitStack() as stack:  # which renames the files at its end, meta.json last
+    with ExitStack() as stack:  # when it exits, it renames the files, meta.json last
         for file in ("meta.json", "train.bin", "val.bin", *(("train.rows", "val.rows") if template else ())):
             files[file] = stack.enter_context(replacing(folder / file))
         for split, ids, n_bytes, *prompt_len in pieces:
@@ -89,7 +89,7 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
 
 
 def split_at(pieces, cut):
-    """Turn pieces of text into (split, text) pairs. The first `cut` bytes train, less half a character at most."""
+    """Turn pieces of text into (split, text) pairs. The first `cut` bytes train, but half a character never does."""
     seen = 0
     for text in pieces:
         data = text.encode("utf-8")
@@ -100,7 +100,7 @@ def split_at(pieces, cut):
 
 
 def read_pieces(path, size=1 << 20):
-    """Yield the text of a UTF-8 file about a megabyte at a time, up to the end of a line if one is near."""
+    """Yield the text of a UTF-8 file about a megabyte at a time, in whole lines unless one is very long."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             while text := file.read(size):
@@ -145,7 +145,7 @@ def load_corpus(name, context=1):
 
 
 def open_split(folder, split, meta, tokenizer, context):
-    """The memory-mapped tokens of a split, or its Examples. Some error if they don't fit meta.json."""
+    """Open a split as memory-mapped tokens, or as Examples. Raises some error if its files don't fit meta.json."""
     tokens = np.memmap(folder / f"{split}.bin", np.min_scalar_type(tokenizer.vocab_size - 1), "r")
     tokens.vocab_size = tokenizer.vocab_size  # for windows_at, which checks the ids that it reads
     counts = meta[split]
@@ -179,7 +179,7 @@ def canvases(tokens, T):
 
 
 def canvas_len(name):
-    """How many tokens a canvas of the corpus data/NAME has. 0 if it is running text or not there."""
+    """How many tokens a canvas of the corpus data/NAME has, or 0 if the corpus has no canvases or is not there."""
     with suppress(Exception):
         state = json.loads((DATA / name / "meta.json").read_text())["tokenizer"]
         return tokenizer_from_state(state).canvas_len if state["kind"] == "picture" else 0
@@ -187,7 +187,7 @@ def canvas_len(name):
 
 
 def n_windows(split, T):
-    """How many windows of T tokens a split has, which is one per example, or one from each token of a text."""
+    """How many windows of T tokens a split has. Each example is one, and in running text one starts at each token."""
     return len(split.starts) if isinstance(split, Examples) else len(split) - T + 1
 
 
@@ -217,14 +217,14 @@ def random_windows(split, B, T, generator):
 
 
 def spaced_windows(split, T, n_tokens):
-    """Read about n_tokens in windows that are evenly spaced and don't overlap, as windows_at does."""
+    """Read windows that are evenly spaced and don't overlap, about n_tokens in all, as windows_at does."""
     count = max(1, min(n_tokens, len(split)) // T)
     places = np.linspace(0, n_windows(split, T) - 1, count).astype(np.int64)[:, None]
     return windows_at(split, places, T)
 
 
 def tokenizer_by_name(name):
-    """The tokenizer `bytes`, or `gpt2`, whose merges tiktoken downloads once, or that of a checkpoint's path."""
+    """The tokenizer called `bytes` or `gpt2` (tiktoken downloads that one once), or that of a checkpoint's path."""
     return tokenizer_and_template(name)[0]
 
 

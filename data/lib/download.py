@@ -31,7 +31,7 @@ class HttpsRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def download(url, path, sha256=None, instead="--file takes a copy of it", most=2**30):
-    """Download at most `most` bytes to path, if it isn't there. One that breaks off leaves NAME.part and goes on.
+    """Download at most `most` bytes to path, unless it exists. If it fails, NAME.part stays, and the next call resumes.
 
     instead: what else the user can do, for the sentence that says why the download failed.
     """
@@ -58,7 +58,7 @@ def download(url, path, sha256=None, instead="--file takes a copy of it", most=2
         if total and part.stat().st_size < total <= most:
             raise http.client.IncompleteRead(b"")
     except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) == 416 and done:  # .part is as long as the file, or longer: start again
+        if getattr(error, "code", None) == 416 and done:  # .part is at least as long as the file
             part.unlink()
             return download(url, path, sha256, instead, most)
         reason = getattr(error, "reason", type(error).__name__)

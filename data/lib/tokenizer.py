@@ -1,8 +1,8 @@
 """Turns text into token ids and back.
 
-A tokenizer has a `state`, a plain dict from which tokenizer_from_state makes it again; meta.json and every checkpoint
-carry it. Two tokenizers are the same if their states are. `special` has the ids that are not text, by name, such as
-`<mask>`. Training never masks these, and sampling never writes them.
+A tokenizer's `state` is a plain dict, which meta.json and every checkpoint carry; tokenizer_from_state restores it from
+that. Tokenizers are the same if their states are. `special` has the ids that are not text, such as that of `<mask>`.
+Training never masks these, and sampling never writes them.
 """
 
 import codecs
@@ -14,23 +14,22 @@ import tiktoken
 
 from data.lib.errors import Mistake
 
-# What special tokens become in decoded text. All others become nothing.
+# How special tokens look in decoded text. All others are left out.
 SHOWN = {"<mask>": "<mask>", "[MASK]": "<mask>", "[UNK]": "[UNK]", "<unk>": "<unk>"}
 SHOWN |= {"</s>": "\n", "[SEP]": "\n", "<|endoftext|>": "\n"}
 # A pixel is shown as its grey in a circle, from 0 to 50.
 GREYS = "".join(map(chr, [0x24EA, *range(0x2460, 0x2474), *range(0x3251, 0x3260), *range(0x32B1, 0x32C0)]))
-# The blocks that BERT takes for Chinese, which are ideographs without kana or hangul.
+# What BERT calls Chinese: ideographs, but no kana or hangul.
 CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
 
 
 class Tokenizer:
-    """A tokenizer whose tokens are byte strings.
+    """What all tokenizers share. special: the ids that are not text, by name. bytes_of: the bytes of each other id.
 
-    special: the ids that are not text, by name. bytes_of: the bytes of each id that is text.
-    kinds: if the place of a token on its canvas decides which tokens may stand there, (n, first id, last id + 1) for
-    each kind, which says that the next n tokens are of it. pixels: if there is a picture, where and how it is shown.
+    kinds: for a canvas whose places decide which tokens may stand there, a tuple for each stretch of places: how many
+    there are, the first id, and the last id + 1. pixels: for a picture, its first place, its width, and GREYS.
     """
 
     kinds, pixels = (), None
@@ -54,7 +53,7 @@ class Tokenizer:
         return len(text.encode())
 
     def encode_line(self, line):
-        """Encode a line that ends in a newline. Tokens that open and close a line replace it, if there are any."""
+        """Encode a line. If there are tokens that open and close a line, they replace its newline."""
         if self.bos_id is None or self.eos_id is None:
             return self.encode(line)
         return [self.bos_id, *self.encode(line.rstrip("\n")), self.eos_id]
@@ -103,9 +102,9 @@ class BPETokenizer(Tokenizer):
         super().__init__(special, dict(zip(self.ids, pieces)))
         ranks = {piece: i for i, piece in enumerate(pieces)}
         if len(ranks) < len(tokens) or not {bytes([i]) for i in range(256)} <= ranks.keys():
-            raise ValueError("its tokens are not all bytes and different others")
+            raise ValueError("its tokens repeat, or some of the 256 bytes are missing")
         if sorted([*self.ids, *special.values()]) != [*range(self.vocab_size)]:
-            raise ValueError("its ids are not the numbers from 0 on")
+            raise ValueError("its ids do not count up from 0")
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
@@ -118,17 +117,17 @@ class BPETokenizer(Tokenizer):
 
 
 class PictureTokenizer(Tokenizer):
-    """A canvas with a caption, which is `caption` letters of ASCII filled up with spaces, and a picture below it.
+    """A canvas of two kinds of tokens: a caption of ASCII letters, padded with spaces, and the pixels of a picture.
 
-    The picture is width * height pixels, row by row, with a token for each grey from 0 (white) to greys - 1. As text
-    the caption and each row is a line, and a pixel is one of GREYS. Text may also be a picture in plain PGM.
+    caption: how many letters it has. A pixel is a grey from 0 (white) to greys - 1, in rows from the top. In text the
+    caption and each row are lines, and a pixel is one of GREYS. A picture in plain PGM can be encoded, too.
     """
 
     def __init__(self, caption, width, height, greys):
         self.state = {"kind": "picture", "caption": caption, "width": width, "height": height, "greys": greys}
         sizes = all(type(n) is int and 1 <= n <= 1000 for n in (caption, width, height, greys))
         if not sizes or not 2 <= greys <= len(GREYS):
-            raise ValueError("its picture has no size that can be")
+            raise ValueError("its picture has no size that we can show")
         self.caption, self.width, self.height, self.greys = caption, width, height, GREYS[:greys]
         self.kinds = (caption, 32, 127), (width * height, 257, 257 + greys)
         self.pixels = {"first": caption, "columns": width, "greys": self.greys}
@@ -178,7 +177,7 @@ class WordPieceTokenizer(Tokenizer):
     """
 
     special_pattern = re.compile(r"</?s>|<(pad|unk|mask)>|\[(PAD|UNK|CLS|SEP|MASK|[Uu]nused ?\d*)\]")
-    # BERT takes these for spaces, and drops all other control characters.
+    # BERT splits at these, and drops all other control characters.
     space = re.compile(r"[\t\n\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
     def __init__(self, tokens, lowercase, strip_accents, split_chinese):
@@ -220,7 +219,7 @@ class WordPieceTokenizer(Tokenizer):
         return ascii_symbol or unicodedata.category(c)[0] == "P" or (self.state["split_chinese"] and CHINESE.match(c))
 
     def longest_matches(self, word):
-        """Take the longest token from the left, again and again. If none fits, the whole word is unknown."""
+        """Cut the longest token off the left, again and again. If none fits, the whole word is unknown."""
         if len(word) > 100:  # as in BERT
             return [self.unknown]
         ids, start = [], 0
@@ -236,7 +235,7 @@ class WordPieceTokenizer(Tokenizer):
 
 
 def tokenizer_from_state(state):
-    """The inverse of `.state`. Raises some error for a dict that is no tokenizer's state."""
+    """Make the tokenizer that has this state. Raises an error of some kind if the dict is no such state."""
     kinds = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer, "picture": PictureTokenizer}
     if not all(type(token) is str for token in state.get("tokens", [])):
         raise ValueError("its tokens are not texts")

@@ -1,7 +1,7 @@
 """The default corpus: the source of the Python standard library, which is on your machine already.
 
-Tests, vendored packages and generated tables are left out. The hash of a file's path decides its split, so no file is
-in both, and a file that is added later moves no other.
+Tests, vendored packages and generated tables are left out. The hash of a file's path decides its split, so a file stays
+in its split whatever the other files are.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class PrepareConfig:
 
 
 def source_files(root):
-    """Yield (path relative to root, text) of every file that a person wrote. A text that comes twice is left out."""
+    """Yield (path relative to root, text) for every file that a person wrote, and for no text twice."""
     seen = set()
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -49,7 +49,7 @@ def source_files(root):
 
 
 def split_of(path):
-    """A tenth of the paths are `val`, by their hash, and the others `train`."""
+    """The split of a file, by the hash of its path: `val` for a tenth of them, and `train` for the others."""
     return "val" if int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) < 0.1 * 16**8 else "train"
 
 

@@ -3,8 +3,8 @@
     What is 48769 + 956?     49725
     Reverse: qlwhtz          zthwlq
 
-No question comes twice, nor a sum with its terms exchanged, nor a word backwards. So no answer in the last tenth,
-which validates, can be learned from the rest.
+No question comes twice, not even with its terms swapped or its word reversed. So no question of the last tenth, which
+validates, is answered in the rest.
 """
 
 import json

@@ -22,7 +22,7 @@ class PrepareConfig:
 
 
 def texts_in(folder):
-    """Yield the UTF-8 files below a folder in order, without hidden ones. Others are reported on stderr."""
+    """Yield the files below a folder, in order, but not hidden ones or, with a note on stderr, those without UTF-8."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         if any(part.startswith(".") for part in file.relative_to(folder).parts):
             continue

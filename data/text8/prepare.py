@@ -3,8 +3,8 @@
     python data/text8/prepare.py            # data/text8: letters from a to z, and spaces
     python data/text8/prepare.py enwik8     # data/enwik8: with the markup
 
-The first 90 million train, the next 5 validate, and the last 5 are the test that papers report. With --test they
-validate instead, in a corpus for `train.py --eval_only` alone. A token is a byte.
+The first 90 million train, the next 5 validate, and the last 5 are the test that papers report. With --test the last 5
+validate instead, which is meant for `train.py --eval_only` alone. A token is a byte.
 """
 
 import sys
@@ -42,7 +42,7 @@ class PrepareConfig:
 
 
 def pieces(file, sizes, held_out):
-    """Yield (split, ids, number of bytes) of a file, a piece at a time. The held-out split validates."""
+    """Yield (split, ids, number of bytes) for a megabyte of the file at a time. The held_out split validates."""
     for split, size in sizes.items():
         while size and (piece := file.read(min(size, 2**20))):
             size -= len(piece)

@@ -3,8 +3,8 @@
     python data/wikitext/prepare.py                 # data/wikitext2, 11 MB
     python data/wikitext/prepare.py wikitext103     # 50 times the articles to train on, and the same to validate
 
-Blank lines are dropped. If the tokenizer has `<s>` and `</s>`, as RoBERTa's has, they stand around each line, and
-otherwise a newline ends it.
+Blank lines are dropped. If the tokenizer has `<s>` and `</s>`, as RoBERTa's does, they enclose each line. Otherwise a
+newline ends it.
 """
 
 import sys
@@ -36,7 +36,7 @@ class PrepareConfig:
 
 
 def lines(folder):
-    """Yield (split, line) for each line that is not blank. folder: a Path, or one in a zip."""
+    """Yield (split, line) for each line that isn't blank. folder: a Path, or a zipfile.Path."""
     for split, name in FILES.items():
         try:
             with (folder / name).open("r", encoding="utf-8", newline="\n") as file:
