@@ -110,11 +110,11 @@ def test_a_file_to_validate_with_is_taken_whole(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{", "not JSON"),
-        (b"[" * 10**5, "not JSON"),
+        (b"{", "not a conversation"),
+        (b"[" * 10**5, "not a conversation"),
         (b"3", "list of messages"),
         (b'{"text": "a"}', "list of messages"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "not a conversation"),
         (b'[{"role": "user", "content": "a"}]', "the assistant says nothing"),
         (b'[{"role": "user", "content": "a\\u0002"}]', "the template takes"),
     ],

@@ -39,10 +39,8 @@ def conversations(path, chat):
                 chat.check(messages)
                 if not any(message["role"] == "assistant" for message in messages):
                     raise Mistake("the assistant says nothing in it")
-            except Mistake as mistake:
-                raise Mistake(f"{path}:{number}: {mistake}") from None
-            except (ValueError, RecursionError) as error:
-                raise Mistake(f"{path}:{number}: not JSON in UTF-8 ({str(error)[:100]})") from None
+            except (ValueError, RecursionError) as error:  # a Mistake is a ValueError
+                raise Mistake(f"{path}:{number}: not a conversation ({str(error)[:200]})") from None
             yield messages
 
 

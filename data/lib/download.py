@@ -13,11 +13,7 @@ from data.lib.errors import Mistake
 
 def check_sha256(path, sha256):
     """Raise Mistake unless a file has this sha256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if (found := digest.hexdigest()) != sha256:
+    if (found := hashlib.sha256(Path(path).read_bytes()).hexdigest()) != sha256:
         raise Mistake(f"{path}: its sha256 is {found}, but {sha256} was expected; get another copy")
 
 
