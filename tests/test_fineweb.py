@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import tiktoken
-from fuzz import MERGES, write_shard
 from model_files import save_weights
 from test_gpt2 import write_gpt2
 
@@ -35,6 +34,14 @@ def gpt2(tmp_path):
     config = ModelConfig(260, 259, n_layer=1, n_head=1, n_embd=16, context=16)
     save_checkpoint(tmp_path / "gpt2.pt", Transformer(config), tokenizer)
     return tmp_path / "gpt2.pt"
+
+
+def write_shard(path, ids):
+    path.write_bytes(header(20240520, 1, len(ids)) + np.array(ids, "<u2").tobytes())
+
+
+def header(magic, version, n):
+    return np.array([magic, version, n] + [0] * 253, "<i4").tobytes()
 
 
 TEXTS = {"val_000000": "in the beginning", "train_000001": "naïve — 漢字 " * 50, "train_000002": "the third"}
@@ -75,7 +82,7 @@ def test_a_long_shard_is_read_in_pieces_and_kept_whole(gpt2, shards, run):
 
 def test_the_tokenizer_made_of_tiktoken_s_is_that_of_gpt2_s_files(run, tmp_path, monkeypatch):
     """So that a GPT-2 that was read from its files goes on with this corpus."""
-    model = write_gpt2(tmp_path / "gpt2", MERGES)
+    model = write_gpt2(tmp_path / "gpt2", ["t h", "th e", "Ġ a", "i n"])
     save_weights(tmp_path / "gpt2", model.state_dict())
     run(tmp_path / "gpt2", "--out", tmp_path / "theirs.pt", main=gpt2_prepare.main)
     theirs = load_checkpoint(tmp_path / "theirs.pt")[1]
@@ -85,10 +92,6 @@ def test_the_tokenizer_made_of_tiktoken_s_is_that_of_gpt2_s_files(run, tmp_path,
     fake = tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
     assert fineweb.gpt2_tokenizer().state == theirs.state
-
-
-def header(magic, version, n):
-    return np.array([magic, version, n] + [0] * 253, "<i4").tobytes()
 
 
 WHOLE = "not a whole shard"
