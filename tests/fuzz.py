@@ -8,7 +8,6 @@ that the file does not hold. test_fuzz.py runs some of them. A case is known by 
 
 import contextlib
 import functools
-import gzip
 import hashlib
 import io
 import json
@@ -35,11 +34,10 @@ import data.gpt2.prepare
 import data.lib.corpus
 import data.llada.prepare
 import data.mdlm.prepare
-import data.mnist.prepare
 import data.roberta.prepare
 import data.text.prepare
 import data.text8.prepare
-import data.wikitext2.prepare
+import data.wikitext.prepare
 import sample
 import train
 from data.lib.chat import BYTES
@@ -209,16 +207,9 @@ def corpus(good, folder, rng):
 
 
 def examples(good, folder, rng):
-    """A corpus of prompts and answers; half of those whose index differs say that it should."""
+    """A corpus of prompts and answers."""
     talk = Path(shutil.copytree(good / "data" / "talk", folder / "data" / "talk"))
     damage_one(talk, rng, ["train.bin", "val.rows", "train.rows", "meta.json", "meta.json"])
-    if rng.random() < 0.5:
-        with contextlib.suppress(Exception):
-            meta = json.loads((talk / "meta.json").read_text())
-            for split in ("train", "val"):
-                rows = (talk / f"{split}.rows").read_bytes()
-                meta[split] |= {"examples": len(rows) // 16, "rows_sha256": hashlib.sha256(rows).hexdigest()}
-            (talk / "meta.json").write_text(json.dumps(meta))
     data.lib.corpus.DATA = folder / "data"
     flags = ["--eval_only", "--init_from", good / "talk.pt", "--data", "talk", "--eval_tokens", "64"]
     return train.main, flags, None
@@ -304,10 +295,11 @@ def prompt(good, folder, rng):
     return sample.main, ["--ckpt", good / name, "--dtype", "float32", *more, *given], None
 
 
-def archive(good, folder, rng):
+def wikitext(good, folder, rng):
     data.lib.corpus.DATA = folder / "data"
-    (folder / "x.zip").write_bytes(damage((good / "wiki.zip").read_bytes(), rng))
-    return data.wikitext2.prepare.main, ["--file", folder / "x.zip", "--name", "w"], None
+    for name in ("wiki.train.raw", "wiki.valid.raw"):
+        (folder / name).write_bytes(damage((good / "book.txt").read_bytes(), rng))
+    return data.wikitext.prepare.main, ["--file", folder, "--name", "w"], None
 
 
 def text8(good, folder, rng):
@@ -321,24 +313,9 @@ def text8(good, folder, rng):
         assert bytes([*train_split, *val]) == whole[:-100]
 
     sizes = {"train": len(whole) - 200, "val": 100, "test": 100}
-    main = functools.partial(data.text8.prepare.main, sha256=hashlib.sha256(whole).hexdigest(), sizes=sizes)
+    sums = {name: hashlib.sha256((good / name).read_bytes()).hexdigest() for name in ("text8", "text8.zip")}
+    main = functools.partial(data.text8.prepare.main, sha256=sums, sizes=sizes)
     return main, ["--file", folder / name, "--name", "t"], correct
-
-
-def mnist(good, folder, rng):
-    """Files whose sums are as expected, and what is in them is not."""
-    data.lib.corpus.DATA, sums = folder / "data", {}
-    for split, names in data.mnist.prepare.FILES.items():
-        sums[split] = {}
-        for name in names:
-            content = (good / "mnist" / name).read_bytes()
-            if rng.random() < 0.3:
-                content = gzip.compress(damage(gzip.decompress(content), rng))
-            content = damage(content, rng) if rng.random() < 0.2 else content
-            (folder / name).write_bytes(content)
-            sums[split][name] = hashlib.sha256(content).hexdigest()
-    main = functools.partial(data.mnist.prepare.main, files=sums)
-    return main, ["--dir", folder, "--name", "m"], lambda: data.lib.corpus.load_corpus("m")
 
 
 def shard(good, folder, rng):
@@ -381,9 +358,8 @@ READERS = {
     "mdlm": weights("mdlm", data.mdlm.prepare),
     "llada": weights("llada", data.llada.prepare),
     "prompt": prompt,
-    "archive": archive,
+    "wikitext": wikitext,
     "text8": text8,
-    "mnist": mnist,
     "shard": shard,
     "text": text,
 }
@@ -397,23 +373,6 @@ def write_shard(path, ids):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(ids)
     path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
-
-
-def write_mnist(folder, n):
-    """Four files of MNIST's form, of n random pictures each; the arrays of each split."""
-    folder.mkdir(exist_ok=True)
-    rng, content = np.random.default_rng(0), {}
-    for split, names in data.mnist.prepare.FILES.items():
-        content[split] = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
-        for name, array in zip(names, content[split]):
-            (folder / name).write_bytes(idx(array))
-    return content
-
-
-def idx(array):
-    """An array as a gzipped IDX file."""
-    header = np.array([0x800 + array.ndim, *array.shape], ">u4")
-    return gzip.compress(header.tobytes() + array.tobytes(), mtime=0)
 
 
 def make_good(good):
@@ -455,7 +414,6 @@ def make_good(good):
     pictures = [("train", canvas.canvas("ab", [i % 5] * 6), 10) for i in range(20)]
     with contextlib.redirect_stdout(None):
         data.lib.corpus.write_tokens("pictures", [*pictures, ("val", *pictures[0][1:])], canvas, "made")
-    write_mnist(good / "mnist", 3)
     (good / "shards").mkdir()
     for name in ("val_000000", "train_000001"):
         write_shard(good / "shards" / f"fineweb_{name}.bin", [len(tokens), *bpe.encode(lines[:600])])
@@ -468,9 +426,6 @@ def make_good(good):
     small = {"width": 16, "layers": 1, "heads": 2}
     write_files(good / "mdlm", settings_of(**small), None, MERGES)
     write_llada(good / "llada", make_tokenizer(lines, 20), **small, inside=16)
-    with zipfile.ZipFile(good / "wiki.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for name in ("wiki.train.raw", "wiki.valid.raw"):
-            file.writestr(name, lines)
     shutil.copy(good / "book.txt", good / "text8")
     with zipfile.ZipFile(good / "text8.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("text8", lines)

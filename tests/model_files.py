@@ -17,7 +17,7 @@ import data.lib.checkpoint
 import data.lib.corpus
 import data.text.prepare as text_prepare
 import data.weights.hub
-import data.wikitext2.prepare as wikitext_prepare
+import data.wikitext.prepare as wikitext_prepare
 import sample
 import train
 from data.lib.errors import command
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 FIRST = ("<s>", "<pad>", "</s>", "<unk>")
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS]
+PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
 
 def shape(width, layers, heads, inside, positions=26):

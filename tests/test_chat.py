@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_data import GPT2_PATTERN
+from test_tokenizers import GPT2_PATTERN
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data.chat.prepare

@@ -150,7 +150,7 @@ def parse(config_class, description):
         elif field.default is dataclasses.MISSING:
             parser.add_argument(field.name, help=text, **options)
         else:
-            parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help=text, **options)
+            parser.add_argument(field.name, nargs="?", default=field.default, help=text, **options)
     given = vars(parser.parse_args())
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):

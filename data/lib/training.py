@@ -48,8 +48,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # for batches, levels and holes
         self.corpus = [meta[split]["sha256"] for split in SPLITS] if meta else []
-        if meta and "chat" in meta:
-            self.corpus += [meta[split]["rows_sha256"] for split in SPLITS]
         self.template = template
         self.step, self.minutes, self.best = 0, 0.0, math.inf
         # What the bound in nats that chooses ckpt.pt, `best`, was measured with. A spindle has none of its own.
