@@ -1,53 +1,39 @@
-"""BERT's and RoBERTa's network (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper
-head.
-"""
+"""BERT and RoBERTa (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper head."""
 
+import json
+import re
 from dataclasses import dataclass
 
 import torch.nn as nn
 
+from data.lib.errors import Mistake
 from data.lib.kernels import Linear
-from data.weights.parts import (
-    ACTIVATIONS,
-    BiasedLayer,
-    PositionsConfig,
-    UnplacedAttention,
-    WithPositions,
-    norm,
-)
+from data.lib.tokenizer import BPETokenizer
+from data.weights import hub, vocabulary
+from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
 
 
 @dataclass
 class BertConfig(PositionsConfig):
-    token_types: int = 2  # rows of a table, the first of which is added to every token
-    head_activation: str = "gelu"  # of the layer before the head's matrix
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.token_types < 1:
-            raise ValueError("token_types must be at least 1")
+    token_types: int = 2  # rows of a table whose first row is added to every token
+    head_activation: str = "gelu"
 
 
-class BertLayer(BiasedLayer):
-    Attention = UnplacedAttention
-
+class BertLayer(PublishedLayer):
     def forward(self, x, layout):
-        attention = self.dropout(self.attention(x, layout))
-        x = self.attention_norm(x[:, layout.first :] + attention)
+        x = self.attention_norm(x[:, layout.first :] + self.dropout(self.attention(x, layout)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
-class Network(WithPositions):
-    family, Config, Layer = "bert", BertConfig, BertLayer
+class Network(Published):
+    family, Config, Layer, head_bias = "bert", BertConfig, BertLayer, True
 
     def __init__(self, config):
         super().__init__(config)
         self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
-        self.embedding_norm, self.final_norm = norm(config), nn.Identity()
-        self.transform, self.transform_norm = Linear(config.n_embd, config.n_embd), norm(config)
+        self.embedding_norm, self.transform_norm = (nn.LayerNorm(config.n_embd, config.norm_eps) for _ in range(2))
+        self.transform, self.final_norm = Linear(config.n_embd, config.n_embd), nn.Identity()
         self.head_activation = ACTIVATIONS[config.head_activation]
-        self.head = Linear(config.n_embd, config.vocab_size)
-        self.tie()
         self.apply(self.init_weights)
 
     def embed(self, tokens, positions):
@@ -55,5 +41,96 @@ class Network(WithPositions):
         return self.dropout(self.embedding_norm(x + self.type_embedding.weight[0]))
 
     def unembed(self, x, positions):
-        x = self.transform_norm(self.head_activation(self.transform(x)))
-        return super().unembed(x, positions)
+        return super().unembed(self.transform_norm(self.head_activation(self.transform(x))), positions)
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+KINDS = "roberta", "bert"
+FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
+REPOSITORIES = {
+    "roberta-base": {"FacebookAI/roberta-base": FILES},
+    "roberta-large": {"FacebookAI/roberta-large": FILES},
+    "distilroberta-base": {"distilbert/distilroberta-base": FILES},
+}
+SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+SETTINGS |= {"n_embd": "hidden_size", "mlp_width": "intermediate_size", "token_types": "type_vocab_size"}
+SETTINGS |= {"activation": "hidden_act", "dropout": "hidden_dropout_prob", "norm_eps": "layer_norm_eps"}
+REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False}
+NAMES = {
+    "embeddings.word_embeddings": "token_embedding",
+    "embeddings.position_embeddings": "position_embedding",
+    "embeddings.token_type_embeddings": "type_embedding",
+    "embeddings.LayerNorm": "embedding_norm",
+    "attention.self.query": "attention.query",
+    "attention.self.key": "attention.key",
+    "attention.self.value": "attention.value",
+    "attention.output.dense": "attention.out",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "mlp.up",
+    "output.dense": "mlp.down",
+    "output.LayerNorm": "mlp_norm",
+}
+ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
+BERT_HEAD = {
+    "cls.predictions.transform.dense": "transform",
+    "cls.predictions.transform.LayerNorm": "transform_norm",
+    "cls.predictions.decoder": "head",
+}
+IGNORED = re.compile(r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids")
+
+
+def our_name(name):
+    name = re.sub(r"^(roberta|bert)\.", "", name)
+    name = re.sub("gamma$", "weight", re.sub("beta$", "bias", name))  # TensorFlow's names of a norm's tensors
+    return hub.renamed(name, NAMES | ROBERTA_HEAD | BERT_HEAD, "encoder.layer", "layers")
+
+
+def convert(folder):
+    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
+    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
+    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    for name in ("lm_head.bias", "cls.predictions.bias"):  # the head's again, and not used if they differ
+        if name in tensors:
+            tensors.setdefault("head.bias", tensors.pop(name))
+    if theirs["model_type"] == "roberta":
+        tokenizer = vocabulary.bpe_tokenizer(folder, *vocabulary.read_bpe(folder), theirs["vocab_size"])
+        first_position, head_activation = theirs["pad_token_id"] + 1, "gelu"
+    else:
+        tokenizer = vocabulary.read_wordpiece(folder, theirs["vocab_size"])
+        first_position, head_activation = 0, settings["activation"]
+    config = BertConfig(
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        context=theirs["max_position_embeddings"] - first_position,
+        first_position=first_position,
+        head_activation=head_activation,
+        tied=theirs.get("tie_word_embeddings", True) and hub.tie(tensors),
+        **settings,
+    )
+    return hub.load(Network, config, tensors), tokenizer, unused, {}
+
+
+def export(path, model, tokenizer):
+    """Text files by name, and tensors, of a RoBERTa or BERT in the hub's layout."""
+    config = model.config
+    if config.block is not None or config.shift_id is not None:
+        raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
+    roberta = isinstance(tokenizer, BPETokenizer)
+    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()} | {
+        "model_type": "roberta" if roberta else "bert",
+        "architectures": ["RobertaForMaskedLM" if roberta else "BertForMaskedLM"],
+        "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.first_position + config.context,
+        "tie_word_embeddings": config.tied,
+        "pad_token_id": config.first_position - 1 if roberta else tokenizer.first("[PAD]"),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    names = {ours: their for their, ours in (NAMES | (ROBERTA_HEAD if roberta else BERT_HEAD)).items()}
+    tensors = {"lm_head.bias" if roberta else "cls.predictions.bias": model.head.bias.data}  # the head's again
+    for name, tensor in model.state_dict().items():
+        their = hub.renamed(name, names, "layers", "encoder.layer")
+        tensors[their if their.startswith(("lm_head.", "cls.")) else f"{theirs['model_type']}.{their}"] = tensor
+    texts = vocabulary.bpe_texts(tokenizer) if roberta else vocabulary.wordpiece_texts(tokenizer)
+    return {"config.json": json.dumps(theirs, indent=2), **texts}, tensors

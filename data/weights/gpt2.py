@@ -1,19 +1,133 @@
-"""GPT-2's network, and DiffuGPT's (2410.17891), which is the same one opened: biases and a table of
-positions.
-"""
+"""GPT-2, and DiffuGPT (2410.17891), which is GPT-2 with its attention opened: biases and a table of positions."""
 
-from data.weights.parts import BiasedLayer, PositionsConfig, UnplacedAttention, WithPositions, norm
+import json
+import re
+
+import torch
+
+from data.lib.errors import Mistake
+from data.weights import hub, vocabulary
+from data.weights.parts import PositionsConfig, Published
 
 
-class GPT2Layer(BiasedLayer):
-    Attention = UnplacedAttention
+class Network(Published):
+    family, Config = "gpt2", PositionsConfig
 
 
-class Network(WithPositions):
-    family, Config, Layer = "gpt2", PositionsConfig, GPT2Layer
+# --- conversion ----------------------------------------------------------------------------------
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.final_norm = norm(config)
-        self.tie()
-        self.apply(self.init_weights)
+KINDS = ("gpt2",)
+FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
+REPOSITORIES = {name: {f"openai-community/{name}": FILES} for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+REPOSITORIES["distilgpt2"] = {"distilbert/distilgpt2": FILES}
+OPENED_FILES = *FILES[:3], "model.safetensors"
+REPOSITORIES |= {name: {f"diffusionfamily/{name}": OPENED_FILES} for name in ("diffugpt-s", "diffugpt-m")}
+START = "<|endoftext|>"  # ends one text and begins the next
+SMALL_MASK = 10541  # the token that became the mask of diffugpt-s: twelve dashes
+SETTINGS = {"context": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
+SETTINGS |= {"activation": "activation_function", "dropout": "resid_pdrop", "norm_eps": "layer_norm_epsilon"}
+REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+NAMES = {
+    "wte": "token_embedding",
+    "embed_tokens": "opened_embedding",  # in a DiffuGPT
+    "wpe": "position_embedding",
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.all",
+    "attn.c_proj": "attention.out",
+    "ln_2": "mlp_norm",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+    "ln_f": "final_norm",
+    "lm_head": "head",
+}
+TABLES = "token_embedding.weight", "head.weight"  # a row for each token
+IGNORED = re.compile(r"score\.|classifier\.|multiple_choice_head\.|qa_outputs\.|h\.\d+\.attn\.(masked_)?bias$")
+
+
+def our_name(name):
+    return hub.renamed(re.sub(r"^(transformer|denoise_model)\.", "", name), NAMES, "h", "layers")
+
+
+def transposed(tensors):
+    """The tensors with the layers' matrices the other way round: theirs are (in, out)."""
+    return {name: tensor.t().contiguous() if name.startswith("layers.") else tensor for name, tensor in tensors.items()}
+
+
+def with_mask(table):
+    """A table (V, C) with a row for `<mask>`. A GPT never reads it; to train it opened, the mean is a neutral start."""
+    return torch.cat((table, table.float().mean(0, keepdim=True).type_as(table)))
+
+
+def read_tokenizer(folder, n_rows):
+    """GPT-2's tokens, with `<mask>` as the last of n_rows."""
+    text, special = vocabulary.read_bpe(folder)
+    if START not in special:
+        raise Mistake(f"{folder}: its vocabulary has no {START}, which GPT-2 reads before a text")
+    return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": n_rows - 1}, n_rows)
+
+
+def read_opened_tokenizer(folder, n_rows):
+    """A DiffuGPT's tokens: its mask is the row after GPT-2's tokens or, if there is none, one of these tokens."""
+    text, special = vocabulary.read_bpe(folder)
+    n = len(text) + 1
+    special = {START: special[START], "<mask>": n if n_rows > n else SMALL_MASK}
+    text = {token: i for token, i in text.items() if i != special["<mask>"]}  # shorter tokens write it
+    return vocabulary.bpe_tokenizer(folder, text, special, n_rows)
+
+
+def convert(folder):
+    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
+    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
+    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    opened = "opened_embedding.weight" in tensors
+    if opened:
+        tensors["token_embedding.weight"] = tensors.pop("opened_embedding.weight")
+        settings["context"] -= 1  # the last token is read at a position of its own
+        tokenizer = read_opened_tokenizer(folder, len(tensors["token_embedding.weight"]))
+    else:
+        tokenizer = read_tokenizer(folder, theirs["vocab_size"] + 1)
+    tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
+    if not opened:
+        tensors |= {name: with_mask(tensors[name]) for name in TABLES}
+    tensors = transposed(tensors)
+    hub.split_attention(tensors)
+    config = Network.Config(
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        block=None if opened else 1,
+        shift_id=tokenizer.first(START),
+        mlp_width=theirs.get("n_inner") or 0,
+        tied=tied,
+        **settings,
+    )
+    unused = [name for name in unused if not name.startswith("h.")]  # constants of the attention, in old files
+    return hub.load(Network, config, tensors), tokenizer, unused, {}
+
+
+def export(path, model, tokenizer):
+    """Text files by name, and tensors, of a GPT-2 in the hub's layout: without the row of `<mask>`."""
+    config = model.config
+    if config.block != 1:
+        raise Mistake(f"{path}: it was trained with another attention, so it is not a GPT-2 any more")
+    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()} | {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size - 1,
+        "n_inner": config.mlp_width or None,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.shift_id,
+        "eos_token_id": config.shift_id,
+    }
+    ours = model.state_dict()
+    ours |= {name: ours[name][:-1].clone() for name in TABLES}
+    if config.tied:
+        del ours["head.weight"]
+    hub.join_attention(ours)
+    names, tensors = {field: their for their, field in NAMES.items()}, {}
+    for name, tensor in transposed(ours).items():
+        their = hub.renamed(name, names, "layers", "h")
+        tensors[their if their == "lm_head.weight" else f"transformer.{their}"] = tensor
+    return {"config.json": json.dumps(theirs, indent=2), **vocabulary.bpe_texts(tokenizer, ["<mask>"])}, tensors

@@ -1,14 +1,14 @@
-"""LLaDA's network (2502.09992), which is Llama's with open attention: RMSNorm, a gated MLP, shared keys and
-values.
-"""
+"""LLaDA (2502.09992), which is Llama with open attention: RMSNorm, a gated MLP, shared keys and values."""
 
+import re
 from dataclasses import dataclass
 
 import torch.nn as nn
 
 from data.lib.kernels import Linear
-from data.weights.parts import BiasedMLP, Published, PublishedConfig
-from model import Attention, Layer, rotary_angles
+from data.weights import hub, vocabulary
+from data.weights.parts import BiasedMLP, Published, PublishedConfig, PublishedLayer
+from model import Attention, rotary_angles
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LladaAttention(Attention):
 
 
 class LladaMLP(BiasedMLP):
-    """One hidden layer times another one without an activation (GLU, 2002.05202)."""
+    """An MLP whose hidden layer is multiplied by another one (GLU, 2002.05202), without biases."""
 
     def __init__(self, config):
         super().__init__(config, bias=False)
@@ -42,26 +42,83 @@ class LladaMLP(BiasedMLP):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-def norm(config):
-    return nn.RMSNorm(config.n_embd, config.norm_eps)  # 1910.07467
-
-
-class LladaLayer(Layer):
-    def __init__(self, config):
-        super().__init__(config)
-        self.attention, self.mlp = LladaAttention(config), LladaMLP(config)
-        self.attention_norm, self.mlp_norm = norm(config), norm(config)
+class LladaLayer(PublishedLayer):
+    Attention, MLP, Norm = LladaAttention, LladaMLP, nn.RMSNorm  # 1910.07467
 
 
 class Network(Published):
     family, Config, Layer = "llada", LladaConfig, LladaLayer
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.final_norm = norm(config)
-        self.tie()
-        self.apply(self.init_weights)
-
     def angles(self, positions):
-        D = self.config.n_embd // self.config.n_head
-        return rotary_angles(positions, D, self.config.rope_base)
+        return rotary_angles(positions, self.config.n_embd // self.config.n_head, self.config.rope_base)
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+KINDS = ("llada",)
+FILES = "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"
+REPOSITORIES = {f"llada-{name}".lower(): {f"GSAI-ML/LLaDA-{name}": FILES} for name in ("8B-Base", "8B-Instruct", "1.5")}
+SETTINGS = {"vocab_size": "embedding_size", "context": "max_sequence_length", "n_embd": "d_model"}
+SETTINGS |= {"n_layer": "n_layers", "n_head": "n_heads", "n_kv_head": "n_kv_heads", "mlp_width": "mlp_hidden_size"}
+SETTINGS |= {"activation": "activation_type", "dropout": "residual_dropout", "norm_eps": "rms_norm_eps"}
+SETTINGS |= {"rope_base": "rope_theta", "mask_id": "mask_token_id"}
+REQUIRED = {"block_type": "llama", "layer_norm_type": "rms", "rope": True, "alibi": False}
+REQUIRED |= {"input_emb_norm": False, "scale_logits": False}
+NAMES = {
+    "wte": "token_embedding",
+    "attn_norm": "attention_norm",
+    "q_proj": "attention.query",
+    "k_proj": "attention.key",
+    "v_proj": "attention.value",
+    "attn_out": "attention.out",
+    "ff_norm": "mlp_norm",
+    "ff_proj": "mlp.gate",
+    "up_proj": "mlp.up",
+    "ff_out": "mlp.down",
+    "ln_f": "final_norm",
+}
+IGNORED = re.compile(r"rotary_emb\.")
+# How Llama 3's template writes a turn, as Jinja, and as data/lib/chat.py has it.
+JINJA_TURN = (
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>'"
+)
+TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
+
+
+def our_name(name):
+    name = name.removeprefix("model.").removeprefix("transformer.")
+    return "head.weight" if name == "ff_out.weight" else hub.renamed(name, NAMES, "blocks", "layers")
+
+
+def read_chat(folder):
+    """Of tokenizer_config.json, what the checkpoint takes for data/lib/chat.py, and what it can't use."""
+    settings = hub.read_json(folder / "tokenizer_config.json")
+    template, opening = settings.get("chat_template"), settings.get("bos_token")
+    if template is None:
+        return {}, []
+    if JINJA_TURN not in template.replace("\\n", "\n"):
+        return {}, ["the chat_template, which is not LLaDA's"]
+    opening = opening["content"] if isinstance(opening, dict) else opening
+    return {"chat": {"opening": opening, "turn": TURN, "end": "<|endoftext|>"}}, []
+
+
+def read_tokenizer(folder, mask_id, n_rows):
+    text, special, pattern = vocabulary.read_tokenizer_json(folder)
+    special = {name.replace("[CLS]", "<|CLS|>"): i for name, i in special.items() if i != mask_id}  # opens no line
+    return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows, pattern)
+
+
+def convert(folder):
+    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
+    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
+    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    tokenizer = read_tokenizer(folder, settings["mask_id"], settings["vocab_size"])
+    ends = [tokenizer.special.get(name) for name in ("<|endoftext|>", "<|eot_id|>")]  # learned, so they are written
+    config = Network.Config(
+        special_ids=tuple(i for i in tokenizer.special_ids if i not in ends),
+        end_ids=tuple(i for i in ends if i is not None),
+        tied=theirs.get("weight_tying", False) and hub.tie(tensors),
+        **settings,
+    )
+    chat, not_used = read_chat(folder)
+    return hub.load(Network, config, tensors), tokenizer, unused + not_used, chat
