@@ -17,13 +17,12 @@ import pytest
 import tiktoken
 import torch
 from fuzz import MERGES, write_shard
-from model_files import save_weights
-from test_gpt2 import write_gpt2
+from model_files import save_weights, write_gpt2
 
 import data.fineweb.prepare as fineweb
-import data.gpt2.prepare as gpt2_prepare
 import data.lib.corpus
 import data.text8.prepare as text8
+import data.weights.prepare
 import train
 from data.lib.checkpoint import read_checkpoint
 from data.lib.corpus import id_type, load_corpus, write_corpus, write_tokens
@@ -199,7 +198,7 @@ def gpt2(run, tmp_path):
     folder = tmp_path / "gpt2"
     model = write_gpt2(folder, MERGES)
     save_weights(folder, model.state_dict())
-    run(folder, "--out", tmp_path / "gpt2.pt", main=gpt2_prepare.main)
+    run(folder, "--out", tmp_path / "gpt2.pt", main=data.weights.prepare.main)
     return tmp_path / "gpt2.pt"
 
 

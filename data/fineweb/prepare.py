@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.gpt2.prepare import START
 from data.lib.corpus import DATA, tokenizer_by_name, write_tokens
 from data.lib.download import download
 from data.lib.errors import Mistake, command
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import BPETokenizer
 from data.weights import hub
+from data.weights.gpt2 import START
 
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
 MAGIC, VERSION = 20240520, 1

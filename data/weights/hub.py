@@ -133,7 +133,7 @@ def read_safetensors(path):
     """The same for safetensors: 8 bytes with the length of a JSON header, the header, and the tensors' bytes."""
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(n, MOST_TEXT)))
+        header = json.loads(file.read(min(n, MOST_TEXT, path.stat().st_size)))
     content = np.memmap(path, np.uint8, "c")[8 + n :]  # copy on write, but we never write
     tensors = {}
     for name, info in header.items():

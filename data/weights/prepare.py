@@ -68,7 +68,8 @@ def main():
     except Mistake:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise Mistake(f"{folder}: these files don't make a model ({str(error)[:300]})") from None
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise Mistake(f"{folder}: these files don't make a model ({reason})") from None
     out = Path(config.out or home / f"{folder.resolve().name}.pt")
     save_checkpoint(out, model, tokenizer, **more)
     if unused:
