@@ -113,12 +113,17 @@ def read_tensors(path):
     """The tensors by name in a file of torch.save or safetensors, memory-mapped."""
     try:
         if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        if zipfile.is_zipfile(path):
-            return dict(read_archive(path).items())
-        with warnings.catch_warnings():  # about files that aren't torch's, which the error below says
-            warnings.simplefilter("ignore")
-            return dict(torch.load(path, map_location="cpu", weights_only=True).items())  # from before torch 1.6
+            tensors = read_safetensors(path)
+        elif zipfile.is_zipfile(path):
+            tensors = read_archive(path)
+        else:  # written before torch 1.6
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about files that aren't torch's, which raise an error too
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:  # tied ones may be there twice
+            raise ValueError("its tensors overlap")
+        return tensors
     except Exception as error:  # torch raises a different one for every way to be broken
         reason = f"{type(error).__name__}: {str(error)[:120]}"
         raise Mistake(f"{path}: truncated, or not a file of weights ({reason})") from None
@@ -140,8 +145,6 @@ def read_safetensors(path):
         if name != "__metadata__":
             begin, end = info["data_offsets"]
             tensors[name] = torch.from_numpy(content[begin:end]).view(DTYPES[info["dtype"]]).view(info["shape"])
-    if sum(tensor.nbytes for tensor in tensors.values()) > len(content):
-        raise ValueError("its tensors overlap")
     return tensors
 
 
