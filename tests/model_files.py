@@ -463,8 +463,6 @@ def write_llada(folder, tokenizer, **settings):
     model, tensors = random_llama(settings)
     (folder / "config.json").write_text(json.dumps(settings))
     tokenizer.save(str(folder / "tokenizer.json"))
-    chat = {"chat_template": LLADA_TEMPLATE, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(chat))
     save_shards(folder, tensors)
     return model, tensors
 

@@ -167,14 +167,12 @@ def test_files_become_a_checkpoint_that_samples_scores_and_shows(llada, original
 def test_a_conversation_is_that_of_the_reference_token_for_token(their_tokenizer, llada):
     """Its turns, and what opens the reply."""
     _, tokenizer = read_tokenizer(llada)
-    more, unused = data.weights.llada.read_chat(llada)
-    assert unused == []
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=their_tokenizer, bos_token="<|startoftext|>")
     theirs.chat_template = LLADA_TEMPLATE
     turns = [("user", " What is 2 + 2? "), ("assistant", "4."), ("user", "And 3?\n")]
     messages = [{"role": role, "content": content} for role, content in turns]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert Chat(more["chat"], tokenizer).prompt(messages) == expected
+    assert Chat(data.weights.llada.CHAT, tokenizer).prompt(messages) == expected
 
 
 def test_chat_prints_the_reply_alone_up_to_the_end_of_its_turn(llada, original, run, tmp_path, capsys):
@@ -196,11 +194,13 @@ def test_chat_prints_the_reply_alone_up_to_the_end_of_its_turn(llada, original, 
     assert capsys.readouterr().out == "\n"  # whatever is written ends it
 
 
-def test_another_template_is_not_used_and_that_is_said(llada, run, tmp_path, capsys):
-    edit(llada / "tokenizer_config.json", chat_template="{{ messages }}")
+def test_without_the_tokens_of_a_turn_there_is_no_conversation(llada, run, tmp_path):
+    path = llada / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|eot_id|>", "<|other|>"))
     run(llada, "--out", tmp_path / "llada.pt")
-    assert "not used: the chat_template" in capsys.readouterr().out
-    assert "chat" not in load_checkpoint(tmp_path / "llada.pt")[2]
+    model, tokenizer, checkpoint = load_checkpoint(tmp_path / "llada.pt")
+    assert "chat" not in checkpoint
+    assert model.config.end_ids == (tokenizer.special["<|endoftext|>"],)
 
 
 def test_a_checkpoint_has_the_files_dtype_and_loads_in_it_without_a_copy(llada, original, run, tmp_path):

@@ -48,89 +48,62 @@ class Network(Published):
 
 KINDS = "roberta", "bert"
 FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
-REPOSITORIES = {
-    "roberta-base": {"FacebookAI/roberta-base": FILES},
-    "roberta-large": {"FacebookAI/roberta-large": FILES},
-    "distilroberta-base": {"distilbert/distilroberta-base": FILES},
-}
+REPOSITORIES = {name: {f"FacebookAI/{name}": FILES} for name in ("roberta-base", "roberta-large")}
+REPOSITORIES["distilroberta-base"] = {"distilbert/distilroberta-base": FILES}
 SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 SETTINGS |= {"n_embd": "hidden_size", "mlp_width": "intermediate_size", "token_types": "type_vocab_size"}
 SETTINGS |= {"activation": "hidden_act", "dropout": "hidden_dropout_prob", "norm_eps": "layer_norm_eps"}
 REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False}
-NAMES = {
-    "embeddings.word_embeddings": "token_embedding",
-    "embeddings.position_embeddings": "position_embedding",
-    "embeddings.token_type_embeddings": "type_embedding",
-    "embeddings.LayerNorm": "embedding_norm",
-    "attention.self.query": "attention.query",
-    "attention.self.key": "attention.key",
-    "attention.self.value": "attention.value",
-    "attention.output.dense": "attention.out",
-    "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "mlp.up",
-    "output.dense": "mlp.down",
-    "output.LayerNorm": "mlp_norm",
-}
+NAMES = {"embeddings.word_embeddings": "token_embedding", "embeddings.position_embeddings": "position_embedding"}
+NAMES |= {"embeddings.token_type_embeddings": "type_embedding", "embeddings.LayerNorm": "embedding_norm"}
+NAMES |= {f"attention.self.{name}": f"attention.{name}" for name in ("query", "key", "value")}
+NAMES |= {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm"}
+NAMES |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
 ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
-BERT_HEAD = {
-    "cls.predictions.transform.dense": "transform",
-    "cls.predictions.transform.LayerNorm": "transform_norm",
-    "cls.predictions.decoder": "head",
-}
-IGNORED = re.compile(r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids")
-
-
-def our_name(name):
-    name = re.sub(r"^(roberta|bert)\.", "", name)
-    name = re.sub("gamma$", "weight", re.sub("beta$", "bias", name))  # TensorFlow's names of a norm's tensors
-    return hub.renamed(name, NAMES | ROBERTA_HEAD | BERT_HEAD, "encoder.layer", "layers")
+BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
+BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm"}
+IGNORED = r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids"
 
 
 def convert(folder):
     """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    names = NAMES | ROBERTA_HEAD | BERT_HEAD
+    tensors, unused = hub.read_weights(folder, r"roberta\.|bert\.", names, "encoder.layer", IGNORED)
+    tensors = {
+        re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): t for name, t in tensors.items()
+    }  # TensorFlow's
     for name in ("lm_head.bias", "cls.predictions.bias"):  # the head's again, and not used if they differ
         if name in tensors:
             tensors.setdefault("head.bias", tensors.pop(name))
     if theirs["model_type"] == "roberta":
         tokenizer = vocabulary.bpe_tokenizer(folder, *vocabulary.read_bpe(folder), theirs["vocab_size"])
-        first_position, head_activation = theirs["pad_token_id"] + 1, "gelu"
+        settings |= {"first_position": theirs["pad_token_id"] + 1}
     else:
         tokenizer = vocabulary.read_wordpiece(folder, theirs["vocab_size"])
-        first_position, head_activation = 0, settings["activation"]
-    config = BertConfig(
-        mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids,
-        context=theirs["max_position_embeddings"] - first_position,
-        first_position=first_position,
-        head_activation=head_activation,
-        tied=theirs.get("tie_word_embeddings", True) and hub.tie(tensors),
-        **settings,
-    )
-    return hub.load(Network, config, tensors), tokenizer, unused, {}
+        settings |= {"head_activation": settings["activation"]}
+    settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
+    settings["context"] = theirs["max_position_embeddings"] - settings.get("first_position", 0)
+    tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
+    return hub.load(Network, BertConfig(**settings, tied=tied), tensors), tokenizer, unused, {}
 
 
 def export(path, model, tokenizer):
     """Text files by name, and tensors, of a RoBERTa or BERT in the hub's layout."""
-    config = model.config
+    config, roberta = model.config, isinstance(tokenizer, BPETokenizer)
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
-    roberta = isinstance(tokenizer, BPETokenizer)
-    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()} | {
-        "model_type": "roberta" if roberta else "bert",
-        "architectures": ["RobertaForMaskedLM" if roberta else "BertForMaskedLM"],
-        "attention_probs_dropout_prob": config.dropout,
-        "max_position_embeddings": config.first_position + config.context,
-        "tie_word_embeddings": config.tied,
-        "pad_token_id": config.first_position - 1 if roberta else tokenizer.first("[PAD]"),
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-    }
+    kind, class_name = ("roberta", "RobertaForMaskedLM") if roberta else ("bert", "BertForMaskedLM")
+    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
+    theirs |= {"model_type": kind, "architectures": [class_name], "tie_word_embeddings": config.tied}
+    theirs |= {"attention_probs_dropout_prob": config.dropout}
+    theirs |= {"max_position_embeddings": config.first_position + config.context}
+    theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    theirs |= {"pad_token_id": config.first_position - 1 if roberta else tokenizer.first("[PAD]")}
     names = {ours: their for their, ours in (NAMES | (ROBERTA_HEAD if roberta else BERT_HEAD)).items()}
     tensors = {"lm_head.bias" if roberta else "cls.predictions.bias": model.head.bias.data}  # the head's again
     for name, tensor in model.state_dict().items():
         their = hub.renamed(name, names, "layers", "encoder.layer")
-        tensors[their if their.startswith(("lm_head.", "cls.")) else f"{theirs['model_type']}.{their}"] = tensor
+        tensors[their if their.startswith(("lm_head.", "cls.")) else f"{kind}.{their}"] = tensor
     texts = vocabulary.bpe_texts(tokenizer) if roberta else vocabulary.wordpiece_texts(tokenizer)
     return {"config.json": json.dumps(theirs, indent=2), **texts}, tensors

@@ -27,25 +27,12 @@ SMALL_MASK = 10541  # the token that became the mask of diffugpt-s: twelve dashe
 SETTINGS = {"context": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
 SETTINGS |= {"activation": "activation_function", "dropout": "resid_pdrop", "norm_eps": "layer_norm_epsilon"}
 REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-NAMES = {
-    "wte": "token_embedding",
-    "embed_tokens": "opened_embedding",  # in a DiffuGPT
-    "wpe": "position_embedding",
-    "ln_1": "attention_norm",
-    "attn.c_attn": "attention.all",
-    "attn.c_proj": "attention.out",
-    "ln_2": "mlp_norm",
-    "mlp.c_fc": "mlp.up",
-    "mlp.c_proj": "mlp.down",
-    "ln_f": "final_norm",
-    "lm_head": "head",
-}
+NAMES = {"wte": "token_embedding", "embed_tokens": "opened_embedding", "wpe": "position_embedding"}
+NAMES |= {"ln_1": "attention_norm", "attn.c_attn": "attention.all", "attn.c_proj": "attention.out"}
+NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "ln_f": "final_norm", "lm_head": "head"}
 TABLES = "token_embedding.weight", "head.weight"  # a row for each token
-IGNORED = re.compile(r"score\.|classifier\.|multiple_choice_head\.|qa_outputs\.|h\.\d+\.attn\.(masked_)?bias$")
-
-
-def our_name(name):
-    return hub.renamed(re.sub(r"^(transformer|denoise_model)\.", "", name), NAMES, "h", "layers")
+CONSTANTS = r"h\.\d+\.attn\.(masked_)?bias$"  # of the attention, in old files
+IGNORED = CONSTANTS + r"|score\.|classifier\.|multiple_choice_head\.|qa_outputs\."
 
 
 def transposed(tensors):
@@ -58,50 +45,42 @@ def with_mask(table):
     return torch.cat((table, table.float().mean(0, keepdim=True).type_as(table)))
 
 
-def read_tokenizer(folder, n_rows):
-    """GPT-2's tokens, with `<mask>` as the last of n_rows."""
+def read_tokenizer(folder, n_rows, opened=False):
+    """GPT-2's tokens, with `<mask>` as the last of n_rows.
+
+    opened: a DiffuGPT's, whose mask is the row after GPT-2's tokens or, if there is none, one of these tokens.
+    """
     text, special = vocabulary.read_bpe(folder)
     if START not in special:
         raise Mistake(f"{folder}: its vocabulary has no {START}, which GPT-2 reads before a text")
-    return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": n_rows - 1}, n_rows)
-
-
-def read_opened_tokenizer(folder, n_rows):
-    """A DiffuGPT's tokens: its mask is the row after GPT-2's tokens or, if there is none, one of these tokens."""
-    text, special = vocabulary.read_bpe(folder)
-    n = len(text) + 1
-    special = {START: special[START], "<mask>": n if n_rows > n else SMALL_MASK}
-    text = {token: i for token, i in text.items() if i != special["<mask>"]}  # shorter tokens write it
-    return vocabulary.bpe_tokenizer(folder, text, special, n_rows)
+    mask_id = n_rows - 1
+    if opened:
+        special = {START: special[START]}
+        mask_id = len(text) + 1 if n_rows > len(text) + 1 else SMALL_MASK
+        text = {token: i for token, i in text.items() if i != mask_id}  # shorter tokens write it
+    return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows)
 
 
 def convert(folder):
     """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    tensors, unused = hub.read_weights(folder, r"transformer\.|denoise_model\.", NAMES, "h", IGNORED)
+    unused = [name for name in unused if not re.search(CONSTANTS, name)]
     opened = "opened_embedding.weight" in tensors
     if opened:
         tensors["token_embedding.weight"] = tensors.pop("opened_embedding.weight")
         settings["context"] -= 1  # the last token is read at a position of its own
-        tokenizer = read_opened_tokenizer(folder, len(tensors["token_embedding.weight"]))
+        settings["vocab_size"] = len(tensors["token_embedding.weight"])
     else:
-        tokenizer = read_tokenizer(folder, theirs["vocab_size"] + 1)
+        settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
     tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
+    tensors = transposed(tensors)
     if not opened:
         tensors |= {name: with_mask(tensors[name]) for name in TABLES}
-    tensors = transposed(tensors)
     hub.split_attention(tensors)
-    config = Network.Config(
-        vocab_size=tokenizer.vocab_size,
-        mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids,
-        block=None if opened else 1,
-        shift_id=tokenizer.first(START),
-        mlp_width=theirs.get("n_inner") or 0,
-        tied=tied,
-        **settings,
-    )
-    unused = [name for name in unused if not name.startswith("h.")]  # constants of the attention, in old files
+    tokenizer = read_tokenizer(folder, settings["vocab_size"], opened)
+    settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids, "shift_id": tokenizer.first(START)}
+    config = PositionsConfig(**settings, mlp_width=theirs.get("n_inner") or 0, tied=tied)
     return hub.load(Network, config, tensors), tokenizer, unused, {}
 
 
@@ -110,17 +89,11 @@ def export(path, model, tokenizer):
     config = model.config
     if config.block != 1:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a GPT-2 any more")
-    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()} | {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size - 1,
-        "n_inner": config.mlp_width or None,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": config.shift_id,
-        "eos_token_id": config.shift_id,
-    }
+    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
+    theirs |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": config.tied}
+    theirs |= {"vocab_size": config.vocab_size - 1, "n_inner": config.mlp_width or None}
+    theirs |= {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id}
     ours = model.state_dict()
     ours |= {name: ours[name][:-1].clone() for name in TABLES}
     if config.tied:

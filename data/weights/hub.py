@@ -1,9 +1,9 @@
 """The files of a published model, in the layout of huggingface.co: config.json, and tensors by their names."""
 
 import json
+import re
 import warnings
 import zipfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +57,15 @@ def read_json(path):
 
 
 def write_folder(folder, texts, tensors):
-    """Write text files, as a dict by name, and pytorch_model.bin to a folder: all of them or none."""
-    names = ["pytorch_model.bin", *texts]
-    if there := [name for name in names if (folder / name).exists()]:
-        raise Mistake(f"--export {folder}: there is a {there[0]} in it already")
-    with ExitStack() as stack:
-        weights, *others = [stack.enter_context(replacing(folder / name)) for name in names]
-        save(tensors, weights)
-        for file, text in zip(others, texts.values()):
+    """Write pytorch_model.bin and text files, as a dict by name, to a folder that has no model yet."""
+    if (folder / "config.json").exists():
+        raise Mistake(f"--export {folder}: there is a model in it already")
+    with replacing(folder / "pytorch_model.bin") as file:
+        save(tensors, file)
+    for name, text in texts.items():
+        with replacing(folder / name) as file:
             file.write(text.encode())
-    print(f"{folder}: {', '.join(names)}")
+    print(f"{folder}: pytorch_model.bin, {', '.join(texts)}")
 
 
 def our_settings(path, names, required):
@@ -86,19 +85,25 @@ def our_settings(path, names, required):
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def read_weights(folder, our_name, ignored):
-    """Tensors by our names, memory-mapped, and a list of the names, after translation, that match `ignored`.
+def read_weights(folder, prefix, names, layers, ignored):
+    """Tensors by our names, memory-mapped, and the names of those that match the pattern `ignored`.
 
-    They come from pytorch_model.bin, model.safetensors or the shards of either. our_name: translates a name.
+    They come from pytorch_model.bin, model.safetensors or the shards of either. prefix: pattern of what to strip from
+    their names before they are `renamed` by names and layers.
     """
-    names = [f"{name}{end}" for end in ("", ".index.json") for name in ("pytorch_model.bin", "model.safetensors")]
-    path = next((folder / name for name in names if (folder / name).exists()), None)
+    files = [f"{name}{end}" for end in ("", ".index.json") for name in ("pytorch_model.bin", "model.safetensors")]
+    path = next((folder / name for name in files if (folder / name).exists()), None)
     if path is None:
         raise Mistake(f"{folder}: there is no pytorch_model.bin in it, and no model.safetensors")
-    paths = [folder / shard for shard in shards(path)] if path.suffix == ".json" else [path]
-    tensors = {our_name(name): tensor for path in paths for name, tensor in read_tensors(path).items()}
-    unused = [name for name in tensors if ignored.match(name)]
-    return {name: tensor for name, tensor in tensors.items() if name not in unused}, unused
+    tensors, unused = {}, []
+    for part in [folder / shard for shard in shards(path)] if path.suffix == ".json" else [path]:
+        for name, tensor in read_tensors(part).items():
+            plain = re.sub(f"^({prefix})", "", name)
+            if re.match(ignored, plain):
+                unused.append(name)
+            else:
+                tensors[renamed(plain, names, layers, "layers")] = tensor
+    return tensors, unused
 
 
 def shards(path):
@@ -149,15 +154,17 @@ def read_safetensors(path):
 
 
 def renamed(name, names, layers, new_layers):
-    """A tensor's name with its module replaced as `names` says. The third layer is `layers.2` in one and the other.
+    """A tensor's new name, given new names of modules or of whole tensors. The third layer is `layers.2` in both.
 
     A name that is not in the table stays as it is.
     """
-    prefix, module = "", name
+    if name in names:
+        return names[name]
+    prefix, rest = "", name
     if name.startswith(f"{layers}."):
-        number, _, module = name.removeprefix(f"{layers}.").partition(".")
+        number, _, rest = name.removeprefix(f"{layers}.").partition(".")
         prefix = f"{new_layers}.{number}."
-    module, _, parameter = module.rpartition(".")
+    module, _, parameter = rest.rpartition(".")
     return f"{prefix}{names[module]}.{parameter}" if module in names else name
 
 

@@ -56,7 +56,7 @@ class Network(Published):
 # --- conversion ----------------------------------------------------------------------------------
 
 KINDS = ("llada",)
-FILES = "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"
+FILES = "config.json", "tokenizer.json", "model.safetensors.index.json"
 REPOSITORIES = {f"llada-{name}".lower(): {f"GSAI-ML/LLaDA-{name}": FILES} for name in ("8B-Base", "8B-Instruct", "1.5")}
 SETTINGS = {"vocab_size": "embedding_size", "context": "max_sequence_length", "n_embd": "d_model"}
 SETTINGS |= {"n_layer": "n_layers", "n_head": "n_heads", "n_kv_head": "n_kv_heads", "mlp_width": "mlp_hidden_size"}
@@ -64,42 +64,14 @@ SETTINGS |= {"activation": "activation_type", "dropout": "residual_dropout", "no
 SETTINGS |= {"rope_base": "rope_theta", "mask_id": "mask_token_id"}
 REQUIRED = {"block_type": "llama", "layer_norm_type": "rms", "rope": True, "alibi": False}
 REQUIRED |= {"input_emb_norm": False, "scale_logits": False}
-NAMES = {
-    "wte": "token_embedding",
-    "attn_norm": "attention_norm",
-    "q_proj": "attention.query",
-    "k_proj": "attention.key",
-    "v_proj": "attention.value",
-    "attn_out": "attention.out",
-    "ff_norm": "mlp_norm",
-    "ff_proj": "mlp.gate",
-    "up_proj": "mlp.up",
-    "ff_out": "mlp.down",
-    "ln_f": "final_norm",
-}
-IGNORED = re.compile(r"rotary_emb\.")
-# How Llama 3's template writes a turn, as Jinja, and as data/lib/chat.py has it.
-JINJA_TURN = (
-    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>'"
-)
-TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
-
-
-def our_name(name):
-    name = name.removeprefix("model.").removeprefix("transformer.")
-    return "head.weight" if name == "ff_out.weight" else hub.renamed(name, NAMES, "blocks", "layers")
-
-
-def read_chat(folder):
-    """Of tokenizer_config.json, what the checkpoint takes for data/lib/chat.py, and what it can't use."""
-    settings = hub.read_json(folder / "tokenizer_config.json")
-    template, opening = settings.get("chat_template"), settings.get("bos_token")
-    if template is None:
-        return {}, []
-    if JINJA_TURN not in template.replace("\\n", "\n"):
-        return {}, ["the chat_template, which is not LLaDA's"]
-    opening = opening["content"] if isinstance(opening, dict) else opening
-    return {"chat": {"opening": opening, "turn": TURN, "end": "<|endoftext|>"}}, []
+NAMES = {"wte": "token_embedding", "attn_norm": "attention_norm", "attn_out": "attention.out"}
+NAMES |= {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+NAMES |= {"ff_norm": "mlp_norm", "ff_proj": "mlp.gate", "up_proj": "mlp.up", "ff_out": "mlp.down"}
+NAMES |= {"ln_f": "final_norm", "ff_out.weight": "head.weight"}  # the latter is not in a layer
+IGNORED = r"rotary_emb\."
+# The template of conversations, which is Llama 3's, for data/lib/chat.py.
+CHAT = {"opening": "<|startoftext|>", "end": "<|endoftext|>"}
+CHAT["turn"] = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
 def read_tokenizer(folder, mask_id, n_rows):
@@ -111,14 +83,11 @@ def read_tokenizer(folder, mask_id, n_rows):
 def convert(folder):
     """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    tensors, unused = hub.read_weights(folder, r"(model\.)?transformer\.", NAMES, "blocks", IGNORED)
     tokenizer = read_tokenizer(folder, settings["mask_id"], settings["vocab_size"])
     ends = [tokenizer.special.get(name) for name in ("<|endoftext|>", "<|eot_id|>")]  # learned, so they are written
-    config = Network.Config(
-        special_ids=tuple(i for i in tokenizer.special_ids if i not in ends),
-        end_ids=tuple(i for i in ends if i is not None),
-        tied=theirs.get("weight_tying", False) and hub.tie(tensors),
-        **settings,
-    )
-    chat, not_used = read_chat(folder)
-    return hub.load(Network, config, tensors), tokenizer, unused + not_used, chat
+    settings["special_ids"] = tuple(i for i in tokenizer.special_ids if i not in ends)
+    settings["end_ids"] = tuple(i for i in ends if i is not None)
+    config = LladaConfig(**settings, tied=theirs.get("weight_tying", False) and hub.tie(tensors))
+    chats = {*re.findall(r"<\|\w+\|>", " ".join(CHAT.values()))} <= tokenizer.special.keys()
+    return hub.load(Network, config, tensors), tokenizer, unused, {"chat": CHAT} if chats else {}

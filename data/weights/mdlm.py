@@ -29,23 +29,11 @@ REPOSITORIES = {
 SETTINGS = {"vocab_size": "vocab_size", "context": "model_length", "n_layer": "n_blocks", "n_head": "n_heads"}
 SETTINGS |= {"n_embd": "hidden_dim", "dropout": "dropout"}
 REQUIRED = {"time_conditioning": False, "causal": False}
-NAMES = {
-    "vocab_embed": "token_embedding",
-    "norm1": "attention_norm",
-    "attn_qkv": "attention.all",
-    "attn_out": "attention.out",
-    "norm2": "mlp_norm",
-    "mlp.0": "mlp.up",
-    "mlp.2": "mlp.down",
-    "output_layer.norm_final": "final_norm",
-    "output_layer.linear": "head",
-}
-IGNORED = re.compile(r"rotary_emb\.|sampling_eps_(min|max)$")  # angles, and bounds of the levels in training
-
-
-def our_name(name):
-    name = name.removeprefix("backbone.").replace("vocab_embed.embedding", "vocab_embed.weight")
-    return hub.renamed(name, NAMES, "blocks", "layers")
+NAMES = {"vocab_embed.embedding": "token_embedding.weight"}
+NAMES |= {"norm1": "attention_norm", "attn_qkv": "attention.all", "attn_out": "attention.out"}
+NAMES |= {"norm2": "mlp_norm", "mlp.0": "mlp.up", "mlp.2": "mlp.down"}
+NAMES |= {"output_layer.norm_final": "final_norm", "output_layer.linear": "head"}
+IGNORED = r"rotary_emb\.|sampling_eps_(min|max)$"  # angles, and bounds of the levels in training
 
 
 def fold_level(tensors, n_layer):
@@ -75,7 +63,7 @@ def fold_level(tensors, n_layer):
 def convert(folder):
     """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    tensors, unused = hub.read_weights(folder, our_name, IGNORED)
+    tensors, unused = hub.read_weights(folder, r"backbone\.", NAMES, "blocks", IGNORED)
     tokenizer = gpt2.read_tokenizer(folder, theirs["vocab_size"])
     for name, tensor in [*tensors.items()]:  # modules that have no bias there
         if re.search(r"norm\.weight|attention\.\w+\.weight", name):
@@ -85,11 +73,6 @@ def convert(folder):
     hub.split_attention(tensors)
     one_block = theirs["model_type"] == "mdlm" or not theirs.get("cross_attn", True)
     K = theirs["model_length"] if one_block else theirs["block_size"]
-    config = Network.Config(
-        mask_id=tokenizer.mask_id,
-        special_ids=(tokenizer.mask_id,),  # <|endoftext|> was learned, so it is written
-        block=K if K < theirs["model_length"] else None,
-        activation="gelu_tanh",
-        **settings,
-    )
-    return hub.load(Network, config, tensors), tokenizer, unused, {}
+    settings |= {"block": K if K < theirs["model_length"] else None, "activation": "gelu_tanh"}
+    settings |= {"mask_id": tokenizer.mask_id, "special_ids": (tokenizer.mask_id,)}  # <|endoftext|> was learned
+    return hub.load(Network, PublishedConfig(**settings), tensors), tokenizer, unused, {}

@@ -41,21 +41,17 @@ def convert(folder):
     return model, tokenizer, unused, more
 
 
-def export(path, folder):
-    """Write the model of a checkpoint to a folder, in the hub's layout."""
-    model, tokenizer, _ = load_checkpoint(path)
-    if model.family not in ("bert", "gpt2"):
-        raise Mistake(f"{path}: only a RoBERTa, a BERT or a GPT-2 can be exported")
-    hub.write_folder(folder, *FAMILY[model.family].export(path, model, tokenizer))
-
-
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name, folder, home = config.source.lower(), Path(config.source), DATA / "weights"
     if config.export:
         if config.out:
             raise Mistake("--export writes a folder, so it takes no --out")
-        return export(home / f"{name}.pt" if name in REPOSITORIES else folder, Path(config.export))
+        path = home / f"{name}.pt" if name in REPOSITORIES else folder
+        model, tokenizer, _ = load_checkpoint(path)
+        if model.family not in ("bert", "gpt2"):
+            raise Mistake(f"{path}: only a RoBERTa, a BERT or a GPT-2 can be exported")
+        return hub.write_folder(Path(config.export), *FAMILY[model.family].export(path, model, tokenizer))
     if not folder.is_dir() and name not in REPOSITORIES:
         raise Mistake(
             f"{folder}: there is no such folder, and no model of that name; we know {', '.join(REPOSITORIES)}"
