@@ -326,16 +326,6 @@ def test_what_is_not_used_is_said(original, expected, gpt2, run, tmp_path, capsy
     assert listed == ["not used: score.weight"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32_of_the_same_values(dtype, original, gpt2, run, tmp_path):
-    half = {name: tensor.to(dtype) for name, tensor in original[1].state_dict().items()}
-    save_weights(gpt2, half)
-    run(gpt2, "--out", tmp_path / "out.pt")
-    table = load_checkpoint(tmp_path / "out.pt")[0].token_embedding.weight
-    assert table.dtype == torch.float32
-    assert table[:-1].equal(half["transformer.wte.weight"].float())
-
-
 # --- export --------------------------------------------------------------------------------------
 
 

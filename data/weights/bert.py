@@ -1,7 +1,6 @@
 """BERT and RoBERTa (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper head."""
 
 import json
-import re
 from dataclasses import dataclass
 
 import torch.nn as nn
@@ -62,6 +61,7 @@ NAMES |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.La
 ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
 BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
 BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm"}
+# Heads that masked language modelling doesn't use, and a table of 0, 1, 2, ..
 IGNORED = r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids"
 
 
@@ -70,10 +70,9 @@ def convert(folder):
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     names = NAMES | ROBERTA_HEAD | BERT_HEAD
     tensors, unused = hub.read_weights(folder, r"roberta\.|bert\.", names, "encoder.layer", IGNORED)
-    tensors = {
-        re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): t for name, t in tensors.items()
-    }  # TensorFlow's
-    for name in ("lm_head.bias", "cls.predictions.bias"):  # the head's again, and not used if they differ
+    for name in [name for name in tensors if name.endswith((".gamma", ".beta"))]:  # as TensorFlow has them
+        tensors[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensors.pop(name)
+    for name in ("lm_head.bias", "cls.predictions.bias"):  # another copy; if they differ, the decoder's is in use
         if name in tensors:
             tensors.setdefault("head.bias", tensors.pop(name))
     if theirs["model_type"] == "roberta":
@@ -101,7 +100,9 @@ def export(path, model, tokenizer):
     theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     theirs |= {"pad_token_id": config.first_position - 1 if roberta else tokenizer.first("[PAD]")}
     names = {ours: their for their, ours in (NAMES | (ROBERTA_HEAD if roberta else BERT_HEAD)).items()}
-    tensors = {"lm_head.bias" if roberta else "cls.predictions.bias": model.head.bias.data}  # the head's again
+    tensors = {
+        "lm_head.bias" if roberta else "cls.predictions.bias": model.head.bias.data
+    }  # some readers look for it here
     for name, tensor in model.state_dict().items():
         their = hub.renamed(name, names, "layers", "encoder.layer")
         tensors[their if their.startswith(("lm_head.", "cls.")) else f"{kind}.{their}"] = tensor

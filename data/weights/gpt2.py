@@ -31,24 +31,24 @@ NAMES = {"wte": "token_embedding", "embed_tokens": "opened_embedding", "wpe": "p
 NAMES |= {"ln_1": "attention_norm", "attn.c_attn": "attention.all", "attn.c_proj": "attention.out"}
 NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "ln_f": "final_norm", "lm_head": "head"}
 TABLES = "token_embedding.weight", "head.weight"  # a row for each token
-CONSTANTS = r"h\.\d+\.attn\.(masked_)?bias$"  # of the attention, in old files
+CONSTANTS = r"h\.\d+\.attn\.(masked_)?bias$"  # the causal mask, which old files contain
 IGNORED = CONSTANTS + r"|score\.|classifier\.|multiple_choice_head\.|qa_outputs\."
 
 
 def transposed(tensors):
-    """The tensors with the layers' matrices the other way round: theirs are (in, out)."""
+    """Transpose the matrices of the layers, which are (in, out) in the files."""
     return {name: tensor.t().contiguous() if name.startswith("layers.") else tensor for name, tensor in tensors.items()}
 
 
 def with_mask(table):
-    """A table (V, C) with a row for `<mask>`. A GPT never reads it; to train it opened, the mean is a neutral start."""
+    """Add a row for `<mask>` to a table (V, C). A GPT never reads it; once it is opened, the mean favours no token."""
     return torch.cat((table, table.float().mean(0, keepdim=True).type_as(table)))
 
 
 def read_tokenizer(folder, n_rows, opened=False):
     """GPT-2's tokens, with `<mask>` as the last of n_rows.
 
-    opened: a DiffuGPT's, whose mask is the row after GPT-2's tokens or, if there is none, one of these tokens.
+    opened: for a DiffuGPT, whose mask is the row after GPT-2's tokens or, if there is no such row, one of the tokens.
     """
     text, special = vocabulary.read_bpe(folder)
     if START not in special:
@@ -57,7 +57,7 @@ def read_tokenizer(folder, n_rows, opened=False):
     if opened:
         special = {START: special[START]}
         mask_id = len(text) + 1 if n_rows > len(text) + 1 else SMALL_MASK
-        text = {token: i for token, i in text.items() if i != mask_id}  # shorter tokens write it
+        text = {token: i for token, i in text.items() if i != mask_id}  # so shorter tokens encode it
     return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows)
 
 

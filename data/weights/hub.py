@@ -69,9 +69,9 @@ def write_folder(folder, texts, tensors):
 
 
 def our_settings(path, names, required):
-    """config.json as a dict, and the fields of our config in it, by their names {field: name}.
+    """Read config.json: (the whole dict, the fields of our config). names: their name for each of our fields.
 
-    required: settings that must have this value, or be missing, because our network can't do anything else.
+    required: the only value that our network can have for some settings. They may be missing.
     """
     theirs = read_json(path)
     for name, value in required.items():
@@ -86,10 +86,10 @@ def our_settings(path, names, required):
 
 
 def read_weights(folder, prefix, names, layers, ignored):
-    """Tensors by our names, memory-mapped, and the names of those that match the pattern `ignored`.
+    """Read pytorch_model.bin, model.safetensors or the shards of either: (tensors by our names, names of ignored ones).
 
-    They come from pytorch_model.bin, model.safetensors or the shards of either. prefix: pattern of what to strip from
-    their names before they are `renamed` by names and layers.
+    prefix: pattern to strip from their names; ignored: pattern of names without it to leave out. names, layers: see
+    `renamed`. The tensors are memory-mapped.
     """
     files = [f"{name}{end}" for end in ("", ".index.json") for name in ("pytorch_model.bin", "model.safetensors")]
     path = next((folder / name for name in files if (folder / name).exists()), None)
@@ -154,7 +154,7 @@ def read_safetensors(path):
 
 
 def renamed(name, names, layers, new_layers):
-    """A tensor's new name, given new names of modules or of whole tensors. The third layer is `layers.2` in both.
+    """Rename a tensor by a table of modules, or of whole names; the prefix `layers.2.` becomes `new_layers.2.`.
 
     A name that is not in the table stays as it is.
     """
@@ -169,7 +169,7 @@ def renamed(name, names, layers, new_layers):
 
 
 def split_attention(tensors):
-    """Replace each `attention.all`, which holds query, key and value, in this order, by the three."""
+    """Replace each `attention.all`, which is query, key and value in one tensor, by the three."""
     for name in [name for name in tensors if ".attention.all." in name]:
         for part, tensor in zip(("query", "key", "value"), tensors.pop(name).chunk(3)):
             tensors[name.replace("all", part)] = tensor.clone(memory_format=torch.contiguous_format)
@@ -183,7 +183,7 @@ def join_attention(tensors):
 
 
 def tie(tensors):
-    """Whether the head's matrix is the token embedding. If so, it is added where the file leaves it out."""
+    """Whether the head's matrix equals the token embedding, or is missing. If so, the head gets the embedding."""
     embedding = tensors["token_embedding.weight"]
     tied = torch.equal(embedding, tensors.get("head.weight", embedding))
     if tied:

@@ -67,16 +67,18 @@ REQUIRED |= {"input_emb_norm": False, "scale_logits": False}
 NAMES = {"wte": "token_embedding", "attn_norm": "attention_norm", "attn_out": "attention.out"}
 NAMES |= {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
 NAMES |= {"ff_norm": "mlp_norm", "ff_proj": "mlp.gate", "up_proj": "mlp.up", "ff_out": "mlp.down"}
-NAMES |= {"ln_f": "final_norm", "ff_out.weight": "head.weight"}  # the latter is not in a layer
+NAMES |= {"ln_f": "final_norm", "ff_out.weight": "head.weight"}  # ff_out is the head if it is not in a layer
 IGNORED = r"rotary_emb\."
-# The template of conversations, which is Llama 3's, for data/lib/chat.py.
+# The chat template, which is Llama 3's, in the form of data/lib/chat.py.
 CHAT = {"opening": "<|startoftext|>", "end": "<|endoftext|>"}
 CHAT["turn"] = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
 def read_tokenizer(folder, mask_id, n_rows):
     text, special, pattern = vocabulary.read_tokenizer_json(folder)
-    special = {name.replace("[CLS]", "<|CLS|>"): i for name, i in special.items() if i != mask_id}  # opens no line
+    special = {
+        name.replace("[CLS]", "<|CLS|>"): i for name, i in special.items() if i != mask_id
+    }  # it doesn't open lines
     return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows, pattern)
 
 
@@ -85,7 +87,7 @@ def convert(folder):
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     tensors, unused = hub.read_weights(folder, r"(model\.)?transformer\.", NAMES, "blocks", IGNORED)
     tokenizer = read_tokenizer(folder, settings["mask_id"], settings["vocab_size"])
-    ends = [tokenizer.special.get(name) for name in ("<|endoftext|>", "<|eot_id|>")]  # learned, so they are written
+    ends = [tokenizer.special.get(name) for name in ("<|endoftext|>", "<|eot_id|>")]  # it learned to write them
     settings["special_ids"] = tuple(i for i in tokenizer.special_ids if i not in ends)
     settings["end_ids"] = tuple(i for i in ends if i is not None)
     config = LladaConfig(**settings, tied=theirs.get("weight_tying", False) and hub.tie(tensors))

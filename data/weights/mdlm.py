@@ -33,7 +33,7 @@ NAMES = {"vocab_embed.embedding": "token_embedding.weight"}
 NAMES |= {"norm1": "attention_norm", "attn_qkv": "attention.all", "attn_out": "attention.out"}
 NAMES |= {"norm2": "mlp_norm", "mlp.0": "mlp.up", "mlp.2": "mlp.down"}
 NAMES |= {"output_layer.norm_final": "final_norm", "output_layer.linear": "head"}
-IGNORED = r"rotary_emb\.|sampling_eps_(min|max)$"  # angles, and bounds of the levels in training
+IGNORED = r"rotary_emb\.|sampling_eps_(min|max)$"  # rotary angles; the range of levels in training
 
 
 def fold_level(tensors, n_layer):
@@ -65,14 +65,14 @@ def convert(folder):
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     tensors, unused = hub.read_weights(folder, r"backbone\.", NAMES, "blocks", IGNORED)
     tokenizer = gpt2.read_tokenizer(folder, theirs["vocab_size"])
-    for name, tensor in [*tensors.items()]:  # modules that have no bias there
+    for name, tensor in [*tensors.items()]:  # our norms and attention have biases, theirs don't
         if re.search(r"norm\.weight|attention\.\w+\.weight", name):
-            tensors[name.replace("weight", "bias")] = tensor.new_zeros(len(tensor))
+            tensors.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
     if theirs.get("adaln", True):
         fold_level(tensors, theirs["n_blocks"])
     hub.split_attention(tensors)
     one_block = theirs["model_type"] == "mdlm" or not theirs.get("cross_attn", True)
     K = theirs["model_length"] if one_block else theirs["block_size"]
     settings |= {"block": K if K < theirs["model_length"] else None, "activation": "gelu_tanh"}
-    settings |= {"mask_id": tokenizer.mask_id, "special_ids": (tokenizer.mask_id,)}  # <|endoftext|> was learned
+    settings |= {"mask_id": tokenizer.mask_id, "special_ids": (tokenizer.mask_id,)}  # it learned to write <|endoftext|>
     return hub.load(Network, PublishedConfig(**settings), tensors), tokenizer, unused, {}
