@@ -267,7 +267,7 @@ def make_roberta(folder):
     config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
     config.save_pretrained(folder)
     torch.save(RobertaForMaskedLM(config).state_dict(), folder / "pytorch_model.bin")
-    convert = [ROOT / "data" / "roberta" / "prepare.py", folder, "--out", folder / "roberta.pt"]
+    convert = [ROOT / "data" / "weights" / "prepare.py", folder, "--out", folder / "roberta.pt"]
     start = time.perf_counter()
     _, memory = run_python(*convert)
     return time.perf_counter() - start, memory

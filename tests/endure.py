@@ -169,16 +169,16 @@ def processes(config):
 
 def write_zeros(folder):
     """A LLaDA of the real shape, of six shards in bfloat16 whose tensors are holes in the files."""
-    from test_llada import make_tokenizer, settings_of, shapes_of
+    from model_files import llada_settings, llada_shapes, make_tokenizer
 
     tokenizer = make_tokenizer("a book of few words", 10)
     shape = {"width": 4096, "layers": 32, "heads": 32, "inside": 12288, "length": 4096}
-    settings = {**settings_of(tokenizer, **shape), "embedding_size": 126464}
+    settings = {**llada_settings(tokenizer, **shape), "embedding_size": 126464}
     missing = 126464 - 115 - tokenizer.get_vocab_size()  # as many tokens as the real one has
     tokenizer.add_special_tokens([f"<|reserved {i}|>" for i in range(missing)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(settings))
-    shapes, shard_of = shapes_of(settings), {}
+    shapes, shard_of = llada_shapes(settings), {}
     for i in range(6):
         name, header, at = f"model-{i + 1:05}-of-00006.safetensors", {}, 0
         for tensor in list(shapes)[i::6]:
@@ -214,7 +214,7 @@ def converting(config):
         write_zeros(model)
         sampling = "--ckpt", out, "--dtype", "bfloat16", "--length", 16, "--steps", 2
         for name, line in (
-            ("converting", (ROOT / "data" / "llada" / "prepare.py", model, "--out", out)),
+            ("converting", (ROOT / "data" / "weights" / "prepare.py", model, "--out", out)),
             ("sampling", (ROOT / "sample.py", *sampling)),
         ):
             seconds, own, whole = largest_memory(*line)

@@ -30,13 +30,10 @@ from tqdm import tqdm
 
 import data.chat.prepare
 import data.fineweb.prepare
-import data.gpt2.prepare
 import data.lib.corpus
-import data.llada.prepare
-import data.mdlm.prepare
-import data.roberta.prepare
 import data.text.prepare
 import data.text8.prepare
+import data.weights.prepare
 import data.wikitext.prepare
 import sample
 import train
@@ -352,11 +349,11 @@ READERS = {
     "examples": examples,
     "jsonl": jsonl,
     "chat": chat,
-    "gpt2": weights("gpt2", data.gpt2.prepare),
-    "roberta": weights("roberta", data.roberta.prepare),
-    "bert": weights("bert", data.roberta.prepare),
-    "mdlm": weights("mdlm", data.mdlm.prepare),
-    "llada": weights("llada", data.llada.prepare),
+    "gpt2": weights("gpt2", data.weights.prepare),
+    "roberta": weights("roberta", data.weights.prepare),
+    "bert": weights("bert", data.weights.prepare),
+    "mdlm": weights("mdlm", data.weights.prepare),
+    "llada": weights("llada", data.weights.prepare),
     "prompt": prompt,
     "wikitext": wikitext,
     "text8": text8,
@@ -377,10 +374,16 @@ def write_shard(path, ids):
 
 def make_good(good):
     """The good files, of every kind, in a folder."""
-    from model_files import save_weights, write_bert, write_roberta
-    from test_gpt2 import write_gpt2
-    from test_llada import make_tokenizer, write_llada
-    from test_mdlm import settings_of, write_files
+    from model_files import (
+        make_tokenizer,
+        mdlm_settings,
+        save_weights,
+        write_bert,
+        write_gpt2,
+        write_llada,
+        write_mdlm,
+        write_roberta,
+    )
 
     data.lib.corpus.DATA = good / "data"
     lines = "".join(f"the line {i} in a book\n" for i in range(400))
@@ -424,7 +427,7 @@ def make_good(good):
         model = write(good / kind) if kind == "bert" else write(good / kind, MERGES)
         save_weights(good / kind, model.state_dict())
     small = {"width": 16, "layers": 1, "heads": 2}
-    write_files(good / "mdlm", settings_of(**small), None, MERGES)
+    write_mdlm(good / "mdlm", mdlm_settings(**small), None, MERGES)
     write_llada(good / "llada", make_tokenizer(lines, 20), **small, inside=16)
     shutil.copy(good / "book.txt", good / "text8")
     with zipfile.ZipFile(good / "text8.zip", "w", zipfile.ZIP_DEFLATED) as file:

@@ -17,6 +17,7 @@ from data.lib.errors import Mistake, command
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import BPETokenizer
 from data.weights import hub
+from data.weights.gpt2 import START
 
 START = "<|endoftext|>"
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"

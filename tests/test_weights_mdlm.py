@@ -1,59 +1,20 @@
 """MDLM and BD3-LM: the logits of a plain network written from the papers and the released configuration."""
 
-import json
 import math
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from model_files import edit, write_bpe
+from model_files import START, converted, edit, mdlm_settings, without, write_mdlm
 from safetensors.torch import save_file
 
-import data.mdlm.prepare as prepare
 import sample
-from data.weights import hub
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("data_folder")
 
-START = "<|endoftext|>"
-
-# The fixtures of the other converter's tests, here of this one.
-
 
 # --- the reference -------------------------------------------------------------------------------
-
-
-def settings_of(kind="mdlm", width=32, layers=2, heads=4, length=24, vocab_size=300, **more):
-    """A config.json, with the names of the released ones."""
-    names = {"vocab_size": vocab_size, "model_length": length, "hidden_dim": width, "cond_dim": 16}
-    names |= {"n_blocks": layers, "n_heads": heads, "dropout": 0.1, "time_conditioning": False}
-    return {"model_type": kind, **names, **more}
-
-
-def random_tensors(settings, adaln=True):
-    """Tensors of the released names and shapes, none of which is zero or without effect."""
-    C, V, L = settings["hidden_dim"], settings["vocab_size"], settings["cond_dim"]
-    shapes = {"vocab_embed.embedding": (V, C), "output_layer.norm_final.weight": (C,)}
-    shapes |= {"output_layer.linear.weight": (V, C), "output_layer.linear.bias": (V,)}
-    told = {
-        "output_layer.adaLN_modulation": (2 * C, L),
-        "sigma_map.mlp.0": (L, 256),
-        "sigma_map.mlp.2": (L, L),
-    }
-    for i in range(settings["n_blocks"]):
-        layer = {"norm1.weight": (C,), "attn_qkv.weight": (3 * C, C), "attn_out.weight": (C, C)}
-        layer |= {"norm2.weight": (C,), "mlp.0.weight": (4 * C, C), "mlp.0.bias": (4 * C,)}
-        layer |= {"mlp.2.weight": (C, 4 * C), "mlp.2.bias": (C,)}
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
-        told[f"blocks.{i}.adaLN_modulation"] = 6 * C, L
-    for name, shape in told.items() if adaln else ():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    torch.manual_seed(0)
-    tensors = {f"backbone.{name}": torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
-    tensors |= {name: 1 + 0.3 * torch.randn(t.shape) for name, t in tensors.items() if "norm" in name}
-    return tensors | {"backbone.rotary_emb.inv_freq": torch.ones(C // settings["n_heads"] // 2)}
 
 
 def rotated(x):
@@ -119,48 +80,28 @@ def largest_difference(model, tensors, settings, lengths, K=None):
     return largest
 
 
-def write_files(folder, settings, tensors, merges):
-    """A folder as the hub has it, beside GPT-2's vocabulary; settings with the number of its tokens."""
-    folder.mkdir()
-    settings = {**settings, "vocab_size": write_bpe(folder, merges, first=(), last=(START,)) + 1}
-    tensors = random_tensors(settings) if tensors is None else tensors
-    (folder / "config.json").write_text(json.dumps(settings))
-    save_file(tensors, folder / "model.safetensors")
-    return settings, tensors
-
-
-def in_memory(settings, tensors, folder):
-    """Our model of these settings and tensors."""
-
-    class Tokens:
-        mask_id = settings["vocab_size"] - 1
-
-    (folder / "config.json").write_text(json.dumps(settings))
-    return prepare.convert(prepare.read_config(folder / "config.json"), Tokens, folder / "x", tensors)[0]
-
-
 ODD = {
-    "one head, one layer": settings_of(width=20, layers=1, heads=1, length=31),
-    "three heads": settings_of(width=42, layers=3, heads=3, length=17, vocab_size=131),
-    "blocks of 4": settings_of("bd3lm", length=24, block_size=4, cross_attn=True, adaln=True),
-    "blocks of 6, not told the level": settings_of("bd3lm", length=24, block_size=6, adaln=False),
-    "one block, as it is pretrained": settings_of("bd3lm", length=24, block_size=24, adaln=False),
-    "no blocks at all": settings_of("bd3lm", length=24, block_size=4, cross_attn=False),
+    "one head, one layer": mdlm_settings(width=20, layers=1, heads=1, length=31),
+    "three heads": mdlm_settings(width=42, layers=3, heads=3, length=17, vocab_size=131),
+    "blocks of 4": mdlm_settings("bd3lm", length=24, block_size=4, cross_attn=True, adaln=True),
+    "blocks of 6, not told the level": mdlm_settings("bd3lm", length=24, block_size=6, adaln=False),
+    "one block, as it is pretrained": mdlm_settings("bd3lm", length=24, block_size=24, adaln=False),
+    "no blocks at all": mdlm_settings("bd3lm", length=24, block_size=4, cross_attn=False),
 }
 REAL = {
-    "mdlm-owt": settings_of(width=768, layers=12, heads=12, length=1024, vocab_size=50258),
-    "bd3lm-owt-block_size16": settings_of(
+    "mdlm-owt": mdlm_settings(width=768, layers=12, heads=12, length=1024, vocab_size=50258),
+    "bd3lm-owt-block_size16": mdlm_settings(
         "bd3lm", width=768, layers=12, heads=12, length=1024, vocab_size=50258, block_size=16, adaln=True
     ),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_logits_of_odd_shapes_are_those_of_the_reference(name, tmp_path):
+def test_logits_of_odd_shapes_are_those_of_the_reference(name, merges, tmp_path):
     settings = ODD[name]
     K = settings.get("block_size", 24) if settings.get("cross_attn", True) else 24
-    tensors = random_tensors(settings, settings.get("adaln", True))
-    model = in_memory(settings, tensors, tmp_path)
+    settings, tensors = write_mdlm(tmp_path / "model", settings, None, merges[:20])
+    model = converted(tmp_path / "model")
     blocks = K < 24
     lengths = range(K, 25, K) if blocks else range(1, settings["model_length"] + 1)
     largest = largest_difference(model, tensors, settings, lengths, blocks)
@@ -171,23 +112,22 @@ def test_logits_of_odd_shapes_are_those_of_the_reference(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_logits_of_the_real_shapes_are_those_of_the_reference(name, tmp_path):
-    settings = REAL[name]
-    tensors = random_tensors(settings)
-    model = in_memory(settings, tensors, tmp_path)
+def test_logits_of_the_real_shapes_are_those_of_the_reference(name, merges, tmp_path):
+    settings, tensors = write_mdlm(tmp_path / "model", REAL[name], None, merges[:200])
+    model = converted(tmp_path / "model")
     largest = largest_difference(model, tensors, settings, [256], settings.get("block_size"))
     print(f"{name}: the largest difference is {largest:.1e}")
     assert largest < 1e-4
 
 
-def test_a_level_that_is_told_changes_the_network(tmp_path):
+def test_a_level_that_is_told_changes_the_network(merges, tmp_path):
     """What is folded away is not nothing: without it the logits are others."""
-    settings = settings_of()
-    tensors = random_tensors(settings)
-    told = in_memory(settings, tensors, tmp_path)
+    settings, tensors = write_mdlm(tmp_path / "model", mdlm_settings(), None, merges[:20])
+    told = converted(tmp_path / "model")
     untold = {name: t for name, t in tensors.items() if "adaLN" not in name and "sigma_map" not in name}
-    untold = in_memory({**settings, "adaln": False}, untold, tmp_path)
-    ids = torch.randint(299, (2, 20))
+    write_mdlm(tmp_path / "untold", {**settings, "adaln": False}, untold, merges[:20])
+    untold = converted(tmp_path / "untold")
+    ids = torch.randint(settings["vocab_size"] - 1, (2, 20))
     assert (told(ids) - untold(ids))[..., :-1].abs().max() > 0.1
 
 
@@ -197,13 +137,13 @@ def test_a_level_that_is_told_changes_the_network(tmp_path):
 @pytest.fixture
 def mdlm(merges, tmp_path):
     """A small MDLM's folder, its settings and tensors."""
-    return tmp_path / "model", *write_files(tmp_path / "model", settings_of(), None, merges[:200])
+    return tmp_path / "model", *write_mdlm(tmp_path / "model", mdlm_settings(), None, merges[:200])
 
 
 @pytest.mark.parametrize("more", [{}, {"kind": "bd3lm", "block_size": 4}], ids=["mdlm", "bd3lm"])
 def test_files_become_a_checkpoint_that_samples_scores_and_shows(more, merges, run, use, tmp_path):
     folder = tmp_path / "model"
-    settings, tensors = write_files(folder, settings_of(**more), None, merges[:200])
+    settings, tensors = write_mdlm(folder, mdlm_settings(**more), None, merges[:200])
     run(folder, "--out", tmp_path / "mdlm.pt")
     model, tokenizer, _ = load_checkpoint(tmp_path / "mdlm.pt")
     assert largest_difference(model, tensors, settings, [24], more.get("block_size")) < 1e-4
@@ -236,23 +176,16 @@ def test_half_precision_files_stay_so(mdlm, run, tmp_path):
 
 
 BROKEN = {
-    "a level that is told": ({"time_conditioning": True}, lambda t: t, "time_conditioning True"),
-    "a causal one": ({"causal": True}, lambda t: t, "causal True"),
-    "heads of odd width": ({"n_heads": 32}, lambda t: t, "n_heads"),
-    "no layers of it": ({"n_blocks": 10**7}, lambda t: t, "10,000,000 layers"),
-    "another model": ({"model_type": "gpt2"}, lambda t: t, "mdlm and bd3lm"),
+    "a level that is told": ({"time_conditioning": True}, lambda t: t, "time_conditioning is True"),
+    "a causal one": ({"causal": True}, lambda t: t, "causal is True"),
+    "heads of odd width": ({"n_heads": 32}, lambda t: t, "don't make a model"),
+    "no layers of it": ({"n_blocks": 10**7}, lambda t: t, "don't make a model"),
+    "another kind of model": ({"model_type": "t5"}, lambda t: t, "mdlm, bd3lm"),
     "a missing gate": ({}, lambda t: without(t, "blocks.1.adaLN_modulation.weight"), "blocks.1.adaLN"),
-    "a level of another size": (
-        {},
-        lambda t: t | {"backbone.sigma_map.mlp.0.bias": torch.ones(5)},
-        "sigma_map.mlp.0.weight is (16, 256)",
-    ),
-    "a tensor too many": ({}, lambda t: t | {"backbone.adapter": torch.ones(2)}, "backbone.adapter"),
+    "a missing bias": ({}, lambda t: without(t, "blocks.1.mlp.0.bias"), "layers.1.mlp.up.bias"),
+    "a level of another size": ({}, lambda t: t | {"backbone.sigma_map.mlp.0.bias": torch.ones(5)}, "model"),
+    "a tensor too many": ({}, lambda t: t | {"backbone.adapter": torch.ones(2)}, "adapter"),
 }
-
-
-def without(tensors, ending):
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
 
 
 @pytest.mark.parametrize("change", BROKEN)
@@ -262,22 +195,3 @@ def test_what_is_no_such_model_is_refused_in_a_sentence(change, mdlm, mistake, t
     edit(folder / "config.json", **changes)
     save_file(alter(tensors), folder / "model.safetensors")
     assert names in mistake(folder, "--out", tmp_path / "out.pt")
-
-
-def test_a_name_is_downloaded_with_gpt2_s_vocabulary(mdlm, run, data_folder, monkeypatch):
-    fetched = []
-
-    def download(url, path, instead, most):
-        fetched.append(url.removeprefix(f"{hub.HUB}/").replace("/resolve/main", ""))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(mdlm[0] / path.name, path)
-
-    monkeypatch.setattr(hub, "download", download)
-    run("mdlm-owt")
-    assert fetched == [
-        "kuleshov-group/mdlm-owt/config.json",
-        "kuleshov-group/mdlm-owt/model.safetensors",
-        "openai-community/gpt2/vocab.json",
-        "openai-community/gpt2/merges.txt",
-    ]
-    assert (data_folder / "mdlm" / "mdlm-owt.pt").exists()
