@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import tiktoken
-from model_files import save_weights
-from test_gpt2 import write_gpt2
+from model_files import save_weights, write_gpt2
 
 import data.fineweb.prepare as fineweb
-import data.gpt2.prepare as gpt2_prepare
 import data.lib.corpus
+import data.weights.prepare as weights_prepare
 from data.lib.checkpoint import save_checkpoint
 from data.lib.corpus import load_corpus
 from data.lib.tokenizer import BPETokenizer
@@ -84,7 +83,7 @@ def test_the_tokenizer_made_of_tiktoken_s_is_that_of_gpt2_s_files(run, tmp_path,
     """So that a GPT-2 that was read from its files goes on with this corpus."""
     model = write_gpt2(tmp_path / "gpt2", ["t h", "th e", "Ġ a", "i n"])
     save_weights(tmp_path / "gpt2", model.state_dict())
-    run(tmp_path / "gpt2", "--out", tmp_path / "theirs.pt", main=gpt2_prepare.main)
+    run(tmp_path / "gpt2", "--out", tmp_path / "theirs.pt", main=weights_prepare.main)
     theirs = load_checkpoint(tmp_path / "theirs.pt")[1]
     ranks = {piece: i for i, piece in theirs.bytes_of.items() if i not in theirs.special_ids}
     special = {START: theirs.first(START)}

@@ -19,7 +19,6 @@ from data.lib.tokenizer import BPETokenizer
 from data.weights import hub
 from data.weights.gpt2 import START
 
-START = "<|endoftext|>"
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
 MAGIC, VERSION = 20240520, 1
 HEADER = 1024  # bytes: 256 numbers of 32 bits. The third is how many tokens of 16 bits follow.
