@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import idx, write_mnist
+from good_files import idx, write_mnist
 from world import sample_text
 
 import data.digits.prepare as digits

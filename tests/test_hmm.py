@@ -1,14 +1,13 @@
 """The source of known entropy: its probabilities are those of its definition."""
 
-import json
 from itertools import product
 
+import hmm
 import numpy as np
 import pytest
 import torch
 from toys import all_texts, chi_square_p
 
-import data.hmm.prepare as hmm
 import data.lib.corpus
 from data.lib.corpus import load_corpus
 
@@ -65,18 +64,18 @@ def test_what_is_no_letter_is_impossible():
 
 
 def test_the_corpus_and_its_entropy(tmp_path, monkeypatch, capsys):
-    """What the command prints is the mean over windows of the validation split; --score agrees."""
+    """The printed entropy is the mean over windows of the validation split, and --score agrees."""
     monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path)
-    monkeypatch.setattr("sys.argv", ["prepare.py", "--tokens", "40000", "--window", "10"])
+    monkeypatch.setattr("sys.argv", ["hmm.py", "--tokens", "40960"])
     hmm.main()
     printed = capsys.readouterr().out
-    train, val, _, meta = load_corpus("hmm")
-    assert (len(train), len(val)) == (37_500, 2_500)
-    nats = hmm.text_nats(val.reshape(-1, 10))
-    assert f"true entropy of windows of 10: {nats.mean():.4f} nats per token" in printed
-    json.dumps(meta)
-    lines = b"\n".join(bytes(row.astype(np.uint8)) for row in val.reshape(-1, 10))
+    train, val, _, _ = load_corpus("hmm")
+    assert (len(train), len(val)) == (38_400, 2_560)
+    windows = val.reshape(-1, hmm.WINDOW)
+    nats = hmm.text_nats(windows)
+    assert f"true entropy of windows of 64: {nats.mean():.4f} nats per token" in printed
+    lines = b"\n".join(bytes(row.astype(np.uint8)) for row in windows)
     (tmp_path / "lines.txt").write_bytes(lines + b"\nnot its letters\n")
-    monkeypatch.setattr("sys.argv", ["prepare.py", "--score", str(tmp_path / "lines.txt")])
+    monkeypatch.setattr("sys.argv", ["hmm.py", "--score", str(tmp_path / "lines.txt")])
     hmm.main()
-    assert f"{nats.mean():.4f} nats per letter of 250 lines; 0.4% of 251" in capsys.readouterr().out
+    assert f"{nats.mean():.4f} nats per letter of 40 lines; 2.4% of 41" in capsys.readouterr().out

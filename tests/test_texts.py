@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from fuzz import MERGES, write_shard
+from good_files import MERGES, write_shard
 from model_files import save_weights
 from test_gpt2 import write_gpt2
 

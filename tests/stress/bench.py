@@ -10,12 +10,12 @@ Every speed is the best of several passes, and the two sides of a ratio are time
 """
 
 import itertools
-import os
-import subprocess
+import resource
 import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -60,14 +60,8 @@ def best_seconds(*functions, repeats=5):
     return [min(seconds[1:]) for seconds in times]
 
 
-def run_python(*arguments):
-    """Run a script: what it prints, and its peak memory in GB."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{arguments} failed")
-    return printed, usage.ru_maxrss / 2**20
+def peak_memory():  # of this process, in GB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def roberta_config(**changes):
@@ -86,13 +80,6 @@ def matmul_flops(device, precision):
     return 2 * 2048**3 / seconds
 
 
-def step_flops(model, config):
-    """Floating-point operations in the matrix products of a training step: forward once, backward twice."""
-    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-    attention = 2 * config.n_layer * config.context * config.n_embd
-    return 6 * (matrices + attention) * config.batch_size * config.context
-
-
 def training_speed(device, **flags):
     """Time a training step: tokens per second, its fraction of the speed of a matrix product, that speed, and the
     fractions of its time in forward, backward and optimizer.
@@ -103,28 +90,30 @@ def training_speed(device, **flags):
     run = Run(config, Transformer(ModelConfig(**shape)).to(device).train(), device)
     split = torch.randint(0, 256, (100_000,)).numpy()
     batch = draw_batch(split, config, torch.Generator().manual_seed(0), run.model.config)
-    clock, parts = {}, []
+    found = []
 
-    def timed(name, function):
+    def timed(function, times):
         def call(*args):
             start = now()
             result = function(*args)
-            clock[name] = clock.get(name, 0.0) + now() - start
+            times.append(now() - start)
             return result
 
         return call
 
-    run.optimizer.step = timed("optimizer", run.optimizer.step)
-    with mock.patch("train.loss_of", timed("forward", loss_of)):
-        for _ in range(8):
-            clock.clear()
-            start = now()
-            update(run, batch)
-            parts.append((now() - start, dict(clock)))
-    seconds, clock = min(parts[1:], key=lambda part: part[0])
-    fractions = [clock["forward"] / seconds, 1 - sum(clock.values()) / seconds, clock["optimizer"] / seconds]
+    for _ in range(8):
+        forward, optimizer, whole = [], [], []
+        step = timed(run.optimizer.step, optimizer)
+        with mock.patch("train.loss_of", timed(loss_of, forward)), mock.patch.object(run.optimizer, "step", step):
+            timed(update, whole)(run, batch)
+        found.append((*whole, *forward, *optimizer))
+    seconds, forward, optimizer = min(found[1:])
+    fractions = [forward / seconds, 1 - (forward + optimizer) / seconds, optimizer / seconds]
+    matrices = sum(p.numel() for p in run.model.layers.parameters() if p.ndim == 2)
+    n_tokens, attention = batch[0].numel(), 2 * config.n_layer * config.context * config.n_embd
+    flops = 6 * (matrices + attention) * n_tokens  # forward once, backward twice
     peak = matmul_flops(device, run.precision)
-    return batch[0].numel() / seconds, step_flops(run.model, config) / seconds / peak, peak, fractions
+    return n_tokens / seconds, flops / seconds / peak, peak, fractions
 
 
 def writing_seconds(device, B=16, T=256, steps=64, **shape):
@@ -169,10 +158,8 @@ def speed_rows(device):
 def time_outside(model, canvas, steps, order, repeats=2, **flags):
     """What denoising spends outside the forward passes: a fraction of its time, and milliseconds per step, at best."""
     inside, found = [], []
-    hooks = [
-        register(lambda *_: inside.append(now()))
-        for register in (model.register_forward_pre_hook, model.register_forward_hook)
-    ]
+    registers = model.register_forward_pre_hook, model.register_forward_hook
+    hooks = [register(lambda *_: inside.append(now())) for register in registers]
     for _ in range(repeats + 1):  # the first one warms up
         inside.clear()
         start = time.perf_counter()
@@ -202,8 +189,7 @@ def order_rows(device):
             for order in (*ORDERS, "remask"):
                 flags = {"top_k": 50, "top_p": 0.95} if order == "remask" else {}
                 fraction, milliseconds = time_outside(model, canvas, steps, order, **flags)
-                cost = f"{milliseconds:.1f} ms per step"
-                yield f"{name}, batch {B}, `{order}`", cost, f"{fraction:.1%} of the whole"
+                yield f"{name}, batch {B}, `{order}`", f"{milliseconds:.1f} ms per step", f"{fraction:.1%} of all"
             if B == 1 and network is bert.Network:
                 few = torch.rand(B, T, device=device) < 1 / 16
                 all_rows, few_rows = best_seconds(lambda: model(canvas), lambda: model(canvas, where=few), repeats=9)
@@ -257,9 +243,7 @@ def step_seconds(attentions, device):
 
 
 def token_seconds(model, at, device):
-    """Seconds of appending a token after each number of tokens in `at`, the best of the 32 before; and the same without
-    attention, the one layer whose cost may grow.
-    """
+    """Seconds of appending a token after each of `at` tokens, the best of 32; then without attention, which grows."""
     canvas, seconds = torch.full((1, max(at)), model.config.mask_id, device=device), []
     for attention in (attend, lambda q, *_: q):
         with torch.no_grad(), autocast(device), mock.patch("model.attend", attention):
@@ -350,7 +334,7 @@ def gpt2_writers(shape, device):
 
 
 def fine_tuning_step(side, dropout, device):
-    """Seconds of a step at batch 16 x 256, half masked: `ours`, or `theirs`, whose logits are those of all tokens."""
+    """Seconds of a step at batch 16 x 256, half masked, and the peak memory in GB. `theirs` computes all logits."""
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(300, 50000, (16, 256), generator=generator)
     holes = torch.rand(x0.shape, generator=generator) < 0.5
@@ -358,7 +342,8 @@ def fine_tuning_step(side, dropout, device):
     if side == "ours":
         model = bert.Network(roberta_config(dropout=dropout)).to(device).train()
         run = Run(TrainConfig(max_iters=100, optimizer="adamw", lr=5e-5), model, device)
-        return best_seconds(lambda: update(run, (x0, xt, holes, holes / holes.sum())), repeats=3)[0]
+        (seconds,) = best_seconds(lambda: update(run, (x0, xt, holes, holes / holes.sum())), repeats=3)
+        return seconds, peak_memory()
     model = reference_roberta(BASE, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
@@ -372,7 +357,8 @@ def fine_tuning_step(side, dropout, device):
         optimizer.step()
         optimizer.zero_grad()
 
-    return best_seconds(step, repeats=3)[0]
+    (seconds,) = best_seconds(step, repeats=3)
+    return seconds, peak_memory()
 
 
 def roberta_rows(device):
@@ -382,9 +368,9 @@ def roberta_rows(device):
     yield "the post's loop over the reference, float32", f"{post:.2f} s", f"{post / ours:.2f} x"
     for dropout in (0.0, 0.1):
         figures = {"ours": [], "theirs": []}
-        for side in ("ours", "theirs") * 2:  # processes of their own, for the memory
-            printed, memory = run_python(__file__, "--step", f"{side}:{dropout}", "--device", device)
-            figures[side].append((float(printed), memory))
+        for side in ("ours", "theirs") * 2:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # a new one each time, for its memory
+                figures[side].append(process.submit(fine_tuning_step, side, dropout, device).result())
         (ours, our_memory), (theirs, their_memory) = (map(min, zip(*figures[side])) for side in figures)
         measure = f"{theirs / ours:.2f} x the speed, {our_memory / their_memory:.2f} x the memory of "
         measure += f"{4096 / theirs:,.0f} tokens/s, {their_memory:.2f} GB"
@@ -397,16 +383,12 @@ class BenchConfig:
     orders: bool = flag(False, "only what each order costs")
     bound: bool = flag(False, "only the figures of the bound, for the model in out/")
     dial: bool = flag(False, "only the figures of append and set")
-    step: str = flag("", "print the seconds of one fine-tuning step, SIDE:DROPOUT; --roberta runs this")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
 
 
 def main():
     config = BenchConfig(**parse(BenchConfig, __doc__.splitlines()[0]))
     device = pick_device(config.device)
-    if config.step:
-        side, dropout = config.step.split(":")
-        return print(fine_tuning_step(side, float(dropout), device))
     tables = {"roberta": roberta_rows, "orders": order_rows, "bound": bound_rows, "dial": dial_rows}
     rows = next((rows for name, rows in tables.items() if getattr(config, name)), speed_rows)
     for row in rows(device):
