@@ -127,7 +127,7 @@ def test_a_step_leads_from_one_level_to_the_next():
 
 @torch.no_grad()
 def test_the_squared_error_is_that_solved_by_hand():
-    """For one token that is -1 or 1, equally likely, it is 1 - E tanh(snr + sqrt(snr) noise). Its integral is 2 log 2."""
+    """For one token, -1 or 1 with equal odds, it is 1 - E tanh(snr + sqrt(snr) noise). Its integral is 2 log 2."""
     noise, ratios = torch.linspace(-8, 8, 2001), torch.cat((torch.ones(1), torch.logspace(-4, 2, 4000)))
     density = (-noise.square() / 2).exp() / math.sqrt(2 * math.pi) * 0.008
     errors = 1 - (density * torch.tanh(ratios[:, None] + ratios[:, None].sqrt() * noise)).sum(1)
@@ -141,8 +141,8 @@ def test_the_squared_error_is_that_solved_by_hand():
 @torch.no_grad()
 @pytest.mark.parametrize("slant", [0.0, 0.5])
 def test_bound_of_the_perfect_denoiser_falls_to_the_entropy(slant):
-    """I-MMSE: half the integral of the least squared error over the signal-to-noise ratio is the entropy. In N steps the
-    bound is about c/N above it, also with levels that depend on the position.
+    """I-MMSE: half the integral of the least squared error over the signal-to-noise ratio is the entropy. In N steps
+    the bound is about c/N above it, also with levels that depend on the position.
     """
     above = [exact_bound(Posterior(JOINT), steps, slant) - entropy(JOINT) for steps in (8, 32, 64, 128)]
     assert all(a > b > 0 for a, b in zip(above, above[1:]))

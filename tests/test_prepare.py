@@ -22,7 +22,6 @@ PREPARE_MISTAKES = [
     ("text", ["good", "--name", ".."], "--name .."),
     ("text", ["good", "--name", ""], "one folder of data/"),
     ("python", ["--name", "../new"], "--name ../new"),
-    ("hmm", ["--name", "../new", "--tokens", "10000"], "--name ../new"),
     ("text", ["good", "--name", "prepare.py/.."], "one folder of data/"),
     ("text", ["good", "--name", "python"], "data/python is this project's own folder"),
     ("text", [], "path"),

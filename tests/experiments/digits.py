@@ -68,7 +68,7 @@ def digits(config, device):
     *panels, save = plot("digits", 2)
     sheets = ("real and held out", real, meant), ("drawn from the word", drawn, words)
     for panel, (title, pictures, labels) in zip(panels, sheets):
-        panel.imshow(sheet(pictures[:, first:], labels, tokenizer.width), cmap="gray_r", interpolation="none")
+        panel.imshow(sheet(pictures[:, first:], labels, tokenizer.width).numpy(), cmap="gray_r", interpolation="none")
         panel.set(title=title, xticks=[], yticks=[])
     save()
     real, meant = (real[:2], meant[:2]) if config.quick else (real, meant)

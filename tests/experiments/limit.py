@@ -25,9 +25,8 @@ def limit(config, device):
     if not (data.lib.corpus.DATA / "hmm" / "meta.json").exists():
         run_script(config, "tests/experiments/hmm.py", "--tokens 20000" if config.quick else "")
     path = train_model(config, "out-hmm", FLAGS)
-    model, _, _ = load_checkpoint(path, device)
-    compare_with_entropy(model, path, device)
-    count_errors(model, 4 if config.quick else 512)
+    compare_with_entropy(load_checkpoint(path, device)[0], path, device)
+    count_errors(load_checkpoint(path, device)[0], 4 if config.quick else 512)
 
 
 def compare_with_entropy(model, path, device):

@@ -243,7 +243,7 @@ def step_seconds(attentions, device):
 
 
 def token_seconds(model, at, device):
-    """Seconds of appending a token after each of `at` tokens, the best of 32; then without attention, which grows."""
+    """Seconds of appending a token after each of `at` tokens, the best of 32. Then the same without attention."""
     canvas, seconds = torch.full((1, max(at)), model.config.mask_id, device=device), []
     for attention in (attend, lambda q, *_: q):
         with torch.no_grad(), autocast(device), mock.patch("model.attend", attention):
