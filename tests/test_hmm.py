@@ -1,4 +1,4 @@
-"""The source of known entropy: its probabilities are those of its definition."""
+"""The source of known entropy has the probabilities of its definition."""
 
 from itertools import product
 
@@ -12,7 +12,7 @@ import data.lib.corpus
 from data.lib.corpus import load_corpus
 
 
-def test_the_source_starts_as_it_goes_on():
+def test_the_start_is_the_stationary_distribution():
     start, move, emit = hmm.source()
     for table in (start[None], move, emit):
         np.testing.assert_allclose(table.sum(1), 1)
@@ -39,8 +39,8 @@ def test_probabilities_of_all_texts_sum_to_one(floor):
     assert np.isfinite(nats).all() == (floor > 0)
 
 
-def test_what_is_drawn_follows_the_source():
-    """Pairs of letters, far enough apart to be nearly independent."""
+def test_drawn_letters_follow_the_source():
+    """It counts pairs of letters that are far enough apart to be nearly independent."""
     start, move, emit = hmm.source()
     letters = hmm.draw(400_000, hmm.source(), 3)
     pairs = emit.T @ (start[:, None] * move) @ emit  # (L, L): joint of two successive letters
@@ -55,7 +55,7 @@ def test_most_successions_of_letters_are_impossible():
     assert (pairs[emit.any(0)][:, emit.any(0)] > 0).mean() < 0.5
 
 
-def test_what_is_no_letter_is_impossible():
+def test_a_byte_that_is_no_letter_is_impossible():
     text = np.frombuffer(bytes(hmm.draw(5, hmm.source(), 1).astype(np.uint8) + ord("a")), dtype=np.uint8)
     assert np.isfinite(hmm.text_nats(text[None])).all()
     broken = np.where(np.arange(5) == 2, ord("?"), text)

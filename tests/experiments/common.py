@@ -38,7 +38,7 @@ OWN_PACE = {  # the orders that take as many steps as they need, and the values 
 
 
 def main(experiment, **counts):
-    """Run an experiment as a command. counts: its own flags, whole numbers, and their defaults."""
+    """Run an experiment as a command. counts: the names and defaults of further flags, which are whole numbers."""
     fields = [(name, int, flag(default, f"how many {name}", least=1)) for name, default in counts.items()]
     fields += [("quick", bool, flag(False, "check that it works, with tiny models, in a temporary folder"))]
     fields += [("device", str, flag("auto", "auto (cuda, then mps, then cpu) or a device's name"))]
@@ -125,9 +125,7 @@ def evaluations(path, column):
 
 
 def plot(name, n_panels=1, n_rows=1):
-    """An empty figure: its panels, row by row, and last a function that writes .github/NAME.svg. Without matplotlib it
-    returns stand-ins.
-    """
+    """The empty panels of a figure, row by row, and a function that writes .github/NAME.svg."""
     try:
         import matplotlib
     except ImportError:

@@ -25,8 +25,9 @@ def limit(config, device):
     if not (data.lib.corpus.DATA / "hmm" / "meta.json").exists():
         run_script(config, "tests/experiments/hmm.py", "--tokens 20000" if config.quick else "")
     path = train_model(config, "out-hmm", FLAGS)
-    compare_with_entropy(load_checkpoint(path, device)[0], path, device)
-    count_errors(load_checkpoint(path, device)[0], 4 if config.quick else 512)
+    model, _, _ = load_checkpoint(path, device)
+    compare_with_entropy(model, path, device)
+    count_errors(model, 4 if config.quick else 512)
 
 
 def compare_with_entropy(model, path, device):
