@@ -59,7 +59,7 @@ def changes(config, device):
             run(project, "train.py", "--eval_only --init_from out/ckpt.pt")
         for project in right, spread:  # these two change how the model writes, and not how it is trained
             shutil.copytree(plain / "out", project / "out")
-        for project in plain, right:
+        for project in (right, plain)[: 1 if config.quick else None]:
             run(project, "sample.py", "--score text.txt --order left --steps 256")
         for steps in (16, 64, 256)[: 1 if config.quick else None]:
             # The likelihood of a random order is only known by its bound in that many steps.
