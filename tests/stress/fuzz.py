@@ -1,6 +1,6 @@
 """Gives every reader of files damaged and hostile ones. Each must end in a correct read or in one sentence.
 
-    python tests/stress/fuzz.py --cases 1000                                    # of each reader: 4 minutes on one core
+    python tests/stress/fuzz.py --cases 1000                         # of each reader: 5 minutes on one core
     python tests/stress/fuzz.py --only corpus --first 17 --cases 1    # repeat one case
 
 A case must exit with code 0, or with code 2 and one sentence: no traceback, no hang, and little memory.
