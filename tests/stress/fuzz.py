@@ -1,9 +1,10 @@
-"""Damages good files, and writes bad ones, and has every reader read them.
+"""Gives every reader of files damaged and hostile ones. Each must end in a correct read or in one sentence.
 
-    python tests/fuzz.py --cases 100000      # 20 minutes
+    python tests/stress/fuzz.py --cases 1000                         # of each reader: 5 minutes on one core
+    python tests/stress/fuzz.py --only corpus --first 17 --cases 1    # repeat one case
 
-A case must end with a correct read or with one sentence and exit code 2: no traceback, no hang, and no memory
-that the file does not hold. test_fuzz.py runs some of them. A case is known by its reader and its number.
+A case must exit with code 0, or with code 2 and one sentence: no traceback, no hang, and little memory.
+tests/test_fuzz.py runs some cases of each reader. A case is known by its reader and its number.
 """
 
 import contextlib
@@ -17,15 +18,17 @@ import shutil
 import signal
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from good_files import make_good
 from tqdm import tqdm
 
 import data.chat.prepare
@@ -37,17 +40,14 @@ import data.weights.prepare
 import data.wikitext.prepare
 import sample
 import train
-from data.lib.chat import BYTES
-from data.lib.checkpoint import FAMILIES, byte_sum, published_network, save_checkpoint, tensors
+from data.lib.checkpoint import FAMILIES
 from data.lib.errors import command
 from data.lib.flags import flag, parse
-from data.lib.tokenizer import BPETokenizer, ByteTokenizer, PictureTokenizer
-from model import ModelConfig, Transformer, load_checkpoint
+from model import load_checkpoint
 
 SECONDS = 20  # that a case may take
-MEGABYTES = 300  # that all cases together may add to the memory of the process
+MEGABYTES = 300  # that all cases of a reader together may add to the memory of the process
 
-MERGES = ["t h", "th e", "Ġ a", "i n"]
 VALUES = [None, True, 0, 1, -1, 2, 3, 7, 255, 256, 257, 2**31, 2**63, 10**30, 0.5, -1.0, 1e308, float("nan")]
 VALUES += [float("inf"), "", "x", "bytes", "bpe", "wordpiece", "\ud800", "(", "(a+)+$"]
 VALUES += ["setitem", *FAMILIES, "gelu_tanh"]
@@ -58,7 +58,7 @@ VALUES += [[], {}, [1], [[0, 1]], {"a": 1}, ["a", "a"], ["\u1234"], [0] * 300, "
 
 
 def damage(content, rng):
-    """Bytes with some of them changed, left out or put in."""
+    """Change, remove or insert some bytes."""
     content = bytearray(content)
     at = rng.randrange(len(content) + 1)
     kind = rng.choice(["flip", "flip", "flip", "cut", "zero", "insert", "drop", "repeat", "text"])
@@ -83,31 +83,18 @@ def damage(content, rng):
 
 
 def other_value(old, rng):
-    """Something else that might stand there."""
+    """A value that a stranger might have put in place of this one."""
     if torch.is_tensor(old):
         shapes = [(), (0,), (1,), (3, 5), (*old.shape, 1), tuple(old.shape[::-1])]
-        others = [torch.zeros(shape) for shape in shapes] + [
-            old.double(),
-            old.long(),
-            old * torch.nan,
-            old.flatten()[:1],
-        ]
-        others += [
-            torch.zeros(1).expand(10**9),
-            torch.zeros(1).expand(old.shape or 1),
-            old.to_sparse(),
-            None,
-            3,
-            "x",
-        ]
-        return rng.choice(others)
+        others = [old.double(), old.long(), old * torch.nan, old.flatten()[:1], old.to_sparse(), None, 3, "x"]
+        return rng.choice([*map(torch.zeros, shapes), *others])
     if isinstance(old, int) and rng.random() < 0.5:
         return old + rng.choice([-1, 1, 2, 10**6])
     return rng.choice(VALUES)
 
 
 def change(content, rng):
-    """A copy of nested dicts and lists in which one value, somewhere, is another, or is gone."""
+    """Copy nested dicts and lists with one value, somewhere, replaced or removed."""
     content = type(content)(content)
     keys = list(content) if isinstance(content, dict) else list(range(len(content)))
     if not keys:
@@ -123,17 +110,17 @@ def change(content, rng):
 
 
 def with_other_header(content, rng):
-    """A file of safetensors with one value of its header changed."""
+    """Change one value in the header of a safetensors file."""
     n = int.from_bytes(content[:8], "little")
     header = json.dumps(change(json.loads(content[8 : 8 + n]), rng)).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + n :]
 
 
 def damage_one(folder, rng, names=None):
-    """Damage a file of a folder, or change a value of its JSON."""
+    """Damage a file of a folder, or change one of its values."""
     path = folder / rng.choice(names or sorted(path.name for path in folder.iterdir()))
     if path.suffix == ".json" and rng.random() < 0.7:
-        with contextlib.suppress(ValueError, RecursionError):  # it is damaged already
+        with contextlib.suppress(ValueError, RecursionError):  # if it is damaged already
             path.write_text(json.dumps(change(json.loads(path.read_text()), rng)))
     elif path.suffix == ".safetensors" and rng.random() < 0.5:
         with contextlib.suppress(ValueError, RecursionError):
@@ -145,59 +132,42 @@ def damage_one(folder, rng, names=None):
         path.write_bytes(damage(path.read_bytes(), rng))
 
 
-def save_with_sums(content, path):
-    """Save a changed checkpoint with the sums of its tensors, unless they are too large or have none."""
-    with contextlib.suppress(Exception):
-        if sum(tensor.numel() for tensor in tensors(content)) < 10**7:
-            content["sums"] = [byte_sum(tensor) for tensor in tensors(content)]
-    torch.save(content, path)
-
-
 # --- the readers ---------------------------------------------------------------------------------
 #
-# A reader(good, folder, rng) puts a case into an empty folder, with the help of the good files, and returns
-# the command that reads it, its arguments, and what is to hold if it succeeds.
+# A reader(good, folder, rng) puts a case into an empty folder, with the help of the good files. It returns the command
+# that reads the case, its arguments, and a function that checks what was read, or None.
 
 
 def damaged_checkpoint(good, folder, rng):
-    """Bytes that differ: whatever is read is what was written."""
-    (folder / "x.pt").write_bytes(damage((good / "small.pt").read_bytes(), rng))
+    """A checkpoint with damaged bytes. What is read must be what was written."""
+    (folder / "small.pt").write_bytes(damage((good / "small.pt").read_bytes(), rng))
 
     def correct():
-        ours, theirs = (load_checkpoint(path) for path in (good / "small.pt", folder / "x.pt"))
-        assert ours[0].config == theirs[0].config
-        assert ours[1].state == theirs[1].state
-        assert all(map(torch.equal, tensors(ours[2]), tensors(theirs[2])))
+        (model, tokenizer, _), (ours, our_tokenizer, _) = (load_checkpoint(p / "small.pt") for p in (folder, good))
+        assert (model.config, tokenizer.state) == (ours.config, our_tokenizer.state)
+        assert all(map(torch.equal, model.state_dict().values(), ours.state_dict().values()))
 
-    return (
-        sample.main,
-        ["--ckpt", folder / "x.pt", "--length", "8", "--steps", "2", "--dtype", "float32"],
-        correct,
-    )
+    return sample.main, ["--ckpt", folder / "small.pt", "--length", "8", "--steps", "2", "--dtype", "float32"], correct
 
 
 def bad_checkpoint(good, folder, rng):
-    """A whole file with a value of a stranger's choice."""
-    names = ["small.pt", "blocks.pt", "bpe.pt", "pictures.pt", *(f"{family}.pt" for family in FAMILIES)]
-    name = rng.choice(names)
-    content = torch.load(good / name, weights_only=True)
-    del content["sums"]
-    save_with_sums(change(content, rng), folder / "last.pt")
-    flags = ["--prompt", "in"] if name == "pictures.pt" else ["--prompt", "in the", "--length", "8"]
-    flags += ["--dtype", "float32"] if name == "gpt2.pt" else ["--dtype", "float32", "--steps", "2"]
+    """A whole checkpoint in which one value is a stranger's."""
+    name = rng.choice(["small.pt", "blocks.pt", "bpe.pt", "pictures.pt", *(f"{family}.pt" for family in FAMILIES)])
+    torch.save(change(torch.load(good / name, weights_only=True), rng), folder / "last.pt")
     if rng.random() < 0.6:
+        flags = ["--prompt", "in"] if name == "pictures.pt" else ["--prompt", "in the", "--length", "8"]
+        flags += ["--dtype", "float32"] if name == "gpt2.pt" else ["--dtype", "float32", "--steps", "2"]
         flags += rng.choice([[], ["--order", "entropy"], ["--save", folder / "x.html"]])
         return sample.main, ["--ckpt", folder / "last.pt", *flags], None
+    (folder / "data").symlink_to(good / "data")
     flags = ["--out_dir", folder, "--init_from", "resume", "--data", "book", "--max_iters", "3"]
     return train.main, [*flags, "--eval_tokens", "64", "--evals", "1"], None
 
 
 def corpus(good, folder, rng):
     name = rng.choice(["book", "pictures"])
-    name = "wide" if rng.random() < 0.05 else name  # with ids of 32 bits; it takes a while
     shutil.copytree(good / "data" / name, folder / "data" / "book")
     damage_one(folder / "data" / "book", rng, ["train.bin", "val.bin", "meta.json", "meta.json"])
-    data.lib.corpus.DATA = folder / "data"
     model = good / ("pictures.pt" if name == "pictures" else "small.pt")
     flags = ["--eval_only", "--init_from", model, "--data", "book", "--eval_tokens", "64"]
     return train.main, flags, None
@@ -207,13 +177,11 @@ def examples(good, folder, rng):
     """A corpus of prompts and answers."""
     talk = Path(shutil.copytree(good / "data" / "talk", folder / "data" / "talk"))
     damage_one(talk, rng, ["train.bin", "val.rows", "train.rows", "meta.json", "meta.json"])
-    data.lib.corpus.DATA = folder / "data"
     flags = ["--eval_only", "--init_from", good / "talk.pt", "--data", "talk", "--eval_tokens", "64"]
     return train.main, flags, None
 
 
 def jsonl(good, folder, rng):
-    data.lib.corpus.DATA = folder / "data"
     content = (good / "talk.jsonl").read_bytes()
     if rng.random() < 0.5:
         lines = content.splitlines()
@@ -228,13 +196,12 @@ def jsonl(good, folder, rng):
 
 
 def chat(good, folder, rng):
-    """A checkpoint with a template of a stranger's choice, and what is said to it."""
+    """A checkpoint with a stranger's chat template, and a stranger's message."""
     content = torch.load(good / "talk.pt", weights_only=True)
-    del content["sums"]
     part = rng.choice(["chat", "chat", "config", None])
     if part:
         content[part] = change(content[part], rng)
-    save_with_sums(content, folder / "x.pt")
+    torch.save(content, folder / "x.pt")
     parts = ["Hi", " ", "\x03", "\x01user\x02", "{role}", "{content}", "<mask>", "<mask*9>", "\udcff", "\n"]
     said = "".join(rng.choices(parts, k=rng.randrange(5)))
     (folder / "x.txt").write_bytes(said.encode("utf-8", "surrogateescape"))
@@ -244,7 +211,7 @@ def chat(good, folder, rng):
 
 
 def weights(kind, module):
-    """The reader of a folder with the files of a model."""
+    """The reader of a folder with a published model's files."""
 
     def reader(good, folder, rng):
         shutil.copytree(good / kind, folder / kind)
@@ -256,33 +223,9 @@ def weights(kind, module):
 
 
 def prompt(good, folder, rng):
-    parts = [
-        "<mask>",
-        "<mask*3>",
-        "<mask*2:4>",
-        "<mask*0>",
-        "<mask*",
-        ">",
-        "<mask*9999999999>",
-    ]
-    parts += [
-        "in",
-        " ",
-        "\n",
-        "é",
-        "\U0001f600",
-        "\x00",
-        "\x1b[2J",
-        "</script>",
-        "<s>",
-        "\udcff",
-        "<mask:3>",
-        "<MASK>",
-        "⓪④",
-        "㊿",
-        "P2 3 2 4 0 1 2 3 4 0",
-        "P2 3 2 0 0",
-    ]
+    parts = ["<mask>", "<mask*3>", "<mask*2:4>", "<mask*0>", "<mask*", ">", "<mask*9999999999>", "<mask:3>", "<MASK>"]
+    parts += ["in", " ", "\n", "é", "\U0001f600", "\x00", "\x1b[2J", "</script>", "<s>", "\udcff"]
+    parts += ["⓪④", "㊿", "P2 3 2 4 0 1 2 3 4 0", "P2 3 2 0 0"]
     text = "".join(rng.choices(parts, k=rng.randrange(6)))
     (folder / "p.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
     given = rng.choice([["--prompt", text], ["--prompt_file", folder / "p.txt"], ["--score", folder / "p.txt"]])
@@ -293,15 +236,13 @@ def prompt(good, folder, rng):
 
 
 def wikitext(good, folder, rng):
-    data.lib.corpus.DATA = folder / "data"
     for name in ("wiki.train.raw", "wiki.valid.raw"):
         (folder / name).write_bytes(damage((good / "book.txt").read_bytes(), rng))
     return data.wikitext.prepare.main, ["--file", folder, "--name", "w"], None
 
 
 def text8(good, folder, rng):
-    """A text of which the sum is known: what is not refused is all of it."""
-    data.lib.corpus.DATA = folder / "data"
+    """A text whose checksum is known, so what isn't refused must be complete."""
     whole, name = (good / "book.txt").read_bytes(), rng.choice(["text8", "text8.zip"])
     (folder / name).write_bytes(damage((good / name).read_bytes(), rng))
 
@@ -316,7 +257,6 @@ def text8(good, folder, rng):
 
 
 def shard(good, folder, rng):
-    data.lib.corpus.DATA = folder / "data"
     shutil.copytree(good / "shards", folder / "shards")
     path = folder / "shards" / rng.choice(["fineweb_val_000000.bin", "fineweb_train_000001.bin"])
     content = path.read_bytes()
@@ -337,105 +277,22 @@ def shard(good, folder, rng):
 
 
 def text(good, folder, rng):
-    data.lib.corpus.DATA = folder / "data"
     (folder / "x.txt").write_bytes(damage((good / "book.txt").read_bytes(), rng))
     return data.text.prepare.main, [folder / "x.txt", "--name", "t"], None
 
 
 READERS = {
-    "damaged_checkpoint": damaged_checkpoint,
-    "bad_checkpoint": bad_checkpoint,
-    "corpus": corpus,
-    "examples": examples,
-    "jsonl": jsonl,
-    "chat": chat,
-    "gpt2": weights("gpt2", data.weights.prepare),
-    "roberta": weights("roberta", data.weights.prepare),
-    "bert": weights("bert", data.weights.prepare),
-    "mdlm": weights("mdlm", data.weights.prepare),
-    "llada": weights("llada", data.weights.prepare),
-    "prompt": prompt,
-    "wikitext": wikitext,
-    "text8": text8,
-    "shard": shard,
-    "text": text,
+    **{f.__name__: f for f in (damaged_checkpoint, bad_checkpoint, corpus, examples, jsonl, chat, prompt, wikitext)},
+    **{f.__name__: f for f in (text8, shard, text)},
+    **{kind: weights(kind, data.weights.prepare) for kind in ("roberta", "bert", "gpt2", "mdlm", "llada")},
 }
 
 
 # --- cases ---------------------------------------------------------------------------------------
 
 
-def write_shard(path, ids):
-    """A file of FineWeb's form: 256 numbers, of which three say what it is, and 16 bits for each token."""
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(ids)
-    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
-
-
-def make_good(good):
-    """The good files, of every kind, in a folder."""
-    from model_files import (
-        make_tokenizer,
-        mdlm_settings,
-        save_weights,
-        write_bert,
-        write_gpt2,
-        write_llada,
-        write_mdlm,
-        write_roberta,
-    )
-
-    data.lib.corpus.DATA = good / "data"
-    lines = "".join(f"the line {i} in a book\n" for i in range(400))
-    (good / "book.txt").write_text(lines)
-    with contextlib.redirect_stdout(None):
-        data.text.prepare.prepare(good / "book.txt", "book", ByteTokenizer())
-        flags = "--data book --n_layer 1 --n_head 1 --n_embd 16 --context 16 --batch_size 2 --max_iters 2"
-        flags += f" --eval_tokens 64 --evals 1 --prompt_len 0 --dtype float32 --out_dir {good}/out"
-        assert run(train.main, flags.split()) == (0, "")
-        turn = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]'
-        (good / "talk.jsonl").write_text(f'{{"messages": {turn}}}\n{turn}\n' * 10)
-        data.chat.prepare.prepare(good / "talk.jsonl", None, "talk", ByteTokenizer())
-    shutil.copy(good / "out" / "ckpt.pt", good / "small.pt")
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "context": 16}
-    save_checkpoint(good / "blocks.pt", Transformer(ModelConfig(**shape, block=4)), ByteTokenizer())
-    talks = {**shape, "context": 48, "special_ids": (256,), "end_ids": (3,)}
-    save_checkpoint(good / "talk.pt", Transformer(ModelConfig(**talks)), ByteTokenizer(), chat=BYTES)
-    tokens, pattern = [chr(i) for i in range(256)] + ["in", "the"], r" ?\w+|\s+|[^\s\w]+"
-    bpe = BPETokenizer(tokens, pattern)
-    config = ModelConfig(bpe.vocab_size, bpe.mask_id, **shape)
-    save_checkpoint(good / "bpe.pt", Transformer(config), bpe)
-    for family in FAMILIES:
-        network, causal = published_network(family), {"block": 1, "shift_id": 0} if family == "gpt2" else {}
-        save_checkpoint(good / f"{family}.pt", network(network.Config(**shape, **causal, tied=True)), ByteTokenizer())
-    special = {"<|endoftext|>": len(tokens), "<mask>": len(tokens) + 1}
-    config = ModelConfig(len(tokens) + 2, len(tokens) + 1, **shape)
-    save_checkpoint(good / "start.pt", Transformer(config), BPETokenizer(tokens, pattern, special=special))
-    canvas = PictureTokenizer(4, 3, 2, 5)
-    config = ModelConfig(262, 256, **{**shape, "context": 10}, kinds=canvas.kinds)
-    save_checkpoint(good / "pictures.pt", Transformer(config), canvas)
-    pictures = [("train", canvas.canvas("ab", [i % 5] * 6), 10) for i in range(20)]
-    with contextlib.redirect_stdout(None):
-        data.lib.corpus.write_tokens("pictures", [*pictures, ("val", *pictures[0][1:])], canvas, "made")
-    (good / "shards").mkdir()
-    for name in ("val_000000", "train_000001"):
-        write_shard(good / "shards" / f"fineweb_{name}.bin", [len(tokens), *bpe.encode(lines[:600])])
-    wide = BPETokenizer([*tokens, *(f"\xff{i}" for i in range(2**16))], pattern)
-    with contextlib.redirect_stdout(None):
-        data.lib.corpus.write_corpus("wide", [("train", lines), ("val", lines)], wide, "book.txt")
-    for kind, write in (("gpt2", write_gpt2), ("roberta", write_roberta), ("bert", write_bert)):
-        model = write(good / kind) if kind == "bert" else write(good / kind, MERGES)
-        save_weights(good / kind, model.state_dict())
-    small = {"width": 16, "layers": 1, "heads": 2}
-    write_mdlm(good / "mdlm", mdlm_settings(**small), None, MERGES)
-    write_llada(good / "llada", make_tokenizer(lines, 20), **small, inside=16)
-    shutil.copy(good / "book.txt", good / "text8")
-    with zipfile.ZipFile(good / "text8.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("text8", lines)
-
-
 def run(main, arguments):
-    """The exit code of a command and what it said on stderr; what is no sentence of ours is raised."""
+    """Run a command: its exit code, and what it printed on stderr. Raises what isn't a sentence of ours."""
     sys.argv = ["script.py", *map(str, arguments)]
     err = io.StringIO()
     try:
@@ -447,7 +304,7 @@ def run(main, arguments):
 
 
 class Hang(BaseException):
-    """A case took too long, which is no refusal of the system (OSError) and no damage (Exception)."""
+    """A case took too long. It isn't an Exception, so no reader can take it for one of its own."""
 
 
 def too_long(*_):
@@ -455,14 +312,13 @@ def too_long(*_):
 
 
 def random_of(name, number):
-    """What a case is made by, to be made again."""
+    """The random numbers that a case is made with, so that it can be made again."""
     return random.Random(f"{name} {number}")
 
 
 def case(name, rng, good):
-    """Raise AssertionError, or whatever it raises, if a case of a reader does not end as it must."""
-    before = data.lib.corpus.DATA
-    with tempfile.TemporaryDirectory() as folder:
+    """Run a case of a reader. Raises AssertionError, or what the command raises, if it doesn't end as it must."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch("data.lib.corpus.DATA", Path(folder, "data")):
         main, arguments, correct = READERS[name](good, Path(folder), rng)
         signal.signal(signal.SIGALRM, too_long)
         signal.alarm(SECONDS)
@@ -472,41 +328,40 @@ def case(name, rng, good):
                 correct()
         finally:
             signal.alarm(0)
-            data.lib.corpus.DATA = before
     assert code in (0, 2), said
     sentences = [line for line in said.splitlines() if line.startswith("script.py: ")]
     assert code == 0 or (len(sentences) == 1 and said.rstrip().endswith(sentences[0])), said
 
 
 def grown():
-    """Megabytes of memory that the process has had at most."""
+    """The most memory that the process has had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @dataclass
 class FuzzConfig:
-    cases: int = flag(2000, "how many", least=1)
-    first: int = flag(0, "number of the first", least=0)
-    only: str | None = flag(None, "of this reader alone")
+    cases: int = flag(1000, "cases of each reader", least=1)
+    first: int = flag(0, "number of the first case", least=0)
+    only: Literal[tuple(READERS)] | None = flag(None, "the only reader to test")
 
 
 def main():
     config = FuzzConfig(**parse(FuzzConfig, __doc__.splitlines()[0]))
-    names, failed = [config.only] if config.only else list(READERS), 0
     torch.set_num_threads(1)
+    numbers, failed = range(config.first, config.first + config.cases), 0
     with tempfile.TemporaryDirectory() as good:
         make_good(Path(good))
         start = grown()
-        for number in tqdm(range(config.first, config.first + config.cases), unit="case", mininterval=10):
-            name = names[number % len(names)]
-            try:
-                case(name, random_of(name, number), Path(good))
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
+        for name in [config.only] if config.only else READERS:
+            for number in tqdm(numbers, desc=name, mininterval=10):
+                try:
+                    case(name, random_of(name, number), Path(good))
+                except KeyboardInterrupt:
                     raise
-                failed += 1
-                tqdm.write(f"{name} {number}: {type(error).__name__}: {str(error)[:300]}")
-    print(f"{config.cases:,} cases, {failed} failed, {grown() - start:.0f} MB more memory at most")
+                except BaseException as error:  # a Hang, and tiktoken's panics, are no Exception
+                    failed += 1
+                    tqdm.write(f"{name} {number}: {type(error).__name__}: {str(error)[:300]}")
+    print(f"{failed} cases failed; {grown() - start:.0f} MB more memory at most")
     sys.exit(failed > 0)
 
 

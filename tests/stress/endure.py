@@ -1,11 +1,10 @@
-"""Puts runs through what days on a machine put them through, and counts.
+"""Checks that training survives days on a machine: kills, memory, disks, several processes, large models.
 
-python tests/endure.py kills --times 200    # SIGKILL at random moments: a quarter of an hour
-python tests/endure.py soak --minutes 30    # memory at the end against that after the first minute
-python tests/endure.py saving               # the share of a run that its checkpoints take
-python tests/endure.py loading              # the share of loading that the check of sums takes
-python tests/endure.py processes            # two processes of a thread against one of two threads
-python tests/endure.py converting           # the memory that LLaDA-8B takes: 32 GB of disk, 16 of memory
+python tests/stress/endure.py kills --times 200    # kill a run at random moments: a quarter of an hour
+python tests/stress/endure.py soak --minutes 30    # memory of a run, minute by minute
+python tests/stress/endure.py saving               # the fraction of a run that its checkpoints take: seconds
+python tests/stress/endure.py processes            # two processes of one thread beside one of two: five minutes
+python tests/stress/endure.py converting           # memory that LLaDA-8B takes: 3 minutes, 32 GB of disk
 """
 
 import csv
@@ -20,36 +19,32 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from bench import best_seconds
 
-from data.lib.checkpoint import read_checkpoint, save_checkpoint
+from data.lib.checkpoint import read_checkpoint
 from data.lib.errors import command
 from data.lib.flags import argument, flag, parse
-from data.lib.sample_settings import SHIPPED
-from data.lib.tokenizer import BPETokenizer, ByteTokenizer
+from data.lib.tokenizer import ByteTokenizer
 from data.lib.training import Run
-from data.weights import bert
-from model import ModelConfig, Transformer, load_checkpoint
+from model import ModelConfig, Transformer
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-WHAT = "kills", "soak", "saving", "loading", "processes", "converting"
+ROOT = Path(__file__).resolve().parents[2]
+WHAT = "kills", "soak", "saving", "processes", "converting"
 
 
 @dataclass
 class EndureConfig:
     what: Literal[WHAT] = argument(f"one of {', '.join(WHAT)}")
-    times: int = flag(200, "kills", least=1)
-    minutes: float = flag(30.0, "of the soak", least=4)
-    seed: int = flag(0, "of the moments")
+    times: int = flag(200, "kills: how often the run is killed", least=1)
+    minutes: float = flag(30.0, "soak: how long the run takes", least=4)
+    seed: int = flag(0, "kills: for the moments")
 
 
 def start(*flags, launch=(), stderr=subprocess.PIPE, **more):
@@ -62,8 +57,8 @@ def step_in(path):
 
 
 def kills(config):
-    """Of a run that saves after each step, killed again and again: no checkpoint is broken, and none is
-    further back than the step before the last that was logged.
+    """Kill a run that saves after each step, again and again. No checkpoint may be broken, and none may be further back
+    than the step before the last one in the log.
     """
     rng, lost = random.Random(config.seed), []
     with tempfile.TemporaryDirectory() as folder:
@@ -83,25 +78,25 @@ def kills(config):
             logged = max(int(step) for step in steps if step and step.isdecimal())
             lost.append(logged - step_in(last))
             print(f"\r{number + 1} kills, at step {step_in(last):,}", end="", file=sys.stderr)
-    print(f"\n{config.times} kills: {config.times} checkpoints whole; steps lost: {max(lost)} at most")
+    print(f"\n{config.times} kills: every checkpoint is whole; steps lost: {max(lost)} at most")
     assert max(lost) <= 1
 
 
 def resident(pid):
-    """Megabytes of memory of a process's own; 0 when it is ending."""
+    """Megabytes of memory that belong to a process alone; 0 when it is ending."""
     found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024 if found else 0
 
 
 def soak(config):
-    """Memory of a run with evaluations and samples, minute by minute: the lower quartile of its seconds,
-    since an evaluation needs more for some of them.
+    """Watch the memory of a run with evaluations and samples. A minute's figure is the lower quartile over its seconds,
+    because an evaluation needs more for some of them.
     """
     with tempfile.TemporaryDirectory() as folder:
         evals = round(4 * config.minutes)
         process = start(
             f"--data python --max_minutes {config.minutes} --evals {evals} --out_dir {folder}/out",
-            stderr=subprocess.DEVNULL,  # nobody reads it
+            stderr=subprocess.DEVNULL,
         )
         minutes = []
         while process.poll() is None:
@@ -116,7 +111,7 @@ def soak(config):
 
 
 def saving(config):
-    """The seconds of the saves of a ten-minute run with the default flags, and their share of it."""
+    """Time a checkpoint of the default model, and print what fraction of a ten-minute run its checkpoints take."""
     with tempfile.TemporaryDirectory() as folder:
         model = Transformer(ModelConfig()).train()
         run = Run(TrainConfig(out_dir=folder), model, torch.device("cpu"), tokenizer=ByteTokenizer())
@@ -128,30 +123,8 @@ def saving(config):
     print(f"{evals} saves of {1000 * seconds:.0f} ms in ten minutes: {evals * seconds / 600:.3%}")
 
 
-def loading(config):
-    """What the check of sums adds to loading two models, until every weight has been read once."""
-    tokens = [chr(i) for i in range(256)] + [f"{i:05}" for i in range(50_000)]
-    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "tied": True}
-
-    def load(path):
-        for p in load_checkpoint(path)[0].parameters():
-            p.sum()
-
-    def load_unchecked(path):
-        with mock.patch("data.lib.checkpoint.byte_sum", return_value=mock.ANY):  # equals every sum
-            load(path)
-
-    with tempfile.TemporaryDirectory() as folder:
-        bpe = BPETokenizer(tokens, r"\w+")
-        big = bert.Network(bert.Network.Config(bpe.vocab_size, bpe.mask_id, **shape))
-        save_checkpoint(Path(folder) / "big.pt", big, bpe)
-        for name, path in (("the shipped model", SHIPPED), ("RoBERTa's shape", Path(folder) / "big.pt")):
-            checked, plain = best_seconds(partial(load, path), partial(load_unchecked, path), repeats=50)
-            print(f"{name}: {1000 * checked:.0f} ms, {checked / plain - 1:+.1%} with the sums")
-
-
 def processes(config):
-    """Tokens per second of two processes of one thread, as a share of those of one of two, in turn."""
+    """Compare the tokens per second of two processes of one thread with those of one process of two, in turn."""
     pace = {"one": [], "two": []}
     for _ in range(3):
         for name in pace:
@@ -168,13 +141,14 @@ def processes(config):
 
 
 def write_zeros(folder):
-    """A LLaDA of the real shape, of six shards in bfloat16 whose tensors are holes in the files."""
+    """Write a LLaDA of the real shape, in six bfloat16 shards. The files are sparse, so the zeros take no space."""
+    sys.path.insert(0, str(ROOT / "tests"))
     from model_files import llada_settings, llada_shapes, make_tokenizer
 
     tokenizer = make_tokenizer("a book of few words", 10)
     shape = {"width": 4096, "layers": 32, "heads": 32, "inside": 12288, "length": 4096}
     settings = {**llada_settings(tokenizer, **shape), "embedding_size": 126464}
-    missing = 126464 - 115 - tokenizer.get_vocab_size()  # as many tokens as the real one has
+    missing = 126464 - 115 - tokenizer.get_vocab_size()  # up to the size of the real vocabulary
     tokenizer.add_special_tokens([f"<|reserved {i}|>" for i in range(missing)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(settings))
@@ -192,9 +166,7 @@ def write_zeros(folder):
 
 
 def largest_memory(*line):
-    """Run a script; its seconds, and the most megabytes of memory that it had: of its own, which no file
-    holds, and in all.
-    """
+    """Run a script: its seconds, and its peak memory in MB, without pages of files and with them."""
     began, most = time.time(), {"RssAnon": 0, "VmRSS": 0}
     process = subprocess.Popen([sys.executable, *map(str, line)], cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -207,7 +179,7 @@ def largest_memory(*line):
 
 
 def converting(config):
-    """The memory that converting LLaDA-8B takes, and then sampling from it in bfloat16."""
+    """Measure the memory for converting LLaDA-8B and for sampling from it in bfloat16."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         model, out = Path(folder) / "zeros", Path(folder) / "zeros.pt"
         model.mkdir()
@@ -218,7 +190,7 @@ def converting(config):
             ("sampling", (ROOT / "sample.py", *sampling)),
         ):
             seconds, own, whole = largest_memory(*line)
-            print(f"{name} {seconds:.0f} s, {own:,.0f} MB of its own, {whole:,.0f} MB with the files' pages")
+            print(f"{name} {seconds:.0f} s, {own:,.0f} MB of its own, {whole:,.0f} MB with pages of files")
         print(f"{out.stat().st_size / 1e9:.1f} GB")
 
 
