@@ -22,8 +22,8 @@ from data.lib.errors import Mistake, command
 from data.lib.flags import Dtype, flag, parse
 from data.lib.kernels import in_parts, rows_at_once
 from data.lib.machine import send
+from data.lib.sampling import Session
 from data.lib.window import blocks
-from data.lib.writing import Session
 from model import load_checkpoint
 
 
@@ -308,7 +308,7 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
-    Session(SampleConfig(**given), given, load_checkpoint).run(denoise, log_likelihood)  # makes canvases of prompts
+    Session(SampleConfig(**given), given, load_checkpoint, denoise, log_likelihood).run()  # makes canvases of prompts
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "experiments"), str(TESTS / "stress")]
 from model_files import data_folder, merges, mistake, mixed_lines, originals, roberta, run, use  # noqa: E402, F401
 from world import in_world, world  # noqa: E402, F401  fixtures
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data.lib.checkpoint
 import data.lib.corpus
 import data.text.prepare as text_prepare
-import data.weights.hub
-import data.wikitext2.prepare as wikitext_prepare
+import data.weights.prepare
+import data.wikitext.prepare as wikitext_prepare
 import sample
 import train
 from data.lib.errors import command
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 FIRST = ("<s>", "<pad>", "</s>", "<unk>")
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
-PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS]
+PROTEINS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 
 
 def shape(width, layers, heads, inside, positions=26):
@@ -47,20 +48,19 @@ CLASSES = {
 
 
 @pytest.fixture
-def data_folder(tmp_path, monkeypatch, request):
+def data_folder(tmp_path, monkeypatch):
     """Everything is written to a folder of the test's own."""
     (tmp_path / "data").mkdir()
-    for module in (data.lib.corpus, request.module.prepare, wikitext_prepare):
+    for module in (data.lib.corpus, data.weights.prepare, wikitext_prepare):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
     return tmp_path / "data"
 
 
 @pytest.fixture
-def run(monkeypatch, request):
-    """Call a command's main, that of the `prepare` which a module tests, with these arguments."""
+def run(monkeypatch):
+    """Call a command's main with these arguments: by default that of data/weights/prepare.py."""
 
-    def run(*arguments, main=None, **more):
-        main = main or request.module.prepare.main
+    def run(*arguments, main=data.weights.prepare.main, **more):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         main(**more)
 
@@ -71,7 +71,7 @@ def run(monkeypatch, request):
 def mistake(run, tmp_path, capsys):
     """Call a command that must end in one sentence, with exit code 2 and no file changed; the sentence."""
 
-    def mistake(*arguments, main=None):
+    def mistake(*arguments, main=data.weights.prepare.main):
         capsys.readouterr()
         before = state_of(tmp_path)
         with pytest.raises(SystemExit) as ended:
@@ -190,6 +190,13 @@ def save_weights(folder, tensors, **options):
     torch.save(tensors, folder / "pytorch_model.bin", **options)
 
 
+def converted(folder, tensors=None):
+    """Our model of the files in a folder, with these tensors if given."""
+    if tensors is not None:
+        save_weights(folder, tensors)
+    return data.weights.prepare.convert(folder)[0]
+
+
 @pytest.fixture(scope="session")
 def originals(merges, tmp_path_factory):
     """A small RoBERTa and a small BERT, whole: the folder of each and its model."""
@@ -245,3 +252,227 @@ def mixed_lines():
     lines += ["".join(draw.choices([*spaces, "a", "It's", "漢"], k=draw.randrange(1, 20))) for _ in range(1250)]
     assert len(lines) == 20_000
     return lines
+
+
+# --- GPT-2 ---------------------------------------------------------------------------------------
+
+START = "<|endoftext|>"
+
+
+def gpt2_shape(width, layers, heads, positions, inside=None):
+    """The settings that give a model its shape."""
+    names = "n_embd", "n_layer", "n_head", "n_positions", "n_inner"
+    return dict(zip(names, (width, layers, heads, positions, inside)))
+
+
+SMALL_GPT2 = gpt2_shape(32, 2, 4, 24)
+
+
+def write_gpt2(folder, merges, **settings):
+    """A folder with the files of a random GPT-2 but its weights; returns transformers' model of it."""
+    folder.mkdir()
+    vocab_size = write_bpe(folder, merges, first=(), last=(START,))
+    start = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))[START]
+    settings = {"vocab_size": vocab_size, "bos_token_id": start, "eos_token_id": start, **SMALL_GPT2, **settings}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(initializer_range=settings["n_embd"] ** -0.5, **settings)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    move_biases(model)
+    config.save_pretrained(folder)
+    return model
+
+
+def write_diffugpt(folder, merges, more_rows):
+    """A folder with the files of a random DiffuGPT whose table has more_rows than its vocabulary; the
+    reference, transformers' GPT-2, which is to see all.
+    """
+    write_gpt2(folder, merges)
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    rows = config["vocab_size"] + more_rows  # which config.json does not say
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**{**config, "vocab_size": rows}, attn_implementation="eager")
+    ).eval()
+    move_biases(reference)
+    tensors = renamed(reference.state_dict(), r"^transformer\.wte", "embed_tokens")
+    tensors = without(renamed(tensors, r"^transformer", "denoise_model"), "lm_head.weight")
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return reference
+
+
+# --- MDLM ----------------------------------------------------------------------------------------
+
+
+def mdlm_settings(kind="mdlm", width=32, layers=2, heads=4, length=24, vocab_size=300, **more):
+    """A config.json, with the names of the released ones."""
+    names = {"vocab_size": vocab_size, "model_length": length, "hidden_dim": width, "cond_dim": 16}
+    names |= {"n_blocks": layers, "n_heads": heads, "dropout": 0.1, "time_conditioning": False}
+    return {"model_type": kind, **names, **more}
+
+
+def mdlm_tensors(settings, adaln=True):
+    """Tensors of the released names and shapes, none of which is zero or without effect."""
+    C, V, L = settings["hidden_dim"], settings["vocab_size"], settings["cond_dim"]
+    shapes = {"vocab_embed.embedding": (V, C), "output_layer.norm_final.weight": (C,)}
+    shapes |= {"output_layer.linear.weight": (V, C), "output_layer.linear.bias": (V,)}
+    told = {
+        "output_layer.adaLN_modulation": (2 * C, L),
+        "sigma_map.mlp.0": (L, 256),
+        "sigma_map.mlp.2": (L, L),
+    }
+    for i in range(settings["n_blocks"]):
+        layer = {"norm1.weight": (C,), "attn_qkv.weight": (3 * C, C), "attn_out.weight": (C, C)}
+        layer |= {"norm2.weight": (C,), "mlp.0.weight": (4 * C, C), "mlp.0.bias": (4 * C,)}
+        layer |= {"mlp.2.weight": (C, 4 * C), "mlp.2.bias": (C,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
+        told[f"blocks.{i}.adaLN_modulation"] = 6 * C, L
+    for name, shape in told.items() if adaln else ():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    torch.manual_seed(0)
+    tensors = {f"backbone.{name}": torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    tensors |= {name: 1 + 0.3 * torch.randn(t.shape) for name, t in tensors.items() if "norm" in name}
+    return tensors | {"backbone.rotary_emb.inv_freq": torch.ones(C // settings["n_heads"] // 2)}
+
+
+def write_mdlm(folder, settings, tensors, merges):
+    """A folder as the hub has it, beside GPT-2's vocabulary; settings with the number of its tokens."""
+    folder.mkdir()
+    settings = {**settings, "vocab_size": write_bpe(folder, merges, first=(), last=(START,)) + 1}
+    tensors = mdlm_tensors(settings, settings.get("adaln", True)) if tensors is None else tensors
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors")
+    return settings, tensors
+
+
+# --- LLaDA ---------------------------------------------------------------------------------------
+
+# How Llama 3 and its like cut text into words, but for single digits.
+LLADA_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLADA_WORDS += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLADA_SPECIAL = ["<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mdm_mask|>"]
+LLADA_SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLADA_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(text, n_merges):
+    """A byte-level BPE with special tokens, as `tokenizers` has it."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLADA_WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in LLADA_SPECIAL])
+    return tokenizer
+
+
+def llada_settings(tokenizer, width=32, layers=2, heads=4, kv_heads=None, inside=48, length=24, **more):
+    """A config.json, with the names and what is fixed of the released ones."""
+    n = tokenizer.get_vocab_size()
+    names = {"d_model": width, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads or heads}
+    names |= {"mlp_hidden_size": inside, "max_sequence_length": length, "vocab_size": n}
+    names |= {"embedding_size": -(-n // 64) * 64, "mask_token_id": tokenizer.token_to_id("<|mdm_mask|>")}
+    names |= {"eos_token_id": tokenizer.token_to_id("<|endoftext|>"), "weight_tying": False}
+    fixed = {
+        "model_type": "llada",
+        "block_type": "llama",
+        "layer_norm_type": "rms",
+        "activation_type": "silu",
+    }
+    fixed |= {
+        "rope": True,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "include_bias": False,
+        "alibi": False,
+    }
+    fixed |= {"multi_query_attention": None, "residual_dropout": 0.0, "scale_logits": False}
+    return {**fixed, **names, **more}
+
+
+def llada_shapes(settings):
+    """The shape of each of its tensors, by name."""
+    C, M, V = settings["d_model"], settings["mlp_hidden_size"], settings["embedding_size"]
+    kv = C // settings["n_heads"] * settings["n_kv_heads"]
+    layer = {"attn_norm": (C,), "q_proj": (C, C), "k_proj": (kv, C), "v_proj": (kv, C), "attn_out": (C, C)}
+    layer |= {"ff_norm": (C,), "ff_proj": (M, C), "up_proj": (M, C), "ff_out": (C, M)}
+    shapes = {"wte": (V, C), "ln_f": (C,), "ff_out": (V, C)}
+    for i in range(settings["n_layers"]):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in layer.items()}
+    return {f"model.transformer.{name}.weight": shape for name, shape in shapes.items()}
+
+
+LLADA_NAMES = {
+    "self_attn.q_proj": "q_proj",
+    "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj",
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+}
+LLADA_OUTSIDE = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
+
+
+def random_llama(settings):
+    """transformers' Llama of such a shape, random; and its tensors with LLaDA's names."""
+    config = transformers.LlamaConfig(
+        vocab_size=settings["embedding_size"],
+        hidden_size=settings["d_model"],
+        intermediate_size=settings["mlp_hidden_size"],
+        num_hidden_layers=settings["n_layers"],
+        num_attention_heads=settings["n_heads"],
+        num_key_value_heads=settings["n_kv_heads"],
+        max_position_embeddings=settings["max_sequence_length"],
+        rms_norm_eps=settings["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": settings["rope_theta"]},
+        hidden_act=settings["activation_type"],
+        initializer_range=settings["d_model"] ** -0.5,
+        tie_word_embeddings=settings["weight_tying"],
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    move_biases(model)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        module = name.removesuffix(".weight")
+        if module in LLADA_OUTSIDE:
+            tensors[f"model.transformer.{LLADA_OUTSIDE[module]}.weight"] = tensor.clone()
+        else:
+            _, _, number, module = module.split(".", 3)
+            tensors[f"model.transformer.blocks.{number}.{LLADA_NAMES[module]}.weight"] = tensor.clone()
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == llada_shapes(settings)
+    return model, tensors
+
+
+def write_llada(folder, tokenizer, **settings):
+    """A folder with the files of a random LLaDA; the reference and its tensors."""
+    folder.mkdir()
+    settings = llada_settings(tokenizer, **settings)
+    model, tensors = random_llama(settings)
+    (folder / "config.json").write_text(json.dumps(settings))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_shards(folder, tensors)
+    return model, tensors
+
+
+def save_shards(folder, tensors, n=3):
+    """The tensors in n files, and the index of them."""
+    names, shard_of = list(tensors), {}
+    for i in range(n):
+        shard = f"model-{i + 1:05}-of-{n:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::n]}, folder / shard)
+        shard_of |= dict.fromkeys(names[i::n], shard)
+    index = {"metadata": {"total_size": 0}, "weight_map": shard_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,31 +1,26 @@
-"""The corpora of handwritten digits, and the tokenizer of a captioned picture."""
+"""The corpora of handwritten digits, which are pictures with captions."""
 
 import functools
 import gzip
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import idx, write_mnist
 from world import sample_text
 
 import data.digits.prepare as digits
 import data.lib.corpus
-import data.mnist.prepare as mnist
-import data.text.prepare
 import train
 from data.lib.corpus import load_corpus, windows_at, write_tokens
 from data.lib.download import check_sha256
 from data.lib.errors import Mistake
-from data.lib.tokenizer import GREYS, PictureTokenizer, tokenizer_from_state
+from data.lib.tokenizer import PictureTokenizer
 
 SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
 TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
-T = 10
 SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
 
 
@@ -46,26 +41,6 @@ def world(tmp_path_factory):
 def in_world(world, monkeypatch):
     monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
     monkeypatch.chdir(world)
-
-
-def test_the_text_of_a_canvas_is_read_as_that_canvas_and_shows_its_rows():
-    ids = TOKENIZER.canvas("ab", [0, 1, 2, 3, 4, 0])
-    assert TOKENIZER.decode(ids) == "ab  \n⓪①②\n③④⓪"
-    assert TOKENIZER.encode(TOKENIZER.decode(ids)) == ids == TOKENIZER.encode("ab  \r\n⓪①②③\r\n④⓪\n")
-    assert tokenizer_from_state(json.loads(json.dumps(TOKENIZER.state))).kinds == TOKENIZER.kinds
-    assert len(set(GREYS)) == 51
-    assert GREYS[20] == "⑳"
-    assert GREYS[50] == "㊿"
-    assert TOKENIZER.n_bytes("ab  \n⓪①②\n③④⓪") == T
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"caption": 0}, {"width": "3"}, {"greys": 52}, {"height": 10**9}, {"width": True}, {"greys": 1}],
-)
-def test_a_state_that_is_no_picture_is_refused(change):
-    with pytest.raises(ValueError, match="no size"):
-        tokenizer_from_state({**TOKENIZER.state, **change})
 
 
 def test_the_file_of_digits_is_the_corpus_and_no_hand_is_in_both_splits():
@@ -106,33 +81,38 @@ def test_what_is_learned_from_is_also_there_as_others_might_have_written_it():
         assert np.mean(others) < 0.5
 
 
-def test_a_corpus_whose_tokens_are_not_of_their_places_is_refused(world, tmp_path, monkeypatch):
-    """And one that ends within a canvas: neither has the sums of a file that was damaged."""
+def test_a_token_that_may_not_stand_at_its_place_stops_a_run_in_a_sentence(tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path)
     ids = TOKENIZER.canvas("ab", [0] * 6)
-    for name, odd, words in (
-        ("letter", [*ids[:9], 32], "may not stand where they are"),
-        ("pixel", [257, *ids[1:]], "may not stand where they are"),
-        ("short", ids[:-1], "not a whole corpus"),
-    ):
-        write_tokens(name, [("train", ids, T), ("val", odd, T)], TOKENIZER, "made")
-        with pytest.raises(Mistake, match=words):
-            load_corpus(name)
+    write_tokens("odd", [("train", [*ids[:9], 32], 10), ("val", ids, 10)], TOKENIZER, "made")
+    monkeypatch.chdir(tmp_path)
+    flags = SMALL.replace("digits", "odd").replace("288", "10")
+    monkeypatch.setattr("sys.argv", ["train.py", *flags.split(), "--max_iters", "2"])
+    with pytest.raises(Mistake, match="loss"):
+        train.main()
+
+
+def idx(array):
+    """An array as a gzipped IDX file."""
+    header = np.array([0x800 + array.ndim, *array.shape], ">u4")
+    return gzip.compress(header.tobytes() + array.tobytes(), mtime=0)
 
 
 @pytest.fixture
 def small_mnist(tmp_path):
-    """A folder with four files as MNIST's, of few pictures; the files' sums, and what is in them."""
-    content, sums = write_mnist(tmp_path, 4), {}
-    for split, names in mnist.FILES.items():
-        sums[split] = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
-    return tmp_path, sums, content
+    """A folder with four files as MNIST's, of four random pictures each; their sha256; and the arrays in them."""
+    rng, sums, arrays = np.random.default_rng(0), {}, []
+    for i, name in enumerate(digits.FILES):
+        arrays.append(rng.integers(0, 10, 4, np.uint8) if i % 2 else rng.integers(0, 256, (4, 28, 28), np.uint8))
+        (tmp_path / name).write_bytes(idx(arrays[-1]))
+        sums[name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    return tmp_path, sums, arrays
 
 
 def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, capsys):
-    folder, files, content = small_mnist
-    run("--dir", folder, "--name", "few", main=functools.partial(mnist.main, files=files))
-    for split, (pictures, labels) in zip(load_corpus("few"), content.values()):
+    folder, files, arrays = small_mnist
+    run("mnist", "--dir", folder, "--name", "few", main=functools.partial(digits.main, files))
+    for split, pictures, labels in zip(load_corpus("few"), arrays[::2], arrays[1::2]):
         x0, _ = windows_at(split, np.arange(len(labels))[:, None], 792)
         assert (x0[:, 8:] - 257 == np.round(pictures.reshape(-1, 784) / 255 * 16)).all()
         assert bytes(x0[0, :8].tolist()).decode().rstrip() == digits.WORDS[labels[0]]
@@ -142,32 +122,12 @@ def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, 
     assert [len(line) for line in lines[-28:]] == [28] * 28
 
 
-def test_damaged_files_of_mnist_are_refused_and_leave_nothing(small_mnist, mistake, world):
-    folder, files, content = small_mnist
-    pictures, labels = map(Path, (folder / name for name in files["train"]))
-    main = functools.partial(mnist.main, files=files)
-    whole = pictures.read_bytes()
-    arrays = content["train"]
-    odd = {
-        "sha256": whole[:-1] + b"\1",
-        "not an IDX file of 28 x 28": idx(arrays[0][:, :27]),
-        "is damaged": idx(arrays[0])[:-300],
-        "not an IDX file": idx(arrays[1]),
-        "not an IDX": gzip.compress(b"\0\0"),
-        "it has more bytes than it says": gzip.compress(gzip.decompress(whole) + b"more", mtime=0),
-        "it has fewer bytes than it says": gzip.compress(gzip.decompress(whole)[:-1], mtime=0),
-        "Not a gzipped": b"no gzip at all",
-        "does not have a digit for each": idx(arrays[0][:-1]),
-    }
-    for words, damaged in odd.items():
-        pictures.write_bytes(damaged)
-        if words != "sha256":
-            files["train"][pictures.name] = hashlib.sha256(damaged).hexdigest()
-        assert words in mistake("--dir", folder, "--name", "none", main=main)
-    pictures.write_bytes(whole)
-    files["train"][pictures.name] = hashlib.sha256(whole).hexdigest()
-    wrong = idx(np.full_like(arrays[1], 10))
-    labels.write_bytes(wrong)
-    files["train"][labels.name] = hashlib.sha256(wrong).hexdigest()
-    assert "does not have a digit for each" in mistake("--dir", folder, "--name", "none", main=main)
+def test_other_files_than_mnist_s_are_refused_and_leave_nothing(small_mnist, mistake, world):
+    folder, files, _ = small_mnist
+    path = folder / [*files][3]
+    main = functools.partial(digits.main, files)
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert "sha256" in mistake("mnist", "--dir", folder, "--name", "none", main=main)
+    path.unlink()
+    assert "No such file" in mistake("mnist", "--dir", folder, "--name", "none", main=main)
     assert not (world / "data" / "none").exists()

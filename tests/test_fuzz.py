@@ -1,25 +1,23 @@
-"""Files from strangers: a command reads them rightly, or says what is wrong in a sentence."""
+"""Files from strangers: a command reads them correctly, or says what is wrong in a sentence."""
 
 import pytest
-from fuzz import MEGABYTES, READERS, case, grown, make_good, random_of
+from fuzz import MEGABYTES, READERS, case, grown, random_of
+from good_files import make_good
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data.lib.corpus
-
-CASES = 140  # of each reader; `python tests/fuzz.py --cases 100000` takes as many as one likes
+CASES = 140  # of each reader; `python tests/stress/fuzz.py --cases 1000` runs more
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    folder, before = tmp_path_factory.mktemp("good"), data.lib.corpus.DATA
+    folder = tmp_path_factory.mktemp("good")
     make_good(folder)
-    yield folder
-    data.lib.corpus.DATA = before
+    return folder
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_damaged_or_hostile_file_is_read_rightly_or_refused_in_a_sentence(reader, good):
+def test_a_damaged_or_hostile_file_is_read_correctly_or_refused_in_a_sentence(reader, good):
     start = grown()
     for number in range(CASES):
         try:
@@ -27,7 +25,7 @@ def test_a_damaged_or_hostile_file_is_read_rightly_or_refused_in_a_sentence(read
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # tiktoken's panics are no Exception
-            pytest.fail(f"python tests/fuzz.py --only {reader} --first {number} --cases 1: {error!r}")
+            pytest.fail(f"python tests/stress/fuzz.py --only {reader} --first {number} --cases 1: {error!r}")
     assert grown() - start < MEGABYTES
 
 
@@ -35,5 +33,5 @@ def test_a_damaged_or_hostile_file_is_read_rightly_or_refused_in_a_sentence(read
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False))
 def test_hypothesis_finds_no_other_end(reader, good, rng):
-    """It makes a case's choices, and shrinks one that fails."""
+    """It chooses what a case does, and shrinks a case that fails."""
     case(reader, rng, good)

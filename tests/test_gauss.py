@@ -1,7 +1,6 @@
-"""Gaussian noise: its bound is the entropy where the denoiser is exact, and its sampler draws the source."""
+"""Gaussian noise: the bound of a perfect denoiser falls to the entropy, and the sampler draws its source."""
 
 import math
-import sys
 from types import SimpleNamespace
 
 import gauss
@@ -13,11 +12,11 @@ from gauss import (
     BATCH,
     LENGTH,
     Gauss,
-    bound,
     corrupt,
     denoise,
     levels_at,
     move,
+    nelbo,
     scales,
     sequence_bounds,
     snr,
@@ -25,25 +24,20 @@ from gauss import (
 )
 from numpy.polynomial.hermite_e import hermegauss
 from toys import all_texts, chi_square_p, make_book
-from world import assert_same, stopped_in
 
-import data.digits.prepare as digits
 import data.lib.corpus
-import sample
-from data.lib.checkpoint import read_checkpoint
 from data.lib.noise import slanted_rate
 from data.lib.report import standard_error
-from data.lib.tokenizer import GREYS
 from model import ModelConfig
+from train import TrainConfig
 
-SMALL = "--data book --n_layer 1 --n_embd 16 --n_head 1 --context 32 --batch_size 4 --eval_tokens 64"
 JOINT = torch.tensor([[0.4, 0.05], [0.15, 0.4]])  # of two words, each of two tokens
 
 
 class Posterior(nn.Module):
-    """The perfect denoiser of a known joint (V,) * T, by Bayes' rule; sharpness other than 1 spoils it.
+    """The perfect denoiser of a known joint (V,) * T, by Bayes' rule. A sharpness other than 1 spoils it.
 
-    The vectors of V = 2 tokens are -1 and 1, so that what is expected is tanh where they are as likely.
+    The vectors of V = 2 tokens are -1 and 1. If both are equally likely, the expected vector is a tanh.
     """
 
     def __init__(self, joint, sharpness=1.0):
@@ -70,7 +64,7 @@ class Posterior(nn.Module):
 
 
 def exact_bound(model, steps, slant=0.0, points=24):
-    """The bound of two tokens in nats, the mean over texts and, by Gauss-Hermite quadrature, over noise."""
+    """The exact bound of two tokens in nats: a sum over texts, and Gauss-Hermite quadrature over the noise."""
     nodes, weights = map(torch.from_numpy, hermegauss(points))
     noise = torch.cartesian_prod(nodes, nodes)[..., None].float()  # (points^2, 2, 1)
     weights = torch.cartesian_prod(weights, weights).prod(1) / weights.sum() ** 2  # (points^2,)
@@ -94,7 +88,7 @@ def entropy(joint):
 
 
 def test_noise_keeps_the_variance():
-    """Where coordinates have variance 1, at every level; at 0 nothing changes, at 1 nothing stays."""
+    """Coordinates of variance 1 keep it at every level. At level 0 nothing changes, and at 1 nothing is left."""
     torch.manual_seed(0)
     e = torch.randn(4, 5, 10_000)
     levels = torch.linspace(0, 1, 20).view(4, 5)
@@ -106,7 +100,7 @@ def test_noise_keeps_the_variance():
 
 
 def test_levels_of_tokens_are_the_rates_of_masks():
-    """AR-Diffusion's (2305.09515) with a slant: what is on the left has less noise; a prompt has none."""
+    """With a slant they are AR-Diffusion's (2305.09515): tokens on the left have less noise. A prompt has none."""
     t, noisy = torch.tensor([[0.25], [0.5], [1.0]]), torch.ones(3, 9, dtype=torch.bool)
     assert levels_at(t, noisy).equal(t.expand(3, 9))
     slanted = levels_at(t, noisy, slant=1.0)
@@ -118,9 +112,7 @@ def test_levels_of_tokens_are_the_rates_of_masks():
 
 
 def test_a_step_leads_from_one_level_to_the_next():
-    """Moved to where its own vector is, z at t is z at s: of the same mean and variance (2107.00630). A token
-    that waits at level 1 keeps its noise.
-    """
+    """Moved towards its own vector, z at t becomes z at s, with the right mean and variance (2107.00630)."""
     e, generator = torch.full((1, 4, 200_000), 0.7), torch.Generator().manual_seed(0)
     t, s = torch.tensor([[0.9, 0.6, 0.3, 0.2]]), torch.tensor([[0.8, 0.3, 0.25, 0.0]])
     z = move(corrupt(e, t, generator), e, t, s, generator)
@@ -135,7 +127,7 @@ def test_a_step_leads_from_one_level_to_the_next():
 
 @torch.no_grad()
 def test_the_squared_error_is_that_solved_by_hand():
-    """Of one token, -1 or 1 as likely: 1 - E tanh(snr + sqrt(snr) noise); its integral is 2 log 2."""
+    """For one token, -1 or 1 with equal odds, it is 1 - E tanh(snr + sqrt(snr) noise). Its integral is 2 log 2."""
     noise, ratios = torch.linspace(-8, 8, 2001), torch.cat((torch.ones(1), torch.logspace(-4, 2, 4000)))
     density = (-noise.square() / 2).exp() / math.sqrt(2 * math.pi) * 0.008
     errors = 1 - (density * torch.tanh(ratios[:, None] + ratios[:, None].sqrt() * noise)).sum(1)
@@ -149,8 +141,8 @@ def test_the_squared_error_is_that_solved_by_hand():
 @torch.no_grad()
 @pytest.mark.parametrize("slant", [0.0, 0.5])
 def test_bound_of_the_perfect_denoiser_falls_to_the_entropy(slant):
-    """I-MMSE: half the integral of the least squared error over the signal-to-noise ratio is the entropy. In
-    N steps the bound is above it by some c/N; so it is along levels that depend on the position.
+    """I-MMSE: half the integral of the least squared error over the signal-to-noise ratio is the entropy. In N steps
+    the bound is about c/N above it, also with levels that depend on the position.
     """
     above = [exact_bound(Posterior(JOINT), steps, slant) - entropy(JOINT) for steps in (8, 32, 64, 128)]
     assert all(a > b > 0 for a, b in zip(above, above[1:]))
@@ -170,7 +162,7 @@ def test_a_wrong_denoiser_has_a_higher_bound(sharpness):
 
 
 def texts_of(joint, n=2000):
-    """About n texts of the source, as many of each as it would have, shuffled."""
+    """About n texts in the proportions of the source, shuffled."""
     counts = (joint.flatten() * n).round().long()
     order = torch.randperm(counts.sum(), generator=torch.Generator().manual_seed(0))
     return all_texts(2, 2).repeat_interleave(counts, 0)[order]
@@ -180,20 +172,20 @@ def texts_of(joint, n=2000):
 @pytest.mark.parametrize("slant", [0.0, 0.5])
 def test_bound_is_estimated_without_bias_and_its_error_is_honest(slant):
     model, texts, flags = Posterior(JOINT), texts_of(JOINT), {"steps": 16, "slant": slant, "draws": 4}
-    found = [bound(model, texts, seed=i, **flags) for i in range(10)]
+    found = [nelbo(model, texts, seed=i, **flags) for i in range(10)]
     errors = [standard_error(*sequence_bounds(model, texts, seed=i, **flags), BATCH) for i in range(10)]
     deviations = torch.tensor(found) - exact_bound(model, 16, slant) / 2
     assert abs(deviations.mean()) < 4 * errors[0] / 10**0.5
     assert 0.4 < deviations.square().mean().sqrt() / np.mean(errors) < 2.5
-    assert found[3] == bound(model, texts, seed=3, **flags)
+    assert found[3] == nelbo(model, texts, seed=3, **flags)
 
 
 @torch.no_grad()
 def test_a_prompt_is_seen_and_not_counted():
-    """The second token after the first: the bound falls to its entropy given the other."""
+    """With the first token given, the bound falls to the entropy of the second given the first."""
     given = entropy(JOINT) - entropy(JOINT.sum(1))
     found = sequence_bounds(Posterior(JOINT), texts_of(JOINT), prompt_len=1, steps=256, draws=8)
-    nats = bound(Posterior(JOINT), texts_of(JOINT), prompt_len=1, steps=256, draws=8)
+    nats = nelbo(Posterior(JOINT), texts_of(JOINT), prompt_len=1, steps=256, draws=8)
     assert nats == pytest.approx(given, abs=4 * standard_error(*found, BATCH) + 0.01)
 
 
@@ -209,8 +201,8 @@ def test_sampler_draws_the_source(slant):
 
 
 def test_two_tokens_in_two_steps_with_a_slant_are_append():
-    """The first goes from level 1 to 0 while the second waits, and is a token when that begins: both are
-    drawn from what they should, and the bound is the likelihood.
+    """The first token goes from level 1 to 0 while the second waits, so both are drawn from the right distributions and
+    the bound is the likelihood.
     """
     assert exact_bound(Posterior(JOINT), 2, slant=1.0) == pytest.approx(entropy(JOINT), abs=1e-4)
     texts = denoise(Posterior(JOINT), torch.full((4000, 2), 2), steps=2, slant=1.0)
@@ -244,7 +236,7 @@ def test_vectors_have_one_length_and_no_hole_is_predicted():
 
 @torch.no_grad()
 def test_a_token_without_noise_is_recognised():
-    """Level 0 is that of a prompt: whatever the network has learned, what it sees there is the token."""
+    """A prompt has level 0. Whatever the network has learned, it sees the token there."""
     model = small_network()
     x0 = torch.arange(6).expand(2, 6)
     logits = model(torch.zeros(2, 6), where=torch.ones(2, 6, dtype=torch.bool), clean=x0)
@@ -282,66 +274,18 @@ def test_half_of_the_passes_have_a_guess_which_has_no_gradient():
     assert not asked[0].requires_grad
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def book(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpora")
-    make_book(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.lib.corpus, "DATA", folder / "data")
-        patch.setattr(sys, "argv", ["prepare.py"])
-        digits.main()
-        yield
-
-
-def all_of(folder):
-    state = read_checkpoint(folder / "last.pt")
-    return [state[name] for name in ("step", "model", "optimizers", "random")]
-
-
-def test_resume_is_bitwise_identical(tmp_path, run):
-    flags = f"train {SMALL} --max_iters 8 --evals 2 --rate slant:1 --dropout 0.1 --log_every 1 --out_dir"
-    run(*flags.split(), tmp_path / "whole", main=gauss.main)
-    with stopped_in(5, gauss):
-        run(*flags.split(), tmp_path / "halves", main=gauss.main)
-    assert all_of(tmp_path / "halves")[0] == 5
-    run("train", "--init_from", "resume", "--out_dir", tmp_path / "halves", main=gauss.main)
-    assert_same(all_of(tmp_path / "whole"), all_of(tmp_path / "halves"))
-
-
-@pytest.mark.parametrize("corpus", ["book", "digits"])
-def test_a_run_is_sampled_and_scored(corpus, tmp_path, run, capsys):
-    """Of text, and of canvases, on which each token stands where it may."""
-    small = SMALL.replace("--context 32", "").replace("book", corpus)
-    run(*f"train {small} --max_iters 2 --evals 1 --out_dir {tmp_path}".split(), main=gauss.main)
-    capsys.readouterr()
-    for _ in range(2):
-        run(*f"sample --ckpt {tmp_path}/ckpt.pt --prompt line --steps 3".split(), main=gauss.main)
-    once, again = capsys.readouterr().out.strip("\n").split("\nline")
-    assert once == f"line{again}"
-    if corpus == "digits":
-        assert [len(row) for row in once.splitlines()] == [8] * 9
-        assert set("".join(once.splitlines()[1:])) <= set(GREYS[:17])
-    run(*f"bound --ckpt {tmp_path}/ckpt.pt --eval_tokens 288 --steps 4".split(), main=gauss.main)
-    assert "nats per token" in capsys.readouterr().out
-
-
-def test_mistakes_are_one_sentence(tmp_path, run, mistake):
-    """sample.py does not take its checkpoint for one of masks, and there are no orders."""
-    run(*f"train {SMALL} --max_iters 1 --evals 1 --out_dir {tmp_path}/out".split(), main=gauss.main)
-    (tmp_path / "no.pt").write_text("no")
-    ckpt = f"--ckpt {tmp_path}/out/ckpt.pt"
-    assert "not a checkpoint of setitem (" in mistake(*ckpt.split(), main=sample.main)
-    for flags, words in (
-        (f"sample {ckpt} --order left", "--order"),
-        (f"sample {ckpt} --steps 0", "--steps 0"),
-        (f"train {SMALL} --rate spindle:1", "--rate spindle:1"),
-        (f"train {SMALL} --method mdlm", "--method mdlm"),
-        (f"train {SMALL} --out_dir {tmp_path}/out", "there is a run in it"),
-        ("train --data digits --context 64", "--context 64"),
-        (f"train --init_from resume --max_iters 2 --out_dir {tmp_path}/out --n_layer 2", "--n_layer 2: the model in"),
-        (f"bound --ckpt {tmp_path}/no.pt", "not a checkpoint"),
-    ):
-        assert words in mistake(*flags.split(), main=gauss.main)
+@pytest.mark.parametrize("slant", [0.0, 1.0])
+def test_training_lowers_the_bound(slant, tmp_path, monkeypatch):
+    make_book(tmp_path)
+    (tmp_path / "data" / "book").rename(tmp_path / "data" / "python")
+    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path / "data")
+    monkeypatch.setattr(gauss, "TrainConfig", lambda **flags: TrainConfig(**{**flags, "max_iters": 60, "lr": 0.02}))
+    config = SimpleNamespace(quick=True, minutes=10)
+    model, steps, curve = gauss.train_gauss(config, torch.device("cpu"), slant)
+    assert steps == 60
+    assert len(curve) == 12
+    assert curve[-1][1] < curve[0][1] - 0.5
+    assert not model.training

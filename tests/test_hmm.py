@@ -1,19 +1,18 @@
-"""The source of known entropy: its probabilities are those of its definition."""
+"""The source of known entropy has the probabilities of its definition."""
 
-import json
 from itertools import product
 
+import hmm
 import numpy as np
 import pytest
 import torch
 from toys import all_texts, chi_square_p
 
-import data.hmm.prepare as hmm
 import data.lib.corpus
 from data.lib.corpus import load_corpus
 
 
-def test_the_source_starts_as_it_goes_on():
+def test_the_start_is_the_stationary_distribution():
     start, move, emit = hmm.source()
     for table in (start[None], move, emit):
         np.testing.assert_allclose(table.sum(1), 1)
@@ -40,8 +39,8 @@ def test_probabilities_of_all_texts_sum_to_one(floor):
     assert np.isfinite(nats).all() == (floor > 0)
 
 
-def test_what_is_drawn_follows_the_source():
-    """Pairs of letters, far enough apart to be nearly independent."""
+def test_drawn_letters_follow_the_source():
+    """It counts pairs of letters that are far enough apart to be nearly independent."""
     start, move, emit = hmm.source()
     letters = hmm.draw(400_000, hmm.source(), 3)
     pairs = emit.T @ (start[:, None] * move) @ emit  # (L, L): joint of two successive letters
@@ -56,7 +55,7 @@ def test_most_successions_of_letters_are_impossible():
     assert (pairs[emit.any(0)][:, emit.any(0)] > 0).mean() < 0.5
 
 
-def test_what_is_no_letter_is_impossible():
+def test_a_byte_that_is_no_letter_is_impossible():
     text = np.frombuffer(bytes(hmm.draw(5, hmm.source(), 1).astype(np.uint8) + ord("a")), dtype=np.uint8)
     assert np.isfinite(hmm.text_nats(text[None])).all()
     broken = np.where(np.arange(5) == 2, ord("?"), text)
@@ -65,18 +64,18 @@ def test_what_is_no_letter_is_impossible():
 
 
 def test_the_corpus_and_its_entropy(tmp_path, monkeypatch, capsys):
-    """What the command prints is the mean over windows of the validation split; --score agrees."""
+    """The printed entropy is the mean over windows of the validation split, and --score agrees."""
     monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path)
-    monkeypatch.setattr("sys.argv", ["prepare.py", "--tokens", "40000", "--window", "10"])
+    monkeypatch.setattr("sys.argv", ["hmm.py", "--tokens", "40960"])
     hmm.main()
     printed = capsys.readouterr().out
-    train, val, _, meta = load_corpus("hmm")
-    assert (len(train), len(val)) == (37_500, 2_500)
-    nats = hmm.text_nats(val.reshape(-1, 10))
-    assert f"true entropy of windows of 10: {nats.mean():.4f} nats per token" in printed
-    json.dumps(meta)
-    lines = b"\n".join(bytes(row.astype(np.uint8)) for row in val.reshape(-1, 10))
+    train, val, _, _ = load_corpus("hmm")
+    assert (len(train), len(val)) == (38_400, 2_560)
+    windows = val.reshape(-1, hmm.WINDOW)
+    nats = hmm.text_nats(windows)
+    assert f"true entropy of windows of 64: {nats.mean():.4f} nats per token" in printed
+    lines = b"\n".join(bytes(row.astype(np.uint8)) for row in windows)
     (tmp_path / "lines.txt").write_bytes(lines + b"\nnot its letters\n")
-    monkeypatch.setattr("sys.argv", ["prepare.py", "--score", str(tmp_path / "lines.txt")])
+    monkeypatch.setattr("sys.argv", ["hmm.py", "--score", str(tmp_path / "lines.txt")])
     hmm.main()
-    assert f"{nats.mean():.4f} nats per letter of 250 lines; 0.4% of 251" in capsys.readouterr().out
+    assert f"{nats.mean():.4f} nats per letter of 40 lines; 2.4% of 41" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from figures import apply, readme_changes
+from changes import apply, readme_changes
 from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
 
 from data.lib.sample_settings import SHIPPED
@@ -62,9 +62,10 @@ for order in "left", "spread":
 """
 
 
-def test_the_changes_of_the_readme_can_be_made_and_do_what_it_says(world, tmp_path):
-    """All five in one copy: `left` begins at the right, `spread` leaves gaps; a model learns and writes."""
+def test_the_five_changes_can_be_made_and_do_what_their_page_says(world, tmp_path):
+    """All five in one copy: `left` begins at the right, `spread` leaves gaps, and a model learns and writes."""
     copy_project(tmp_path)
+    assert len(readme_changes()) == 5
     shutil.copytree(world / "data" / "book", tmp_path / "data" / "book")
     for change in readme_changes():
         apply(change, tmp_path)

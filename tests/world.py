@@ -65,7 +65,7 @@ def run_process(*arguments, **kwargs):
 def copy_project(folder):
     """The code without its corpora, as in a fresh clone."""
     for path in [ROOT / "model.py", ROOT / "train.py", ROOT / "sample.py", *(ROOT / "data").rglob("*.*")]:
-        if path.suffix in (".py", ".html"):
+        if path.suffix in (".py", ".html", ".svg"):
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())

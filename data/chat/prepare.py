@@ -1,9 +1,9 @@
-"""Prompts and answers as a corpus, whose prompts train.py never masks (2502.09992, algorithm 2).
+"""Prompts and replies as a corpus. train.py never masks the prompts (2502.09992, algorithm 2).
 
     {"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-A line of the file is a conversation, this or the list alone. Each of its assistant's messages becomes an
-example: the prompt is all that comes before it, however long, and the reply is learned, with its end.
+Each line of the file is a conversation like this, or only its list. Every message of the assistant becomes an example:
+everything before it is the prompt, and the model learns the reply and its end.
 """
 
 import json
@@ -18,8 +18,6 @@ from data.lib.corpus import check_name, tokenizer_and_template, write_tokens
 from data.lib.errors import Mistake, command
 from data.lib.flags import argument, flag, parse
 
-VAL_SHARE = 0.1
-
 
 @dataclass
 class PrepareConfig:
@@ -30,31 +28,24 @@ class PrepareConfig:
 
 
 def conversations(path, chat):
-    """The conversations of a file, lists of messages that the Chat can hold. Mistake with the line if not."""
+    """Yield the conversations of a file, each a list of messages. The Mistake for a bad one has its line number."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                line = line.decode().strip()
-                if not line:
-                    continue
                 messages = json.loads(line)
                 messages = messages.get("messages") if isinstance(messages, dict) else messages
                 chat.check(messages)
                 if not any(message["role"] == "assistant" for message in messages):
                     raise Mistake("the assistant says nothing in it")
-            except Mistake as mistake:
-                raise Mistake(f"{path}:{number}: {mistake}") from None
-            except UnicodeDecodeError:
-                raise Mistake(f"{path}:{number}: not UTF-8 text") from None
-            except (ValueError, RecursionError) as error:
-                raise Mistake(f"{path}:{number}: not JSON ({str(error)[:100]})") from None
+            except (ValueError, RecursionError) as error:  # a Mistake is a ValueError
+                raise Mistake(f"{path}:{number}: not a conversation ({str(error)[:200]})") from None
             yield messages
 
 
 def examples(split, messages, chat):
-    """For each message of the assistant what write_tokens takes: split, ids, bytes of the reply, and how many
-    of the ids are prompt.
-    """
+    """Yield what write_tokens takes for each reply: split, ids, bytes of the reply, length of the prompt."""
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt, reply = chat.prompt(messages[:i]), message["content"].strip()
@@ -62,15 +53,15 @@ def examples(split, messages, chat):
 
 
 def prepare(path, val, name, tokenizer, template=None):
-    """Write the corpus data/NAME; the same as the command."""
+    """Write the corpus data/NAME from the conversations in path, and those in val if it isn't None."""
     template = template or template_for(tokenizer)
     chat = Chat(template, tokenizer)
     n = sum(1 for _ in conversations(path, chat))
-    cut = n - max(1, int(n * VAL_SHARE)) if val is None else n
+    n_train = n - max(1, n // 10) if val is None else n
 
     def pieces():
         for i, messages in enumerate(conversations(path, chat)):
-            yield from examples("train" if i < cut else "val", messages, chat)
+            yield from examples("train" if i < n_train else "val", messages, chat)
         for messages in [] if val is None else conversations(val, chat):
             yield from examples("val", messages, chat)
 
@@ -82,8 +73,7 @@ def main():
     name = Path(config.path).resolve().stem if config.name is None else config.name
     check_name(name, own="")
     prepare(config.path, config.val, name, *tokenizer_and_template(config.tokenizer))
-    command = shlex.join(["python", "train.py", "--data", name, "--out_dir", f"out-{name}"])
-    print(f"`{command}` trains on it")
+    print(f"`python train.py --data {shlex.quote(name)} --out_dir {shlex.quote(f'out-{name}')}` trains on it")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Handwritten digits of 8 x 8 pixels and 17 greys, each with its word: text and picture on one canvas.
+"""Handwritten digits with their words: a canvas has a caption and a picture in 17 greys.
 
-digits.csv.gz has a picture in each line, 64 greys and the digit; README.md says where it is from. They are in
-the order of the forms that people filled in, each of some 130 digits. The last three forms validate, pictures
-by hands that are not learned from; of the others each is there four times, as it is and a little changed.
+    python data/digits/prepare.py           # data/digits: 1,797 of 8 x 8 pixels, from digits.csv.gz (see README.md)
+    python data/digits/prepare.py mnist     # data/mnist: 70,000 of 28 x 28 pixels, a download
+
+The digits are in the order of the forms that people filled in, about 130 on each. The last three forms validate, so
+that all of them are by new hands. The others are there four times, as they are and changed a little. MNIST's test set
+validates.
 """
 
 import gzip
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -16,45 +20,37 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.lib.corpus import check_name, write_tokens
+from data.lib.corpus import DATA, SPLITS, check_name, write_tokens
+from data.lib.download import check_sha256, download
 from data.lib.errors import command
-from data.lib.flags import flag, parse
+from data.lib.flags import argument, flag, parse
 from data.lib.tokenizer import PictureTokenizer
 
 WORDS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 CAPTION, GREYS = 8, 17  # letters of a caption; greys of a pixel
-COPIES = 3  # of each picture that is learned from
-FORM = 1415  # the first picture of the twelfth of the fourteen
+COPIES = 3  # changed copies of each digit to train on
+FORM = 1415  # the first digit of the twelfth of the fourteen forms
+URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+FILES = {  # MNIST's pictures and digits, first to train and then to validate, with their sha256
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
 
 
 @dataclass
 class PrepareConfig:
-    name: str = flag("digits", "folder of data/ to write")
-
-
-def write_pictures(name, splits, source):
-    """Write the corpus data/NAME of captioned pictures. splits: by name, pixels (N, height, width) and digits
-    (N,).
-    """
-    (_, height, width) = splits["train"][0].shape
-    tokenizer = PictureTokenizer(CAPTION, width, height, GREYS)
-
-    def pieces():
-        for split, (pictures, digits) in splits.items():
-            for pixels, digit in zip(pictures, digits):
-                ids = tokenizer.canvas(WORDS[digit], pixels.flatten())
-                yield split, ids, len(ids)  # as many bytes
-
-    return write_tokens(name, pieces(), tokenizer, source)
+    corpus: Literal["digits", "mnist"] = argument("which of the two", "digits")
+    dir: str | None = flag(None, "a folder with copies of MNIST's four files, instead of the download")
+    name: str | None = flag(None, "folder of data/ to write (default: the corpus)")
 
 
 def as_by_others(pictures, digits, seed=0):
-    """Pictures (N, 8, 8) and digits (N,), and then COPIES more of each as other hands might have written it:
-    turned, slanted, stretched and moved a little, at random.
-    """
+    """Add COPIES of each picture (N, 8, 8), turned, slanted, stretched and moved a little, as if by another hand."""
     generator = torch.Generator().manual_seed(seed)
     whole = torch.from_numpy(pictures).float()[:, None].repeat(COPIES, 1, 1, 1)  # (COPIES * N, 1, 8, 8)
-    most = torch.tensor([[0.15, 0.3, 0.12], [0.15, 0.15, 0.12]])  # a pixel is 0.25 wide, and all are 2
+    most = torch.tensor([[0.15, 0.3, 0.12], [0.15, 0.15, 0.12]])  # the picture is 2 wide, and a pixel 0.25
     change = (2 * torch.rand(len(whole), 2, 3, generator=generator) - 1) * most
     grid = F.affine_grid(torch.eye(2, 3) + change, whole.shape, align_corners=False)
     copies = F.grid_sample(whole, grid, "bicubic", align_corners=False).round().clamp(0, GREYS - 1)
@@ -62,19 +58,45 @@ def as_by_others(pictures, digits, seed=0):
 
 
 def read_digits():
-    """The pictures (1797, 8, 8), of numbers from 0 to 16, and the digit of each."""
+    """The pictures (1797, 8, 8), which are numbers from 0 (white) to 16, and the digits (1797,)."""
     with gzip.open(Path(__file__).with_name("digits.csv.gz"), "rt") as file:
         table = np.loadtxt(file, delimiter=",").astype(int)
     return table[:, :64].reshape(-1, 8, 8), table[:, 64]
 
 
-def main():
+def read_mnist(folder, files):
+    """MNIST's pictures (N, 28, 28) and digits (N,), to train and to validate. Without a folder they are downloaded."""
+    contents = []
+    for name, sha256 in files.items():
+        path = Path(folder or DATA / "mnist") / name
+        if folder is None:
+            download(URL + name, path, sha256, "--dir takes copies of the files")
+        check_sha256(path, sha256)
+        with gzip.open(path) as file:
+            contents.append(np.frombuffer(file.read(), np.uint8))
+    for pictures, digits in zip(contents[::2], contents[1::2]):
+        greys = ((GREYS - 1) * pictures[16:].astype(np.uint16) + 127) // 255  # after a header of 16 bytes
+        yield greys.reshape(-1, 28, 28), digits[8:]
+
+
+def main(files=FILES):
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    check_name(config.name, own="digits")
-    pictures, digits = read_digits()
-    train = as_by_others(pictures[:FORM], digits[:FORM])
-    splits = {"train": train, "val": (pictures[FORM:], digits[FORM:])}
-    write_pictures(config.name, splits, "UCI, Optical Recognition of Handwritten Digits")
+    name = config.name or config.corpus
+    check_name(name, own="digits")
+    if config.corpus == "mnist":
+        splits, source = [*read_mnist(config.dir, files)], "MNIST"
+    else:
+        pictures, digits = read_digits()
+        splits = [as_by_others(pictures[:FORM], digits[:FORM]), (pictures[FORM:], digits[FORM:])]
+        source = "UCI, Optical Recognition of Handwritten Digits"
+    (_, height, width) = splits[0][0].shape
+    tokenizer, n_bytes = PictureTokenizer(CAPTION, width, height, GREYS), CAPTION + width * height
+    pieces = (
+        (split, tokenizer.canvas(WORDS[digit], pixels.flatten()), n_bytes)
+        for split, pairs in zip(SPLITS, splits)
+        for pixels, digit in zip(*pairs)
+    )
+    write_tokens(name, pieces, tokenizer, source)
 
 
 if __name__ == "__main__":

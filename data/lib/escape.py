@@ -1,17 +1,14 @@
-"""Text that is safe to show: no character in it moves the cursor, colours the terminal or turns text around."""
+"""Makes text safe to show: nothing in it moves the cursor, colours the terminal or reverses the text beside it."""
 
 import unicodedata
 
-# Pictures of the control characters (`␛` for an escape), and of what turns around the text beside it.
-PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {127: "␡"}
-
-
-PICTURES |= dict.fromkeys(
-    [*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C], "\ufffd"
-)
+# A control character becomes its picture (`␛` for an escape); what sets the direction of writing becomes U+FFFD.
+SUBSTITUTES = {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\n\t"} | {127: "␡"}
+SUBSTITUTES |= dict.fromkeys([*range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+SUBSTITUTES |= dict.fromkeys([0x200E, 0x200F, 0x61C], "\ufffd")
 
 
 def inert(text):
-    """The text with a picture in place of every character that does something."""
-    text = text.translate(PICTURES)
+    """The text, of the same length, with every character replaced that does something."""
+    text = text.translate(SUBSTITUTES)
     return "".join(c if unicodedata.category(c) not in ("Cs", "Cn", "Zl", "Zp") else "\ufffd" for c in text)

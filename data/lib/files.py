@@ -1,4 +1,4 @@
-"""Files that appear only when they are complete: writes that replace, and checked downloads."""
+"""Writes files that appear under their name only when they are complete, and locks a folder."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no flock
     fcntl = None
 
 from data.lib.errors import Mistake
@@ -15,59 +15,55 @@ from data.lib.errors import Mistake
 
 @contextmanager
 def replacing(path):
-    """Open a binary file that takes path's place when the block ends and the disk has it.
+    """Open a binary file that replaces path once the block has ended and the file is flushed to the disk.
 
-    If the block fails, path stays as it was, and a folder that was made for it goes again.
+    If the block raises, path stays as it was, and a folder that was created for it is removed again.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    made = not path.parent.exists()
+    new_folder = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or after a crash of the machine the name may be there, and no content
+            os.fsync(file.fileno())  # otherwise a crash could leave the new name with no content
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):  # something else has been put there since
+        if new_folder:
+            with suppress(OSError):  # it isn't empty
                 path.parent.rmdir()
         raise
 
 
 def link(source, path):
-    """Give the file `source` another name, path, which may be another file's until then."""
+    """Give the file `source` a second name, path, replacing any file that has it. Copies where links don't work."""
     temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
     try:
         os.link(source, temporary)
-    except OSError:  # not every file system has two names for one file
+    except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, path)
-    temporary.unlink(missing_ok=True)  # where both were names of one file already, nothing was replaced
+    temporary.unlink(missing_ok=True)  # os.replace does nothing if both names already were the same file
 
 
 @contextmanager
 def alone_in(folder):
-    """Context in which a process writes into a folder alone; Mistake if another does. It ends with the
-    process, however that dies; what one left half-written goes.
-    """
+    """Lock a folder for this process, and delete half-written checkpoints in it. Mistake if another process has it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise Mistake(f"{folder}: another run is writing there") from None
-    except OSError:  # some file systems of a network have no locks
-        pass
-    for path in Path(folder).glob("*.pt.*.tmp"):
-        path.unlink()
-    try:
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Mistake(f"{folder}: another run is writing there") from None
+        for path in Path(folder).glob("*.pt.*.tmp"):
+            path.unlink()
         yield
     finally:
         os.close(lock)

@@ -136,7 +136,7 @@ def parse(config_class, description=None, words=None):
     for field in dataclasses.fields(config_class):
         name, kind, default, options = f"--{field.name}", hints[field.name], field.default, {}
         if "positional" in field.metadata:
-            name, options = field.name, {} if default is dataclasses.MISSING else {"nargs": "?"}
+            name, options = field.name, {} if default is dataclasses.MISSING else {"nargs": "?", "default": default}
         if get_origin(kind) is list:
             kind, default, options = get_args(kind)[0], " ".join(default), {"nargs": "+", "action": "extend"}
         if kind is bool:
@@ -147,7 +147,7 @@ def parse(config_class, description=None, words=None):
             options["type"] = reader((*get_args(kind), kind)[0], field.metadata["bounds"])
         shown = "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {default})"
         options["help"] = field.metadata["help"].replace("%", "%%") + shown
-        parser.add_argument(name, default=argparse.SUPPRESS, **options)
+        parser.add_argument(name, **{"default": argparse.SUPPRESS, **options})
     return vars(parser.parse_args(words))
 
 

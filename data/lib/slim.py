@@ -12,8 +12,6 @@ from data.lib.errors import command
 from data.lib.flags import argument, parse
 from model import load_checkpoint
 
-KEPT = "train", "bound", "chat", "step", "minutes"  # beside what it takes to sample
-
 
 @dataclass
 class SlimConfig:
@@ -24,8 +22,8 @@ class SlimConfig:
 def main():
     config = SlimConfig(**parse(SlimConfig, __doc__.splitlines()[0]))
     model, tokenizer, checkpoint = load_checkpoint(config.ckpt, keep=torch.bfloat16)
-    kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
-    kept.get("train", {}).pop("out_dir", None)  # where it was made matters no more
+    kept = {name: checkpoint[name] for name in ("train", "bound", "chat", "step", "minutes") if name in checkpoint}
+    kept.get("train", {}).pop("out_dir", None)  # a path on the machine where it was trained
     save_checkpoint(config.out, model.to(torch.bfloat16), tokenizer, **kept)
     print(f"{config.out}: {Path(config.out).stat().st_size / 1e6:.1f} MB")
 

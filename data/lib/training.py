@@ -45,7 +45,7 @@ class Run:
         self.optimizer = Optimizers(model, config, self.precision.fast_dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # for batches, levels and holes
-        self.corpus = [meta[split].get(name) for split in SPLITS for name in ("sha256", "rows_sha256")] if meta else []
+        self.corpus = [meta[split]["sha256"] for split in SPLITS] if meta else []
         # `best` is the lowest bound so far, in nats per token, under these flags. A spindle's is that of uniform rates.
         rate = "t" if config.rate.kind == "spindle" else str(config.rate)
         self.best, self.bound = math.inf, {"prompt_len": config.prompt_len.low, "rate": rate}

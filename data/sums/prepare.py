@@ -1,10 +1,10 @@
-"""Questions with one right answer, made by a seed: sums with carries, and words to write backwards.
+"""Questions with one right answer, drawn from a seed: sums with carries, and words to write backwards.
 
     What is 48769 + 956?     49725
     Reverse: qlwhtz          zthwlq
 
-Each is there once: a sum not with its terms exchanged either, nor a word backwards. So no question that the
-last tenth asks, which validates, is answered in the rest.
+No question comes twice, not even with its terms swapped or its word reversed. So no question of the last tenth, which
+validates, is answered in the rest.
 """
 
 import json
@@ -22,8 +22,6 @@ from data.lib.files import replacing
 from data.lib.flags import flag, parse
 from data.lib.tokenizer import ByteTokenizer
 
-DIGITS, LETTERS = 5, (3, 10)  # of a term at most; of a word, from .. to
-
 
 @dataclass
 class PrepareConfig:
@@ -33,17 +31,17 @@ class PrepareConfig:
 
 
 def questions(n, seed):
-    """n questions, (question, answer) each, sums and words in turn."""
+    """Yield n pairs (question, answer), sums and words in turn."""
     rng, seen = random.Random(seed), set()
     while len(seen) < n:
         if len(seen) % 2 == 0:
-            a, b = (rng.randrange(10 ** rng.randint(1, DIGITS)) for _ in "ab")
-            same, question, answer = (min(a, b), max(a, b)), f"What is {a} + {b}?", str(a + b)
+            a, b = (rng.randrange(10 ** rng.randint(1, 5)) for _ in "ab")
+            key, question, answer = (min(a, b), max(a, b)), f"What is {a} + {b}?", str(a + b)
         else:
-            word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(*LETTERS)))
-            same, question, answer = min(word, word[::-1]), f"Reverse: {word}", word[::-1]
-        if same not in seen:
-            seen.add(same)
+            word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 10)))
+            key, question, answer = min(word, word[::-1]), f"Reverse: {word}", word[::-1]
+        if key not in seen:
+            seen.add(key)
             yield question, answer
 
 
@@ -53,8 +51,7 @@ def main():
     path = DATA / config.name / "questions.jsonl"
     with replacing(path) as file:
         for question, answer in questions(config.examples, config.seed):
-            turns = zip(("user", "assistant"), (question, answer))
-            messages = [{"role": role, "content": content} for role, content in turns]
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}).encode() + b"\n")
     prepare(path, None, config.name, ByteTokenizer())
 

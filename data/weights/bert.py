@@ -1,53 +1,38 @@
-"""BERT's and RoBERTa's network (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper
-head.
-"""
+"""BERT and RoBERTa (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper head."""
 
+import json
 from dataclasses import dataclass
 
 import torch.nn as nn
 
+from data.lib.errors import Mistake
 from data.lib.kernels import Linear
-from data.weights.parts import (
-    ACTIVATIONS,
-    BiasedLayer,
-    PositionsConfig,
-    UnplacedAttention,
-    WithPositions,
-    norm,
-)
+from data.lib.tokenizer import BPETokenizer
+from data.weights import hub, vocabulary
+from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
 
 
 @dataclass
 class BertConfig(PositionsConfig):
-    token_types: int = 2  # rows of a table, the first of which is added to every token
-    head_activation: str = "gelu"  # of the layer before the head's matrix
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.token_types < 1:
-            raise ValueError("token_types must be at least 1")
+    token_types: int = 2  # rows of a table whose first row is added to every token
+    head_activation: str = "gelu"
 
 
-class BertLayer(BiasedLayer):
-    Attention = UnplacedAttention
-
+class BertLayer(PublishedLayer):
     def forward(self, x, layout):
-        attention = self.dropout(self.attention(x, layout))
-        x = self.attention_norm(x[:, layout.first :] + attention)
+        x = self.attention_norm(x[:, layout.first :] + self.dropout(self.attention(x, layout)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 
-class Network(WithPositions):
-    family, Config, Layer = "bert", BertConfig, BertLayer
+class Network(Published):
+    family, Config, Layer, head_bias = "bert", BertConfig, BertLayer, True
 
     def __init__(self, config):
         super().__init__(config)
         self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
-        self.embedding_norm, self.final_norm = norm(config), nn.Identity()
-        self.transform, self.transform_norm = Linear(config.n_embd, config.n_embd), norm(config)
+        self.embedding_norm, self.transform_norm = (nn.LayerNorm(config.n_embd, config.norm_eps) for _ in range(2))
+        self.transform, self.final_norm = Linear(config.n_embd, config.n_embd), nn.Identity()
         self.head_activation = ACTIVATIONS[config.head_activation]
-        self.head = Linear(config.n_embd, config.vocab_size)
-        self.tie()
         self.apply(self.init_weights)
 
     def embed(self, tokens, positions):
@@ -55,5 +40,71 @@ class Network(WithPositions):
         return self.dropout(self.embedding_norm(x + self.type_embedding.weight[0]))
 
     def unembed(self, x, positions):
-        x = self.transform_norm(self.head_activation(self.transform(x)))
-        return super().unembed(x, positions)
+        return super().unembed(self.transform_norm(self.head_activation(self.transform(x))), positions)
+
+
+# --- conversion ----------------------------------------------------------------------------------
+
+KINDS = "roberta", "bert"
+FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
+REPOSITORIES = {name: {f"FacebookAI/{name}": FILES} for name in ("roberta-base", "roberta-large")}
+REPOSITORIES["distilroberta-base"] = {"distilbert/distilroberta-base": FILES}
+SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+SETTINGS |= {"n_embd": "hidden_size", "mlp_width": "intermediate_size", "token_types": "type_vocab_size"}
+SETTINGS |= {"activation": "hidden_act", "dropout": "hidden_dropout_prob", "norm_eps": "layer_norm_eps"}
+REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False}
+NAMES = {"embeddings.word_embeddings": "token_embedding", "embeddings.position_embeddings": "position_embedding"}
+NAMES |= {"embeddings.token_type_embeddings": "type_embedding", "embeddings.LayerNorm": "embedding_norm"}
+NAMES |= {f"attention.self.{name}": f"attention.{name}" for name in ("query", "key", "value")}
+NAMES |= {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm"}
+NAMES |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
+ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
+BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
+BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm"}
+# Heads that masked language modelling doesn't use, and a table of 0, 1, 2, ..
+IGNORED = r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids"
+
+
+def convert(folder):
+    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
+    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
+    names = NAMES | ROBERTA_HEAD | BERT_HEAD
+    tensors, unused = hub.read_weights(folder, r"roberta\.|bert\.", names, "encoder.layer", IGNORED)
+    for name in [name for name in tensors if name.endswith((".gamma", ".beta"))]:  # as TensorFlow has them
+        tensors[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensors.pop(name)
+    for name in ("lm_head.bias", "cls.predictions.bias"):  # another copy; if they differ, the decoder's is in use
+        if name in tensors:
+            tensors.setdefault("head.bias", tensors.pop(name))
+    if theirs["model_type"] == "roberta":
+        tokenizer = vocabulary.bpe_tokenizer(folder, *vocabulary.read_bpe(folder), theirs["vocab_size"])
+        settings |= {"first_position": theirs["pad_token_id"] + 1}
+    else:
+        tokenizer = vocabulary.read_wordpiece(folder, theirs["vocab_size"])
+        settings |= {"head_activation": settings["activation"]}
+    settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
+    settings["context"] = theirs["max_position_embeddings"] - settings.get("first_position", 0)
+    tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
+    return hub.load(Network, BertConfig(**settings, tied=tied), tensors), tokenizer, unused, {}
+
+
+def export(path, model, tokenizer):
+    """Text files by name, and tensors, of a RoBERTa or BERT in the hub's layout."""
+    config, roberta = model.config, isinstance(tokenizer, BPETokenizer)
+    if config.block is not None or config.shift_id is not None:
+        raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
+    kind, class_name = ("roberta", "RobertaForMaskedLM") if roberta else ("bert", "BertForMaskedLM")
+    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
+    theirs |= {"model_type": kind, "architectures": [class_name], "tie_word_embeddings": config.tied}
+    theirs |= {"attention_probs_dropout_prob": config.dropout}
+    theirs |= {"max_position_embeddings": config.first_position + config.context}
+    theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    theirs |= {"pad_token_id": config.first_position - 1 if roberta else tokenizer.first("[PAD]")}
+    names = {ours: their for their, ours in (NAMES | (ROBERTA_HEAD if roberta else BERT_HEAD)).items()}
+    tensors = {
+        "lm_head.bias" if roberta else "cls.predictions.bias": model.head.bias.data
+    }  # some readers look for it here
+    for name, tensor in model.state_dict().items():
+        their = hub.renamed(name, names, "layers", "encoder.layer")
+        tensors[their if their.startswith(("lm_head.", "cls.")) else f"{kind}.{their}"] = tensor
+    texts = vocabulary.bpe_texts(tokenizer) if roberta else vocabulary.wordpiece_texts(tokenizer)
+    return {"config.json": json.dumps(theirs, indent=2), **texts}, tensors

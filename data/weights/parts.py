@@ -1,4 +1,4 @@
-"""Parts that several published networks share: biases, other activations, a table of positions, a tied head."""
+"""Layers that several published networks share: biases, other activations, a table of positions, a tied head."""
 
 import functools
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-ACTIVATIONS["gelu_tanh"] = functools.partial(F.gelu, approximate="tanh")
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
+ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu_tanh": GELU_TANH}
 
 
 @dataclass
@@ -24,14 +25,12 @@ class PublishedConfig(ModelConfig):
 
 @dataclass
 class PositionsConfig(PublishedConfig):
-    """The config of a model with a table of positions."""
-
     learned_positions = True
-    first_position: int = 0  # row of the table that the first token takes; RoBERTa starts at 2
+    first_position: int = 0  # row of the table for the first token; RoBERTa starts at 2
 
     @property
     def n_more(self):
-        """1 if the last token is also read, at position T, as on a canvas with a shift. Else 0."""
+        """1 if the last token is read too, at position T, as on a canvas with a shift. Else 0."""
         return int(self.shift_id is not None and self.block is None)
 
     @property
@@ -41,7 +40,7 @@ class PositionsConfig(PublishedConfig):
 
 
 class BiasedAttention(Attention):
-    """Attention with biases, and without the norms of queries and keys."""
+    """Attention with biases, and without norms of queries and keys. With a table of positions nothing rotates."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -49,12 +48,8 @@ class BiasedAttention(Attention):
         self.query, self.key, self.value, self.out = (Linear(C, C) for _ in range(4))
         self.query_norm = self.key_norm = nn.Identity()
 
-
-class UnplacedAttention(BiasedAttention):
-    """The same for a model whose embedding says where a token stands."""
-
     def place(self, q, k, layout):
-        return q, k
+        return (q, k) if layout.angles is None else super().place(q, k, layout)
 
 
 class BiasedMLP(MLP):
@@ -68,21 +63,28 @@ class BiasedMLP(MLP):
         return self.down(self.activation(self.up(x)))
 
 
-def norm(config):
-    return nn.LayerNorm(config.n_embd, config.norm_eps)
-
-
-class BiasedLayer(Layer):
-    Attention = BiasedAttention
+class PublishedLayer(Layer):
+    Attention, MLP, Norm = BiasedAttention, BiasedMLP, nn.LayerNorm
 
     def __init__(self, config):
         super().__init__(config)
-        self.attention, self.mlp = self.Attention(config), BiasedMLP(config)
-        self.attention_norm, self.mlp_norm = norm(config), norm(config)
+        self.attention, self.mlp = self.Attention(config), self.MLP(config)
+        self.attention_norm, self.mlp_norm = (self.Norm(config.n_embd, config.norm_eps) for _ in range(2))
 
 
 class Published(Transformer):
-    """A network whose head may be the token embedding."""
+    """A network whose head may be the token embedding, and which may add a learned vector for each position."""
+
+    Layer, head_bias = PublishedLayer, False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.final_norm = self.Layer.Norm(config.n_embd, config.norm_eps)
+        self.head = Linear(config.n_embd, config.vocab_size, self.head_bias)
+        if config.learned_positions:
+            self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
+        self.tie()
+        self.apply(self.init_weights)
 
     def tie(self):
         if self.config.tied:
@@ -93,17 +95,11 @@ class Published(Transformer):
         self.tie()
         return result
 
-
-class WithPositions(Published):
-    """A network with a table of positions, a row of which is added to each token."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
-
     def embed(self, tokens, positions):
-        x = self.token_embedding(tokens) + self.position_embedding(self.config.first_position + positions)
+        x = self.token_embedding(tokens)
+        if self.config.learned_positions:
+            x = x + self.position_embedding(self.config.first_position + positions)
         return self.dropout(x)
 
     def angles(self, positions):
-        return None
+        return None if self.config.learned_positions else super().angles(positions)

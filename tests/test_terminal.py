@@ -1,0 +1,151 @@
+"""The terminal while a canvas fills (`--watch`)."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import torch
+from world import ROOT
+
+from data.lib.checkpoint import save_checkpoint
+from data.lib.escape import inert
+from data.lib.tokenizer import ByteTokenizer
+from data.lib.wrap import columns
+from model import ModelConfig, Transformer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("watch") / "ckpt.pt"
+    save_checkpoint(path, Transformer(ModelConfig(n_embd=16, n_layer=1, context=64)), ByteTokenizer())
+    return path
+
+
+def in_terminal(checkpoint, *flags, width=40, height=10, interrupt=None):
+    """What sample.py writes to a terminal of that size, and its exit code."""
+    main, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--watch", *map(str, flags)]
+    process = subprocess.Popen(command, stdin=worker, stdout=worker, stderr=worker)
+    os.close(worker)
+    written = b""
+    while True:
+        try:
+            data = os.read(main, 4096)
+        except OSError:  # how a terminal ends
+            break
+        if not data:
+            break
+        written += data
+        if interrupt and interrupt in written:
+            process.send_signal(signal.SIGINT)
+            interrupt = None
+    os.close(main)
+    return written.decode(), process.wait()
+
+
+def screen(written, width, height):
+    """The lines that a terminal shows after what was written, of the codes that we use."""
+    lines, row, column = [""], 0, 0
+    for code, c in re.findall("\x1b\\[([?0-9;]*[a-zA-Z])|([^\x1b])", written):
+        if code.endswith("F"):
+            row, column = max(0, row - int(code[:-1])), 0
+        elif code == "K":
+            lines[row] = lines[row][:column]
+        elif code == "J":
+            lines[row:] = [lines[row][:column]]
+        elif c == "\r":
+            column = 0
+        elif c == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif c:
+            lines[row] = lines[row][:column] + c + lines[row][column + 1 :]
+            column += 1
+    return lines
+
+
+def test_watch_draws_in_place_and_leaves_the_text(checkpoint):
+    written, code = in_terminal(checkpoint, "--prompt", "a<b\t日\x1b[5m", "--steps", 6)
+    alone = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            "--ckpt",
+            checkpoint,
+            "--prompt",
+            "a<b\t日\x1b[5m",
+            "--steps",
+            "6",
+        ],
+        capture_output=True,
+    )
+    assert code == 0
+    assert written.startswith("\x1b[?25l\x1b[?7l")
+    assert written.count("\x1b[?7h\x1b[?25h") == 1
+    assert "\x1b[5m" not in written
+    assert "step 6, 100% filled" in written
+    for frame in written.split("\x1b[J")[:-1]:
+        rows = re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "").strip("\n").split("\n")
+        assert len(rows) <= 9
+        assert all(sum(map(columns, row)) <= 40 for row in rows)
+    text = inert(alone.stdout.decode()).rstrip("\n")
+    shown = "\n".join(screen(written, 40, 10))
+    assert text.replace("\t", "") in shown.replace("\t", "")
+    assert "filled" not in shown  # the text has taken the place of the canvas
+    assert b"\x1b[5m" in alone.stdout  # into a file it goes as it is
+
+
+def test_two_models_fill_a_pane_each(checkpoint):
+    written, code = in_terminal(
+        checkpoint, "--ckpt", checkpoint, "--prompt", "a<b", "--steps", 3, "--length", 30, width=60
+    )
+    assert code == 0
+    frames = [re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", frame).replace("\r", "") for frame in written.split("\x1b[J")]
+    rows = [frame.strip("\n").split("\n") for frame in frames if " | " in frame]
+    assert len(rows) == 6
+    for frame in rows:
+        assert {row[28:31] for row in frame} == {" | "}
+        assert all(sum(map(columns, row)) <= 60 for row in frame)
+    panes = [[row[:28] + "|" + row[31:] for row in frame] for frame in rows]
+    assert "step 1, " in panes[0][-1].partition("|")[0]
+    assert panes[0][-1].partition("|")[2].strip() == ""  # the second waits
+    left = [[row.partition("|")[0] for row in pane] for pane in panes]
+    assert left[2][:-1] == left[5][: len(left[2]) - 1]  # and the first stays
+    assert "step 3, 100% filled" in left[5][-1]
+    assert "step 3, 100% filled" in panes[5][-1].partition("|")[2]
+
+
+def test_ctrl_c_gives_the_cursor_back(checkpoint):
+    written, code = in_terminal(checkpoint, "--steps", 10**6, "--length", 10**4, interrupt=b"step 3,")
+    assert code == 130
+    assert written.rindex("\x1b[?25h") > written.rindex("step ")
+    assert "Traceback" not in written
+
+
+def test_watch_and_save_change_nothing_and_frames_are_plain_without_a_terminal(checkpoint, tmp_path):
+    def run(*flags):
+        command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--steps", "5", "--length", "60"]
+        command += map(str, flags)
+        done = subprocess.run(command, capture_output=True, check=True)
+        return done.stdout, done.stderr.decode()
+
+    text, _ = run()
+    watched, frames = run("--watch")
+    assert watched == text
+    assert "\x1b" not in frames
+    assert re.findall(r"^--- step (\d), (\d+)% filled", frames, re.MULTILINE) == [
+        (str(k), str(20 * k)) for k in range(1, 6)
+    ]
+    for name in ("run.html", "run.svg"):
+        saved, _ = run("--save", tmp_path / name)
+        assert saved == text
+        assert (tmp_path / name).stat().st_size > 1000

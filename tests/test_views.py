@@ -1,0 +1,309 @@
+"""Views of how a canvas filled: its history, the page, the animation, and that no text in them can do anything."""
+
+import fcntl
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import tiny_model
+from world import ROOT
+
+from data.lib.escape import inert
+from data.lib.history import HOLE, History, tokens_of
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
+from data.lib.views import save_histories
+from data.lib.wrap import columns, lines_of, visible
+from sample import denoise
+
+BYTES = ByteTokenizer()
+NASTY = "\x1b]0;owned\x07\x1b[2J</script><script>document.title='owned'</script>&amp;\x9b31m\u202e\x00"
+WORDPIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##c", "##d", "<", "##"]
+TOKENIZERS = [
+    BYTES,
+    BPETokenizer([*(chr(i) for i in range(256)), "Ã©", "ab", "\xe6\x97"], r"\s+|\S+"),
+    BPETokenizer([chr(i) for i in range(256)], r"\s+|\S+", None, {"<s>": 256, "</s>": 257, "<mask>": 258}),
+    WordPieceTokenizer(WORDPIECES, True, True, True),
+    WordPieceTokenizer(["<mask>", "<unk>", *"ACDE"], False, False, True),
+]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: type(tokenizer).__name__)
+@given(data=st.data())
+def test_pieces_join_to_the_text(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if not isinstance(tokenizer, WordPieceTokenizer) and not set(ids) & set(tokenizer.special_ids):
+        whole = b"".join(tokenizer.bytes_of[i] for i in ids)
+        assert tokenizer.decode(ids) == whole.decode("utf-8", errors="replace")
+
+
+def test_a_character_of_several_tokens_appears_with_its_last():
+    assert BYTES.pieces(list("aé日".encode())) == ["a", "", "é", "", "", "日"]
+    assert BYTES.pieces([0xC3, 256, 0xA9]) == ["\ufffd", "<mask>", "\ufffd"]
+    assert tokens_of(BYTES, [97, 256, 10]) == ["a", HOLE, "\n"]
+
+
+@given(st.text())
+def test_inert_text_does_nothing(text):
+    shown = inert(text)
+    assert len(shown) == len(text)
+    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+    assert inert("é日\t\n👩‍💻") == "é日\t\n👩‍💻"
+
+
+@given(st.lists(st.text("ab\t\n日é\u0301 "), max_size=40), st.integers(2, 12))
+def test_lines_keep_to_the_width(tokens, width):
+    lines = lines_of(tokens, [str(i) for i in range(len(tokens))], width)
+    for line in lines:
+        assert sum(columns(c) for text, _ in line for c in text) <= width
+    shown = "".join(text for line in lines for text, _ in line)
+    assert shown.replace(" ", "") == re.sub(r"[\s]", "", "".join(tokens))
+
+
+def run_of(start, steps=8, order="random", **flags):
+    """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
+    model = tiny_model(V=256, T=len(start))
+    log_p = torch.zeros(1, len(start))
+    run, canvases = History(BYTES, start), [(start, [1.0] * len(start))]
+    for canvas in denoise(model, torch.tensor([start]), steps, order, log_p=log_p, **flags):
+        canvases.append((canvas[0].tolist(), log_p[0].exp().tolist()))
+        run.add(*canvases[-1], seconds=0.0)
+    return run, canvases
+
+
+@pytest.mark.parametrize("order", ["random", "confidence", "remask"])
+def test_history_replays_the_canvases(order):
+    """What is shown, and which tokens each step has set: in remask all that stand, redrawn or not."""
+    run, canvases = run_of([*"é".encode(), *[256] * 40], order=order)
+    assert run.holes == [False, False, *[True] * 40]
+    for k, ((tokens, kinds), (canvas, probability)) in enumerate(zip(run.frames(), canvases)):
+        assert tokens == tokens_of(BYTES, canvas)
+        assert [kind == "hole" for kind in kinds] == [i == 256 for i in canvas]
+        before = canvases[k - 1][0] if k else canvas
+        for i in range(2, 42):
+            if kinds[i] == "new":
+                p = next(p for position, _, p in run.steps[k - 1] if position == i)
+                assert abs(p - probability[i]) < 1e-3
+            else:
+                assert canvas[i] in (256, before[i])
+        assert kinds[:2] == ["given", "given"]
+        assert order != "remask" or kinds.count("") == 0
+    assert run.kinds == kinds
+
+
+def data_of(page):
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
+
+
+def test_the_page_is_small_and_alone(tmp_path):
+    """256 positions, 64 steps, all of them written anew at each: under 500 KB, and nothing from elsewhere."""
+    save_histories(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert (tmp_path / "run.html").stat().st_size < 500_000
+    assert not re.search(r"https?:|src=|href=|@import|url\(", page)
+
+
+def test_text_in_the_page_is_inert(tmp_path):
+    save_histories(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    template = (ROOT / "data" / "lib" / "page.html").read_text(encoding="utf-8")
+    assert page.count("<") == template.count("<")
+    assert "\x1b" not in page
+    ((run,),) = json.loads(data_of(page))
+    assert "".join(run["start"][:-1]) == inert(NASTY)
+
+
+def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
+    run, canvases = run_of([*NASTY.encode(), *b"\n\t<&", *[256] * 300], 64)
+    save_histories(tmp_path / "run.svg", [[run]])
+    root = ElementTree.parse(tmp_path / "run.svg").getroot()
+    groups = root.findall("{*}g")
+    assert len(groups) == 40
+    assert not root.findall(".//{*}script")
+    lines = ["".join(text.itertext()) for text in groups[-1].findall("{*}text")]
+    assert lines[0] == "step 64 of 64"
+    tokens, kinds = list(run.frames())[-1]
+    expected = visible(lines_of(tokens, kinds, 72), 32)
+    assert lines[1:] == ["".join(text for text, _ in line) for line in expected]
+    assert "".join(tokens) == inert(BYTES.decode(canvases[-1][0]))
+    assert (tmp_path / "run.svg").stat().st_size < 1_000_000
+
+
+def test_a_picture_of_two_models_has_two_panels(tmp_path):
+    (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
+    quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
+    save_histories(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
+    groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
+    titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
+    assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
+    assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
+    assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]
+
+
+@contextmanager
+def browser_page(path, *flags):
+    """A function that calls a method of Chromium's DevTools protocol on a page that shows a file."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_in, write_out)]
+
+    def three_and_four():  # where it listens and speaks
+        os.dup2(ends[0], 3)
+        os.dup2(ends[1], 4)
+
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", *flags]
+    command += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={path.parent}/profile"]
+    process = subprocess.Popen(
+        [*command, path.as_uri()], preexec_fn=three_and_four, pass_fds=(3, 4), stderr=subprocess.DEVNULL
+    )
+    for end in (read_in, write_out, *ends):
+        os.close(end)
+    session, number = {}, 0
+
+    def call(method, **params):
+        nonlocal number
+        number += 1
+        os.write(
+            write_in,
+            json.dumps({"id": number, "method": method, "params": params, **session}).encode() + b"\0",
+        )
+        while True:
+            answer = b""
+            while not answer.endswith(b"\0"):
+                assert select.select([read_out], [], [], 60)[0], "the browser does not answer"
+                byte = os.read(read_out, 1)
+                assert byte, "the browser has ended"
+                answer += byte
+            answer = json.loads(answer[:-1])
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    try:
+        for _ in range(100):
+            pages = [t for t in call("Target.getTargets")["targetInfos"] if t["url"] == path.as_uri()]
+            if pages:
+                break
+            time.sleep(0.1)
+        assert pages, "the browser has not opened the page"
+        session["sessionId"] = call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
+        yield call
+    finally:
+        process.kill()
+        process.wait()
+        for end in (write_in, read_out):
+            os.close(end)
+
+
+def evaluator(call):
+    """A function that runs a script in the page, once that is there, and returns its value."""
+
+    def evaluate(script):
+        result = call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    for _ in range(100):
+        if evaluate("typeof choose == 'function' && document.readyState == 'complete'"):
+            break
+        time.sleep(0.1)
+    return evaluate
+
+
+def test_the_page_in_a_browser(tmp_path):
+    """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
+    runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
+    save_histories(tmp_path / "run.html", [[run] for run, _ in runs], [""])
+    with browser_page(tmp_path / "run.html") as call:
+        evaluate = evaluator(call)
+
+        def press(key):
+            for kind in ("keyDown", "keyUp"):
+                call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+        def text():
+            return evaluate("document.querySelector('.canvas').textContent")
+
+        def step():
+            return int(evaluate("document.getElementById('step').value"))
+
+        for number, (_, canvases) in enumerate(runs):
+            evaluate(f"select.selectedIndex = {number}; select.dispatchEvent(new Event('change'))")
+            assert step() == 8  # the whole text, before anyone presses play
+            for k in (0, 3, 8):
+                evaluate(f"slider.value = {k}; slider.dispatchEvent(new Event('input'))")
+                assert text() == "".join(tokens_of(BYTES, canvases[k][0]))
+        press("ArrowLeft")
+        assert step() == 7
+        press("Home")  # which scrolls, unless the canvas or the slider has the focus
+        assert step() == 7
+        evaluate("document.querySelector('.canvas').focus()")
+        for key, expected in (("Home", 0), ("ArrowRight", 1), ("ArrowUp", 2), ("ArrowLeft", 1), ("End", 8)):
+            press(key)
+            assert step() == expected
+            assert text() == "".join(tokens_of(BYTES, runs[1][1][expected][0]))
+            assert f"step {expected} of 8" in evaluate("slider.getAttribute('aria-valuetext')")
+        evaluate("slider.focus()")
+        press("ArrowLeft")
+        assert step() == 7  # once, though the slider knows this key as well
+        evaluate("play.click()")
+        assert evaluate("play.textContent") == "Pause"
+        for _ in range(100):
+            if evaluate("play.textContent") == "Play":
+                break
+            time.sleep(0.1)
+        assert step() == 8
+        _, probability = runs[1][1][-1]
+        title = evaluate("document.querySelector('.canvas').children[20].title")
+        when, p = re.fullmatch(r"position 20, set in step (\d+) with probability ([\d.e-]+)", title).groups()
+        assert int(when) == 8
+        assert abs(float(p) - probability[20]) < 1e-3
+        assert evaluate("document.querySelector('.canvas').children[2].title") == "given"
+        assert evaluate("document.title").startswith("setitem")
+
+
+def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
+    (quick, _), (slow, canvases) = run_of([256] * 30), run_of([256] * 30, 30, "left")
+    quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
+    save_histories(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
+    with browser_page(tmp_path / "run.html") as call:
+        evaluate = evaluator(call)
+
+        for place, steps in ((0, (0, 0)), (50, (8, 7)), (200, (8, 30))):  # of 6 seconds
+            evaluate(f"slider.value = {place}; slider.dispatchEvent(new Event('input'))")
+            captions = evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')")
+            for caption, name, step, of in zip(captions.split("|"), ("set", "<append>"), steps, (8, 30)):
+                assert caption.startswith(f"{name}.pt: step {step} of {of}, ")
+            texts = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.textContent).join('|')")
+            assert texts.split("|")[1] == "".join(tokens_of(BYTES, canvases[steps[1]][0]))
+        boxes = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()")
+        assert len(set(boxes.split(","))) == 1  # beside each other
+
+
+def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
+    """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
+    runs = [[run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")] for prompt in (b"a", b"b")]
+    save_histories(tmp_path / "run.html", runs, ["left", "random"])
+    with browser_page(tmp_path / "run.html") as call:
+        evaluate = evaluator(call)
+
+        def shown():
+            return evaluate("[...document.querySelectorAll('.canvas')].map(e => e.textContent[0]).join('')")
+
+        assert shown() == "aabb"
+        evaluate("select.selectedIndex = 1; select.dispatchEvent(new Event('change'))")
+        assert shown() == "bb"
