@@ -172,7 +172,7 @@ def test_of_a_causal_model_score_bound_and_loss_are_one_number():
     model = dial(1, shift_id=MASK)
     x0, _, _ = texts(B=16)
     config = TrainConfig(
-        batch_size=16, context=8, level=Level("fixed", 1.0), prompt_len=Span(0, 0), attention=Attention("causal", 1)
+        batch_size=16, context=8, level=Level("fixed", 1.0), prompt_len=Span(0, 0), attention=Attention("causal")
     )
     everything = torch.full((16, 8), MASK), torch.ones(16, 8, dtype=torch.bool), torch.full((16, 8), 1 / 128)
     loss = loss_of(model, x0, *everything).sum().item()

@@ -193,7 +193,7 @@ def test_what_no_run_writes_is_refused(world, tmp_path, monkeypatch, capsys):
         ({"family": "gpt2"}, "not a checkpoint of setitem"),
         ({"train": "x"}, "not a checkpoint of setitem"),
         ({"train": {**stored["train"], "context": "x"}}, "not a checkpoint of setitem"),
-        ({"train": {**stored["train"], "batch_size": -1}}, "must be at least 1, not -1"),
+        ({"train": {**stored["train"], "batch_size": -1}}, "at least 1, not -1"),
         *[({"step": step}, "not with these flags") for step in (-1, math.inf, 10**400)],
         ({"optimizers": [adamw, muon]}, "not with these flags"),
         ({"optimizers": [adamw, {}, {}]}, "not with these flags"),

@@ -151,7 +151,7 @@ def test_when_one_process_dies_all_end_with_its_error(event, said, world, tmp_pa
     ("flags", "sentence"),
     [
         ("--batch_size 9", "--batch_size 9: not a multiple of"),
-        ("--init_from resume --out_dir nowhere", "no such checkpoint"),
+        ("--init_from resume --out_dir nowhere", "No such file"),
     ],
 )
 def test_a_mistake_is_said_once(flags, sentence, world):

@@ -119,14 +119,6 @@ def test_a_killed_run_resumes_from_its_last_evaluation_and_its_log_has_no_row_tw
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 13))
 
 
-def test_one_block_for_all_resumes_under_either_name(tmp_path, monkeypatch):
-    flags = f"--data book --out_dir {tmp_path} {SMALL} --attention"
-    run_train(monkeypatch, f"{flags} block:32 --max_iters 1")
-    run_train(monkeypatch, f"--init_from resume {flags} block:32 --max_iters 2")
-    run_train(monkeypatch, f"--init_from resume {flags} canvas --max_iters 3")
-    assert weights(tmp_path / "last.pt")[0] == 3
-
-
 def test_a_run_goes_on_where_no_checkpoint_could_be_written_and_tries_again(tmp_path, monkeypatch, capsys):
     flags = f"--data book --max_iters 6 --evals 3 --log_every 1 {SMALL}"
     run_train(monkeypatch, f"{flags} --out_dir {tmp_path}/free")

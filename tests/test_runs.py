@@ -205,7 +205,7 @@ def test_every_precision_and_variant_trains(dtype, flags, tmp_path, monkeypatch,
 
 def test_a_causal_run_masks_nothing_and_reports_its_likelihood(world, monkeypatch, capsys):
     trained = load_checkpoint(world / "gpt" / "ckpt.pt")[2]["train"]
-    assert [trained[name] for name in ("attention", "level", "prompt_len")] == ["causal", "1.0", "0"]
+    assert [trained[name] for name in ("attention", "level", "prompt_len")] == ["causal", "1", "0"]
     model, tokenizer, _ = load_checkpoint("gpt/ckpt.pt")
     val = data.lib.corpus.load_corpus("book")[1]
     for seed, prompt_len in itertools.product((0, 5), (0, 8)):

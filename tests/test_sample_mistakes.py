@@ -58,8 +58,8 @@ MISTAKES = {
     "--ckpt gpt/ckpt.pt --gamma 1": "--gamma 1.0: the model in gpt/ckpt.pt is causal",
     "--ckpt gpt/ckpt.pt --prompt a --guidance 2": "--guidance 2.0",
     "--ckpt gpt/ckpt.pt gpt/ckpt.pt --order left --steps 3": "--steps 3",
-    "--judge nope.pt": "nope.pt: there is no such checkpoint",
-    "--ckpt nope.pt": "no such checkpoint",
+    "--judge nope.pt": "nope.pt: No such file",
+    "--ckpt nope.pt": "No such file",
     "--ckpt book.txt": "not a checkpoint",
     "--ckpt data": "data",
 }

@@ -132,7 +132,7 @@ def run(main, arguments):
 
 def test_a_flag_is_its_text():
     for kind, texts in (
-        (Level, ("uniform", "bell:1.2", "bell:0.123456789", "grid:100", "0.15", "1.0")),
+        (Level, ("uniform", "bell:1.2", "bell:0.123456789", "grid:100", "0.15", "1")),
         (Rate, ("t", "slant:1", "slant:0.25", "spindle:0.3")),
         (Attention, ("canvas", "shifted", "block:4", "causal")),
         (Span, ("16", "0:64")),
@@ -315,11 +315,11 @@ def test_a_canvas_is_read_as_its_checkpoint_was(attention, world, monkeypatch):
             assert (model_config.block, model_config.shift_id) == (None, 256 if shifts else None)
 
 
-def test_one_block_for_all_of_a_corpus_s_canvas_is_a_canvas(monkeypatch):
+def test_blocks_must_divide_a_corpus_s_canvas(monkeypatch):
     """Its length is that of the corpus's canvases, whatever --context is by default."""
     monkeypatch.setattr(data.lib.train_settings, "canvas_len", lambda name: 72)
-    config = settled(["--attention", "block:72"], monkeypatch)[0]
-    assert (config.context, config.attention) == (72, Attention("canvas"))
+    config = settled(["--attention", "block:9"], monkeypatch)[0]
+    assert (config.context, config.attention) == (72, Attention("block", 9))
     config = settled(["--attention", "block:256"], monkeypatch)[0]
     with pytest.raises(Mistake, match="--attention block:256: K must divide --context 72"):
         check_training(config)

@@ -385,7 +385,7 @@ def test_only_a_gpt2_is_exported_and_only_to_a_folder_without_a_model(checkpoint
     assert "not a GPT-2 any more" in mistake(tmp_path / "opened.pt", "--export", tmp_path / "new")
     assert "in it already" in mistake(checkpoint, "--export", gpt2)
     assert "--out" in mistake(checkpoint, "--export", tmp_path / "new", "--out", "x.pt")
-    assert "no such checkpoint" in mistake(tmp_path / "none.pt", "--export", tmp_path / "new")
+    assert "No such file" in mistake(tmp_path / "none.pt", "--export", tmp_path / "new")
 
 
 # --- training ------------------------------------------------------------------------------------

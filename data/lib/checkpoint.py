@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import types
 import zipfile
 from contextlib import contextmanager
 from importlib import import_module
@@ -42,39 +41,27 @@ def save(content, file):
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def read_archive(path):
+def read_checkpoint(path):
     """Read the dict that torch.save wrote to a file. Its tensors are mapped from the file, and nothing is executed.
 
     Raises Mistake if it's damaged, which the CRC shows that torch writes for every tensor.
     """
-    before, failure = os.stat(path), None
+    before = os.stat(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("it is compressed")
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} has another CRC")
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()) or archive.testzip():
+                raise ValueError("it is compressed, or a CRC differs")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = [x for x in (*content.values(), *content.get("model", {}).values()) if torch.is_tensor(x)]
         if sum(x.nbytes for x in weights) > 2 * before.st_size:  # tied weights count twice
             raise ValueError("its tensors are larger than the file")
+        if os.path.samestat(before, os.stat(path)):
+            return content
     except Exception as error:  # torch has many ways to say that a file isn't its own
-        failure = f"{path}: damaged, or not a checkpoint ({type(error).__name__}: {str(error)[:120]})"
-    if not os.path.samestat(before, os.stat(path)):  # a run has saved meanwhile, and we may have half of each file
-        return read_archive(path)
-    if failure:
-        raise Mistake(failure)
-    return content
-
-
-def read_checkpoint(path):
-    """Read the dict that save_checkpoint wrote. Raises Mistake if the file isn't there, or isn't one."""
-    if not os.path.exists(path):
-        raise Mistake(f"{path}: there is no such checkpoint")
-    checkpoint = read_archive(path)
-    if not {"family", "config", "model", "tokenizer"} <= checkpoint.keys():
-        raise Mistake(f"{path}: not a checkpoint of setitem")
-    return checkpoint
+        if os.path.samestat(before, os.stat(path)):
+            reason = f"{type(error).__name__}: {str(error)[:120]}"
+            raise Mistake(f"{path}: damaged, or not a checkpoint ({reason})") from None
+    return read_checkpoint(path)  # a run has saved meanwhile, and we may have half of each file
 
 
 def published_network(family):
@@ -95,11 +82,9 @@ def refused(path):
 
 def has_type(value, kind):
     """Whether a field with this annotation may have the value; a list counts as a tuple, an int as a float."""
-    if get_origin(kind) is types.UnionType:
-        return any(has_type(value, each) for each in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, (tuple, list)) and all(has_type(each, get_args(kind)[0]) for each in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+    return type(value) in (get_args(kind) or (kind,)) or (kind is float and type(value) is int)
 
 
 def check_config(config, tokenizer, checkpoint):
@@ -110,11 +95,9 @@ def check_config(config, tokenizer, checkpoint):
             raise ValueError(f"its {name} is {value!r}"[:200])
     if any(getattr(tokenizer, name) != getattr(config, name) for name in ("vocab_size", "mask_id", "kinds")):
         raise ValueError("its tokenizer belongs to another model")
-    special = {config.mask_id, *config.special_ids}
-    if not all(0 <= i < config.vocab_size for i in (config.shift_id or 0, *special, *config.end_ids)):
-        raise ValueError("its mask_id, special_ids, end_ids or shift_id is not in the vocabulary")
-    if special & {*config.end_ids}:
-        raise ValueError("a token of its end_ids is special, but what ends a text has to be learned")
+    special, ends = {config.mask_id, *config.special_ids}, {*config.end_ids}  # what ends a text has to be learned
+    if special & ends or not all(0 <= i < config.vocab_size for i in (config.shift_id or 0, *special, *ends)):
+        raise ValueError("a token of its end_ids is special, or its end_ids or shift_id is not in the vocabulary")
     layers = {name.split(".")[1] for name in checkpoint["model"] if name.startswith("layers.")}
     heads = config.n_head * (1 if config.learned_positions else 2)  # rotations turn channels in pairs
     if config.n_layer != len(layers) or not heads or config.n_embd % heads or config.block == 0:

@@ -21,7 +21,6 @@ from data.lib.flags import as_plain
 from data.lib.machine import autocast, pick_device, send
 from data.lib.optimizer import Optimizers
 from data.lib.processes import agree, distribute, full, rank, synchronise_gradients, world_size
-from data.lib.train_settings import check_unused
 
 
 class Run:
@@ -178,8 +177,6 @@ def underway(run, checkpoint):
     """
     if run.config.init_from == "resume":
         run.restore(checkpoint)
-    else:
-        check_unused(run.config.out_dir)
     with signals() as came, nullcontext() if rank() else alone_in(run.config.out_dir):
         run.model.train()
         run.start_clock()

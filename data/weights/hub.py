@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.lib.checkpoint import read_archive, save
+from data.lib.checkpoint import read_checkpoint, save
 from data.lib.download import download
 from data.lib.errors import Mistake
 from data.lib.files import replacing
@@ -120,7 +120,7 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             tensors = read_safetensors(path)
         elif zipfile.is_zipfile(path):
-            tensors = read_archive(path)
+            tensors = read_checkpoint(path)
         else:  # written before torch 1.6
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about files that aren't torch's, which raise an error too

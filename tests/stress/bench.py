@@ -30,7 +30,7 @@ from data.lib.flags import Attention, flag, parse
 from data.lib.kernels import attend
 from data.lib.machine import autocast, pick_device
 from data.lib.report import standard_error
-from data.lib.train_settings import attention_fields, without_noise
+from data.lib.train_settings import attention_fields, with_implied
 from data.lib.training import Run
 from data.weights import bert, gpt2
 from model import ModelConfig, Transformer, load_checkpoint
@@ -234,7 +234,7 @@ def step_seconds(attentions, device):
     train_split, _, _, _ = load_corpus("python", 256)
     steps = []
     for name in attentions:
-        config = without_noise(TrainConfig(max_iters=1000, attention=Attention.from_text(name)), {})
+        config = with_implied(TrainConfig(max_iters=1000, attention=Attention.from_text(name)), {})
         torch.manual_seed(0)
         model = Transformer(ModelConfig(**attention_fields(config.attention, 256))).to(device).train()
         run = Run(config, model, device)
@@ -267,7 +267,7 @@ def dial_rows(device):
     for name, seconds in zip(names[1:], others):
         measure = f"{canvas / seconds:.2f} x the {2048 / canvas:,.0f} tokens/s of the canvas"
         yield f"training step, {name}", f"{2048 / seconds:,.0f} tokens/s", measure
-    default = Transformer(ModelConfig(context=1024, **attention_fields(Attention("causal", 1), 256)))
+    default = Transformer(ModelConfig(context=1024, **attention_fields(Attention("causal"), 256)))
     for name, model in (("GPT-2 small", gpt2_network(BASE)), ("the default model", default)):
         (early, late), (few, many) = token_seconds(model.to(device).eval(), (64, 1024), device)
         measure = f"{1e3 * (late - early):.2f} ms more; with attention left out {1e3 * (many - few):.2f} ms"
