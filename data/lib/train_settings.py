@@ -115,7 +115,8 @@ def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpo
     template = meta.get("chat") or (checkpoint or {}).get("chat")
     if "chat" in meta:  # examples have prompts of their own, and the model learns what ends a reply
         if given.get("prompt_len", Span(0, 0)) != Span(0, 0):
-            raise Mistake(f"--prompt_len: the examples of --data {config.data} have prompts of their own")
+            span = given["prompt_len"]
+            raise Mistake(f"--prompt_len {span}: the examples of --data {config.data} have prompts of their own")
         config = dataclasses.replace(config, prompt_len=Span(0, 0))
         ends = {*model.config.end_ids, *Chat(template, corpus_tokenizer).end_ids}
         model.config.end_ids = tuple(sorted(ends))
