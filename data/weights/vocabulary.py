@@ -11,7 +11,7 @@ from data.weights.hub import GPT2_PATTERN, byte_symbols, read_json
 def bpe_tokenizer(folder, text, special, n_rows, pattern=GPT2_PATTERN):
     """A BPETokenizer of n_rows ids. text: ids of what merges make, by latin-1 bytes; special: the others, by name."""
     taken = {*text.values(), *special.values()}
-    if not 0 <= n_rows - len(taken) <= 2**12:  # it is often rounded up for speed
+    if not 0 <= n_rows - len(taken) <= 2**12:  # rows are often rounded up for speed
         raise Mistake(f"{folder}: its vocabulary has {len(taken):,} tokens, but the embedding {n_rows:,} rows")
     special = special | {f"<unused {i}>": i for i in range(n_rows) if i not in taken}
     return BPETokenizer([*text], pattern, [*text.values()], special)
@@ -57,14 +57,12 @@ def read_tokenizer_json(folder):
     theirs = read_json(path)
     model, first = theirs["model"], theirs["pre_tokenizer"]
     *splits, letters = first.get("pretokenizers", [first])
-    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not splits}
+    pattern = splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not splits}
     names = "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"
-    plain = expected.items() <= letters.items() and not any([theirs["normalizer"], *map(model.get, names)])
-    pattern = GPT2_PATTERN
-    if splits:
-        pattern = splits[0]["pattern"]["Regex"]
-        plain &= splits == [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}]
-    if not plain or model["type"] != "BPE":
+    changes = theirs["normalizer"], *map(model.get, names)
+    if splits not in ([], [split]) or not last.items() <= letters.items() or any(changes) or model["type"] != "BPE":
         raise Mistake(f"{path}: it is not a byte-level BPE that leaves the text as it is; we know no other")
     added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
     return *split_bpe(model["vocab"] | added, model["merges"]), pattern
