@@ -1,10 +1,8 @@
 """A published model's weights and tokenizer as one checkpoint of ours, and back.
 
-    python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, mdlm-owt, llada-8b-base, ..
-    python data/weights/prepare.py FOLDER --out mine.pt    # files that you have, in the hub's layout
-    python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoBERTa, BERT or GPT-2, in that layout
-
-Each family is a module next to this one: its network, and its names of files, settings and tensors.
+python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, mdlm-owt, llada-8b-base, ..
+python data/weights/prepare.py FOLDER --out mine.pt    # files that you have, in the hub's layout
+python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoBERTa, BERT or GPT-2, in that layout
 """
 
 import sys
@@ -13,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.lib.checkpoint import check_config, save_checkpoint
+from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake, command
+from data.lib.files import replacing
 from data.lib.flags import argument, flag, parse
 from data.weights import bert, gpt2, hub, llada, mdlm
 from model import load_checkpoint
@@ -41,23 +40,31 @@ def convert(folder):
     return model, tokenizer, unused, more
 
 
+def export(path, folder):
+    """Write a checkpoint's model to a folder, in the hub's layout."""
+    model, tokenizer, _ = load_checkpoint(path)
+    if model.family not in ("bert", "gpt2"):
+        raise Mistake(f"{path}: only a RoBERTa, a BERT or a GPT-2 can be exported")
+    if (folder / "config.json").exists():
+        raise Mistake(f"--export {folder}: there is a model in it already")
+    texts, tensors = FAMILY[model.family].export(path, model, tokenizer)
+    with replacing(folder / "pytorch_model.bin") as file:
+        save(tensors, file)
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    print(f"{folder}: pytorch_model.bin, {', '.join(texts)}")
+
+
 def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name, folder, home = config.source.lower(), Path(config.source), DATA / "weights"
+    known = name in REPOSITORIES
     if config.export:
-        if config.out:
-            raise Mistake("--export writes a folder, so it takes no --out")
-        path = home / f"{name}.pt" if name in REPOSITORIES else folder
-        model, tokenizer, _ = load_checkpoint(path)
-        if model.family not in ("bert", "gpt2"):
-            raise Mistake(f"{path}: only a RoBERTa, a BERT or a GPT-2 can be exported")
-        return hub.write_folder(Path(config.export), *FAMILY[model.family].export(path, model, tokenizer))
-    if not folder.is_dir() and name not in REPOSITORIES:
-        raise Mistake(
-            f"{folder}: there is no such folder, and no model of that name; we know {', '.join(REPOSITORIES)}"
-        )
+        return export(home / f"{name}.pt" if known else folder, Path(config.export))
+    if not known and not folder.is_dir():
+        raise Mistake(f"{folder}: no such folder, and no model of that name; we know {', '.join(REPOSITORIES)}")
     try:
-        if name in REPOSITORIES:
+        if known:
             folder = home / name
             hub.fetch(REPOSITORIES[name], folder)
         model, tokenizer, unused, more = convert(folder)
