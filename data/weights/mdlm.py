@@ -15,10 +15,8 @@ from data.weights.parts import Published, PublishedConfig
 
 
 class Network(Published):
-    family, Config, head_bias = "mdlm", PublishedConfig, True
+    family, head_bias = "mdlm", True
 
-
-# --- conversion ----------------------------------------------------------------------------------
 
 KINDS = "mdlm", "bd3lm"
 TOKENS = {"openai-community/gpt2": ("vocab.json", "merges.txt")}
@@ -61,7 +59,6 @@ def fold_level(tensors, n_layer):
 
 
 def convert(folder):
-    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     tensors, unused = hub.read_weights(folder, r"backbone\.", NAMES, "blocks", IGNORED)
     tokenizer = gpt2.read_tokenizer(folder, theirs["vocab_size"])
