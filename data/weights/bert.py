@@ -7,7 +7,6 @@ import torch.nn as nn
 
 from data.lib.errors import Mistake
 from data.lib.kernels import Linear
-from data.lib.tokenizer import BPETokenizer
 from data.weights import hub, vocabulary
 from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
 
@@ -87,7 +86,7 @@ def export(path, model, tokenizer):
     config = model.config
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
-    if isinstance(tokenizer, BPETokenizer):
+    if tokenizer.state["kind"] == "bpe":
         kind, head, texts, pad_id = "roberta", ROBERTA_HEAD, vocabulary.bpe_texts(tokenizer), config.first_position - 1
     else:
         kind, head, texts, pad_id = "bert", BERT_HEAD, vocabulary.wordpiece_texts(tokenizer), tokenizer.first("[PAD]")

@@ -33,24 +33,16 @@ IGNORED = r"h\.\d+\.attn\.(masked_)?bias$|score\.|classifier\.|multiple_choice_h
 
 
 def read_tokenizer(folder, n_rows, opened=False):
-    """GPT-2's tokens, with `<mask>` as the last of n_rows.
-
-    opened: for a DiffuGPT, whose mask is the row after GPT-2's tokens or, if there is no such row, one of the tokens.
-    """
+    """GPT-2's tokens, and `<mask>` as the last of n_rows or, if opened, as DiffuGPT has it."""
     text, special = vocabulary.read_bpe(folder)
     if START not in special:
         raise Mistake(f"{folder}: its vocabulary has no {START}, which GPT-2 reads before a text")
     mask_id = n_rows - 1
-    if opened:
+    if opened:  # the mask is the row after GPT-2's tokens or, if there is no such row, one of the tokens
         special = {START: special[START]}
         mask_id = len(text) + 1 if n_rows > len(text) + 1 else SMALL_MASK
         text = {token: i for token, i in text.items() if i != mask_id}  # so shorter tokens encode it
     return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows)
-
-
-def transposed(tensors):
-    """Transpose the matrices of the layers, which are (in, out) in the files."""
-    return {name: tensor.t().contiguous() if name.startswith("layers.") else tensor for name, tensor in tensors.items()}
 
 
 def convert(folder):
@@ -68,7 +60,8 @@ def convert(folder):
         for name in TABLES:  # A GPT never reads the row of <mask>. Once it is opened, the mean favours no token.
             mean = tensors[name].float().mean(0, keepdim=True)
             tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
-    tensors = transposed(tensors)
+    # The matrices of their layers are (in, out).
+    tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
     hub.split_attention(tensors)
     tokenizer = read_tokenizer(folder, settings["vocab_size"], opened)
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids, "shift_id": tokenizer.first(START)}
@@ -90,7 +83,9 @@ def export(path, model, tokenizer):
     if config.tied:
         del tensors["head.weight"]
     hub.join_attention(tensors)
-    names = {ours: their for their, ours in NAMES.items()} | {"head.weight": "lm_head.weight"}
-    tensors = {hub.renamed(name, names, "layers", "h"): tensor for name, tensor in transposed(tensors).items()}
-    tensors = {name if name == "lm_head.weight" else f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    return {"config.json": json.dumps(theirs, indent=2), **vocabulary.bpe_texts(tokenizer, ["<mask>"])}, tensors
+    tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
+    names, renamed = {ours: their for their, ours in NAMES.items()}, {}
+    for name, tensor in tensors.items():
+        their = hub.renamed(name, names, "layers", "h")
+        renamed[their if their == "lm_head.weight" else f"transformer.{their}"] = tensor
+    return {"config.json": json.dumps(theirs, indent=2), **vocabulary.bpe_texts(tokenizer, ["<mask>"])}, renamed

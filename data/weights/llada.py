@@ -1,7 +1,5 @@
 """LLaDA (2502.09992), which is Llama with open attention: RMSNorm, a gated MLP, shared keys and values."""
 
-import re
-
 import torch.nn as nn
 
 from data.lib.kernels import Linear
@@ -56,5 +54,5 @@ def convert(folder):
     ends = [special[name] for name in ("<|endoftext|>", "<|eot_id|>") if name in special]  # it learned to write them
     settings |= {"special_ids": tuple(i for i in tokenizer.special_ids if i not in ends), "end_ids": tuple(ends)}
     config = PublishedConfig(**settings, tied=theirs.get("weight_tying", False) and hub.tie(tensors))
-    chats = {*re.findall(r"<\|\w+\|>", " ".join(CHAT.values()))} <= special.keys()
+    chats = all(f"<|{name}|>" in special for name in ("startoftext", "start_header_id", "end_header_id", "eot_id"))
     return hub.load(Network, config, tensors), tokenizer, unused, {"chat": CHAT} if chats else {}

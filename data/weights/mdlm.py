@@ -1,11 +1,9 @@
 """MDLM and BD3-LM (2406.07524, 2503.09573): rotary positions, biases, a head with a bias.
 
-Theirs is a diffusion Transformer (2212.09748) that is told the noise level, but is always told 0, because the holes
-show it. So the shift, scale and gate that each layer makes of the level are constants. The conversion multiplies them
-into norms and matrices, and what remains is our network.
+Their network (2212.09748) has an input for the noise level, which is always 0, because the holes show the level. So the
+shift, scale and gate that each layer makes of it are constants, and the conversion multiplies them into norms and
+matrices. What remains is our network.
 """
-
-import re
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +49,11 @@ def fold_level(tensors, n_layer):
     shift, scale = linear("output_layer.adaLN_modulation", level).chunk(2)
     fold("final_norm", 1 + scale, shift)
     for i in range(n_layer):
-        vectors = linear(f"blocks.{i}.adaLN_modulation", level).chunk(6)
-        halves = ("attention_norm", "attention.out"), ("mlp_norm", "mlp.down")
-        for (norm, matrix), (shift, scale, gate) in zip(halves, (vectors[:3], vectors[3:])):
-            fold(f"layers.{i}.{norm}", 1 + scale, shift)
-            fold(f"layers.{i}.{matrix}", gate)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = linear(f"blocks.{i}.adaLN_modulation", level).chunk(6)
+        fold(f"layers.{i}.attention_norm", 1 + scale, shift)
+        fold(f"layers.{i}.attention.out", gate)
+        fold(f"layers.{i}.mlp_norm", 1 + mlp_scale, mlp_shift)
+        fold(f"layers.{i}.mlp.down", mlp_gate)
 
 
 def convert(folder):
@@ -63,7 +61,7 @@ def convert(folder):
     tensors, unused = hub.read_weights(folder, r"backbone\.", NAMES, "blocks", IGNORED)
     tokenizer = gpt2.read_tokenizer(folder, theirs["vocab_size"])
     for name, tensor in [*tensors.items()]:  # our norms and attention have biases, theirs don't
-        if re.search(r"norm\.weight|attention\.\w+\.weight", name):
+        if "norm." in name or ".attention." in name:
             tensors.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
     if theirs.get("adaln", True):
         fold_level(tensors, theirs["n_blocks"])

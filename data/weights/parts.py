@@ -1,17 +1,14 @@
 """Layers that published networks share: biases, shared heads, other activations, a table of positions, a tied head."""
 
-import functools
 from dataclasses import dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
 from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer, rotary_angles
 
-GELU_TANH = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
-ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu_tanh": GELU_TANH}
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "swish": nn.SiLU()}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_tanh"), nn.GELU("tanh"))
 
 
 @dataclass
@@ -82,8 +79,9 @@ class Published(Transformer):
         self.final_norm = self.Layer.Norm(config.n_embd, config.norm_eps)
         self.head = Linear(config.n_embd, config.vocab_size, self.head_bias)
         if config.learned_positions:
-            n_rows = config.first_position + config.context + config.n_more
-            self.position_embedding = nn.Embedding(n_rows, config.n_embd)
+            self.position_embedding = nn.Embedding(
+                config.first_position + config.context + config.n_more, config.n_embd
+            )
         self.tie()
         self.register_load_state_dict_post_hook(Published.tie)  # load_state_dict(assign=True) unties them
 
@@ -98,9 +96,5 @@ class Published(Transformer):
         return self.dropout(x)
 
     def angles(self, positions):
-        config = self.config
-        return (
-            None
-            if config.learned_positions
-            else rotary_angles(positions, config.n_embd // config.n_head, config.rope_base)
-        )
+        D = self.config.n_embd // self.config.n_head
+        return None if self.config.learned_positions else rotary_angles(positions, D, self.config.rope_base)
