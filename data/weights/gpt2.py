@@ -28,7 +28,7 @@ NAMES = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_n
 NAMES |= {"ln_1": "attention_norm", "attn.c_attn": "attention.all", "attn.c_proj": "attention.out"}
 NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 TABLES = "token_embedding.weight", "head.weight"  # a row for each token
-# The causal mask, which old files contain, and the heads of other tasks.
+# The causal mask, which old files contain and nobody misses, and the heads of other tasks.
 IGNORED = r"h\.\d+\.attn\.(masked_)?bias$|score\.|classifier\.|multiple_choice_head\.|qa_outputs\."
 
 
@@ -51,11 +51,10 @@ def convert(folder):
     opened = "embed_tokens.weight" in tensors
     if opened:
         tensors["token_embedding.weight"] = tensors.pop("embed_tokens.weight")
-    settings["tied"] = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
-    if opened:
-        settings["context"] -= 1  # the last token is read at a position of its own
         settings["vocab_size"] = len(tensors["token_embedding.weight"])
-    else:
+        settings["context"] -= 1  # the last token is read at a position of its own
+    settings["tied"] = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
+    if not opened:
         settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
         for name in TABLES:  # A GPT never reads the row of <mask>. Once it is opened, the mean favours no token.
             mean = tensors[name].float().mean(0, keepdim=True)
@@ -76,9 +75,8 @@ def export(path, model, tokenizer):
         raise Mistake(f"{path}: it was trained with another attention, so it is not a GPT-2 any more")
     theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
     theirs |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": config.tied}
-    theirs |= {"vocab_size": config.vocab_size - 1, "n_inner": config.mlp_width or None}
-    theirs |= {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
-    theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id}
+    theirs |= {"vocab_size": config.vocab_size - 1, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id, "n_inner": config.mlp_width or None}
     tensors |= {name: tensors[name][:-1].clone() for name in TABLES}
     if config.tied:
         del tensors["head.weight"]

@@ -18,22 +18,19 @@ class Network(Published):
 
 KINDS = "mdlm", "bd3lm"
 TOKENS = {"openai-community/gpt2": ("vocab.json", "merges.txt")}
-REPOSITORIES = {
-    name: {f"kuleshov-group/{name}": ("config.json", "model.safetensors")} | TOKENS
-    for name in ("mdlm-owt", "bd3lm-owt-block_size4", "bd3lm-owt-block_size8", "bd3lm-owt-block_size16")
-}
+MODELS = "mdlm-owt", *(f"bd3lm-owt-block_size{K}" for K in (4, 8, 16))
+REPOSITORIES = {name: {f"kuleshov-group/{name}": ("config.json", "model.safetensors")} | TOKENS for name in MODELS}
 SETTINGS = {"vocab_size": "vocab_size", "context": "model_length", "n_layer": "n_blocks", "n_head": "n_heads"}
 SETTINGS |= {"n_embd": "hidden_dim", "dropout": "dropout"}
 REQUIRED = {"time_conditioning": False, "causal": False}
-NAMES = {"vocab_embed.embedding": "token_embedding.weight"}
-NAMES |= {"norm1": "attention_norm", "attn_qkv": "attention.all", "attn_out": "attention.out"}
-NAMES |= {"norm2": "mlp_norm", "mlp.0": "mlp.up", "mlp.2": "mlp.down"}
+NAMES = {"vocab_embed.embedding": "token_embedding.weight", "attn_qkv": "attention.all", "attn_out": "attention.out"}
+NAMES |= {"norm1": "attention_norm", "norm2": "mlp_norm", "mlp.0": "mlp.up", "mlp.2": "mlp.down"}
 NAMES |= {"output_layer.norm_final": "final_norm", "output_layer.linear": "head"}
 IGNORED = r"rotary_emb\.|sampling_eps_(min|max)$"  # rotary angles; the range of levels in training
 
 
 def fold_level(tensors, n_layer):
-    """Multiply the constants that the network makes of level 0 into its norms and matrices."""
+    """Multiply what the network makes of level 0 into its norms and matrices."""
 
     def linear(name, x):
         return F.linear(x, tensors.pop(f"{name}.weight").float(), tensors.pop(f"{name}.bias").float())
@@ -66,8 +63,7 @@ def convert(folder):
     if theirs.get("adaln", True):
         fold_level(tensors, theirs["n_blocks"])
     hub.split_attention(tensors)
-    one_block = theirs["model_type"] == "mdlm" or not theirs.get("cross_attn", True)
-    K = theirs["model_length"] if one_block else theirs["block_size"]
-    settings |= {"block": K if K < theirs["model_length"] else None, "activation": "gelu_tanh"}
+    K = theirs["block_size"] if theirs["model_type"] == "bd3lm" and theirs.get("cross_attn", True) else None
+    settings |= {"block": None if K == theirs["model_length"] else K, "activation": "gelu_tanh"}
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": (tokenizer.mask_id,)}  # it learned to write <|endoftext|>
     return hub.load(Network, PublishedConfig(**settings), tensors), tokenizer, unused, {}

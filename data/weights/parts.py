@@ -1,4 +1,4 @@
-"""Layers that published networks share: biases, shared heads, other activations, a table of positions, a tied head."""
+"""Layers that several published networks share: biases, other activations, a table of positions, a tied head."""
 
 from dataclasses import dataclass
 
