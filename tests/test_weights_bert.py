@@ -458,7 +458,7 @@ OTHER_CONFIGS = [
     ({"hidden_act": "swiglu"}, "swiglu"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"is_decoder": True}, "is_decoder"),
-    ({"num_attention_heads": 5}, "another shape"),
+    ({"num_attention_heads": 5}, "attention.key.weight"),
     ({"vocab_size": 100}, "100 rows"),
     ({"vocab_size": 10**12}, "1,000,000,000,000 rows"),
     ({"vocab_size": 464}, "token_embedding"),

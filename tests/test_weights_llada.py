@@ -112,9 +112,7 @@ def test_half_the_heads_of_keys_are_those_of_all_where_pairs_are_alike():
 
 def read_tokenizer(folder):
     """The settings and the tokenizer of a folder."""
-    settings = json.loads((folder / "config.json").read_text())
-    sizes = settings["mask_token_id"], settings["embedding_size"]
-    return settings, data.weights.llada.read_tokenizer(folder, *sizes)
+    return json.loads((folder / "config.json").read_text()), data.weights.llada.convert(folder)[1]
 
 
 def test_tokens_are_those_of_the_reference_and_hold_the_text(original, their_tokenizer, mixed_lines):
