@@ -260,10 +260,6 @@ def test_the_reply_alone_is_printed(parrot, monkeypatch, capsys):
     flags = ["--ckpt", "x.pt", "--chat", "--order", "confidence", "--dtype", "float32"]
     call(monkeypatch, sample.main, [*flags, "--prompt", "abc", "<mask*3>", "  x"])
     assert capsys.readouterr().out == "a\n<\nx\n"
-    call(monkeypatch, sample.main, [*flags, "--prompt", "abc", "--watch"])
-    printed = capsys.readouterr()
-    assert printed.out == "a\n"
-    assert "abc" in printed.err  # the whole canvas
 
 
 def test_a_conversation_is_read_from_stdin_and_remembered(parrot, tmp_path, monkeypatch, capsys):
@@ -314,22 +310,6 @@ def test_a_reply_is_remembered_without_what_the_template_takes_for_itself(monkey
 def test_what_a_chat_cannot_be_is_refused(flags, reason, parrot, monkeypatch):
     with pytest.raises(Mistake, match=reason):
         call(monkeypatch, sample.main, ["--ckpt", "x.pt", "--chat", *flags.split(" ")], b"hello\n")
-
-
-@pytest.mark.parametrize(("trained", "length"), [(None, 96), ({"context": 24}, 24), ({"context": "9"}, 96)])
-def test_a_chat_s_canvas_is_as_long_as_what_was_learned(trained, length, parrot, monkeypatch):
-    lengths, canvas = [], Chat.canvas
-
-    def watched(self, messages, length):
-        lengths.append(length)
-        return canvas(self, messages, length)
-
-    monkeypatch.setattr(Chat, "canvas", watched)
-    parrot["train"] = trained
-    flags = ["--ckpt", "x.pt", "--chat", "--prompt", "a", "--dtype", "float32"]
-    call(monkeypatch, sample.main, flags)
-    call(monkeypatch, sample.main, [*flags, "--length", "30"])
-    assert lengths == [length, 30]
 
 
 def test_a_model_without_a_template_says_so(parrot, monkeypatch):

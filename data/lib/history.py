@@ -1,6 +1,7 @@
-"""Records how a canvas filled, step by step, as text that is safe to show."""
+"""Records how a canvas filled, step by step, and wraps its text into lines, for a terminal or an animation."""
 
 import itertools
+import unicodedata
 
 from data.lib.escape import inert
 
@@ -9,12 +10,11 @@ HOLE = "·"
 
 def tokens_of(tokenizer, ids):
     """The text of each token of a canvas, safe to show; HOLE for a hole."""
-    pieces = map(inert, tokenizer.pieces(ids))
-    return [HOLE if i == tokenizer.mask_id else piece for i, piece in zip(ids, pieces)]
+    return [HOLE if i == tokenizer.mask_id else inert(piece) for i, piece in zip(ids, tokenizer.pieces(ids))]
 
 
 class History:
-    """How a canvas, a list of ids, filled. tokens and kinds are the canvas now, start and first_kinds at first.
+    """How a canvas, a list of ids, filled. start: the tokens at first. tokens, kinds: the canvas now; see frame_after.
 
     steps: the changes of each step, [position, text, probability]. The text is None if the token was masked again. The
     probability is None if the token only looks different, because one set later completed its character.
@@ -24,14 +24,13 @@ class History:
         self.tokenizer, self.pixels = tokenizer, tokenizer.pixels
         self.canvas, self.probability = canvas, [1.0] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
-        self.start = self.tokens = tokens_of(tokenizer, canvas)
-        self.first_kinds = self.kinds = ["hole" if hole else "given" for hole in self.holes]
-        self.steps, self.seconds = [], []  # seconds: when each step was done
+        self.start, self.steps, self.seconds = tokens_of(tokenizer, canvas), [], []  # seconds: when a step was done
+        self.tokens, self.kinds = next(self.frames())
 
     def add(self, canvas, probability, seconds):
         """Record the canvas after one more step, and the probability with which each of its tokens was set."""
-        tokens, changes = tokens_of(self.tokenizer, canvas), []
-        for i, token in enumerate(tokens):
+        changes = []
+        for i, token in enumerate(tokens_of(self.tokenizer, canvas)):
             is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # drawn again
             if is_new and canvas[i] == self.tokenizer.mask_id:
                 changes.append([i, None, None])
@@ -44,7 +43,8 @@ class History:
 
     def frames(self):
         """The (tokens, kinds) at the start and after every step."""
-        return itertools.accumulate(self.steps, frame_after, initial=(self.start, self.first_kinds))
+        first = self.start, ["hole" if hole else "given" for hole in self.holes]
+        return itertools.accumulate(self.steps, frame_after, initial=first)
 
 
 def frame_after(frame, changes):
@@ -55,3 +55,33 @@ def frame_after(frame, changes):
         if token is None or p is not None:
             kinds[i] = "hole" if token is None else "new"
     return tokens, kinds
+
+
+def columns(c):
+    """How many columns a character takes in a terminal."""
+    if unicodedata.category(c) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def lines_of(tokens, kinds, width):
+    """Wrap tokens, list[str], after `width` columns: lines of (text, kind) runs, with spaces for tabs."""
+    lines, used = [[]], 0
+    for c, kind in ((c, kind) for token, kind in zip(tokens, kinds) for c in token):
+        c = " " * min(8 - used % 8, width) if c == "\t" else c
+        size = sum(map(columns, c))
+        if c == "\n" or used + size > width:
+            lines.append([])
+            used = 0
+        if c != "\n":
+            used += size
+            before = lines[-1].pop()[0] if lines[-1] and lines[-1][-1][1] == kind else ""
+            lines[-1].append((before + c, kind))
+    return lines
+
+
+def visible(lines, room):
+    """At most `room` of the lines, around the last one that has a new token."""
+    newest = max((i for i, line in enumerate(lines) if any(kind == "new" for _, kind in line)), default=0)
+    first = max(0, min(newest - room // 2, len(lines) - room))
+    return lines[first : first + room]

@@ -1,8 +1,8 @@
 """Shows a canvas that holds a picture, in a terminal: each character is two pixels, one above the other."""
 
-from data.lib.escape import inert
+import itertools
 
-HOLE_COLOUR, BLACK, WHITE = 67, 232, 255  # in 256 colours: a blue, and the ends of the greys
+from data.lib.escape import inert
 
 
 def split_picture(tokens, pixels):
@@ -13,25 +13,21 @@ def split_picture(tokens, pixels):
     return tokens[:first], [tokens[i : i + width] for i in range(first, len(tokens), width)]
 
 
-def blackness(token, pixels):
-    """How black a pixel's token is, in [0, 1]; None for a hole."""
-    grey = pixels["greys"].find(token)
-    return None if grey < 0 else grey / (len(pixels["greys"]) - 1)
+def shade(token, pixels, white, black):
+    """The grey of a pixel's token on a scale from white to black, rounded; None for a hole."""
+    i = pixels["greys"].find(token)
+    return None if i < 0 else round(white + (black - white) * i / (len(pixels["greys"]) - 1))
 
 
 def half_blocks(rows, pixels, width=None):
-    """Rows of a picture as lines of a terminal, cut after `width` columns: (text, columns) each."""
-
-    def colour(token):
-        black = blackness(token, pixels)
-        return HOLE_COLOUR if black is None else round(WHITE + (BLACK - WHITE) * black)
-
-    lines = []
-    for i in range(0, len(rows), 2):
-        cells = [f"\x1b[38;5;{colour(token)}" for token in rows[i][:width]]
-        if i + 1 < len(rows):
-            cells = [f"{cell};48;5;{colour(token)}" for cell, token in zip(cells, rows[i + 1])]
-        lines.append(("".join(f"{cell}m▀" for cell in cells) + "\x1b[0m", len(cells)))
+    """Rows of a picture as lines of a terminal, cut after `width` columns."""
+    # In the terminal's 256 colours the greys end at 255 and 232, and 67 is a blue.
+    colours, lines = [[shade(token, pixels, 255, 232) or 67 for token in row[:width]] for row in rows], []
+    for upper, lower in itertools.zip_longest(colours[::2], colours[1::2]):
+        cells = [f"38;5;{colour}" for colour in upper]
+        if lower:
+            cells = [f"{cell};48;5;{colour}" for cell, colour in zip(cells, lower)]
+        lines.append("".join(f"\x1b[{cell}m▀" for cell in cells) + "\x1b[0m")
     return lines
 
 
@@ -40,4 +36,4 @@ def as_shown(text, tokenizer):
     if tokenizer.pixels is None:
         return inert(text)
     caption, *rows = text.split("\n")
-    return "\n".join([inert(caption), *(line for line, _ in half_blocks(rows, tokenizer.pixels))])
+    return "\n".join([inert(caption), *half_blocks(rows, tokenizer.pixels)])
