@@ -53,7 +53,7 @@ class SampleConfig:
     judge: str | None = flag(None, "checkpoint that says how likely each text is, in nats per byte")
     score: str | None = flag(None, "print a file's likelihood under this order and steps; - is stdin")
     watch: bool = flag(False, "show the canvas while it fills")
-    save: str | None = flag(None, "save how it filled, as a page (run.html) or an animation (run.svg)")
+    save: str | None = flag(None, "save how texts filled, as a page (run.html), or the first as an animation (run.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: Dtype = flag("auto", "precision of matrix products; weights stored in it stay as they are")
 

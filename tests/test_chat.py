@@ -299,10 +299,10 @@ def test_a_reply_is_remembered_without_what_the_template_takes_for_itself(monkey
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--suffix a", "--suffix a: not with --chat"),
+        ("--suffix a", "--chat: not with --suffix"),
         ("--score x.txt --order left", "--score: not with --chat"),
         ("--num_samples 2", "one sample at a time"),
-        ("--order left random", "in one --order"),
+        ("--order left random", "one --order"),
         ("--prompt a --length 19", "a conversation of 19 tokens"),
         ("--prompt \x03", r"the content has '\\x03'"),
     ],
@@ -313,7 +313,7 @@ def test_what_a_chat_cannot_be_is_refused(flags, reason, parrot, monkeypatch):
 
 
 def test_a_model_without_a_template_says_so(parrot, monkeypatch):
-    for chat, reason in ((None, "the model in x.pt has no chat template"), ({}, "the chat template doesn't fit")):
+    for chat, reason in ((None, "the model has no chat template"), ({}, "the chat template doesn't fit")):
         parrot["chat"] = chat
         for flags in ([], ["--prompt", "a"]):
             with pytest.raises(Mistake, match=reason):

@@ -12,7 +12,7 @@ import torch
 from changes import apply, readme_changes
 from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
 
-from data.lib.sample_settings import SHIPPED
+from data.lib.sampling import SHIPPED
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")

@@ -32,7 +32,6 @@ MISTAKES = {
     "--prompt_file none.txt": "none.txt: No such file",
     "--prompt_file data": "data: Is a directory",
     "--prompt_file out/ckpt.pt": "not UTF-8",
-    "--guidance 1": "--guidance",
     "--save run.png": ".html",
     "--save ": "--save",
     "--save data/.svg": ".html",

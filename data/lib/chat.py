@@ -30,6 +30,8 @@ class Chat:
     """A template with its tokenizer. end_id fills the canvas after a reply; each of end_ids ends what is shown."""
 
     def __init__(self, template, tokenizer):
+        if template is None:
+            raise Mistake("the model has no chat template; data/chat/prepare.py makes a corpus that teaches it one")
         self.tokenizer = tokenizer
         names = sorted(tokenizer.special, key=len, reverse=True)  # where one begins like another, the longer
         self.special = re.compile(f"({'|'.join(map(re.escape, names))})")
@@ -87,14 +89,6 @@ class Chat:
         if len(ids) >= length:
             raise Mistake(f"--chat: a conversation of {len(ids)} tokens; the canvas has {length} (--length)")
         return ids + [self.tokenizer.mask_id] * (length - len(ids))
-
-
-def chat_of(path, checkpoint, tokenizer):
-    """The Chat of a checkpoint that was read from path."""
-    if checkpoint.get("chat") is None:
-        advice = "data/chat/prepare.py makes a corpus of prompts and answers, and `train.py --init_from` teaches it one"
-        raise Mistake(f"--chat: the model in {path} has no chat template; {advice}")
-    return Chat(checkpoint["chat"], tokenizer)
 
 
 def converse(chat, answer):

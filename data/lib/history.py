@@ -20,8 +20,8 @@ class History:
     probability is None if the token only looks different, because one set later completed its character.
     """
 
-    def __init__(self, tokenizer, canvas):
-        self.tokenizer, self.pixels = tokenizer, tokenizer.pixels
+    def __init__(self, tokenizer, canvas, name=""):
+        self.tokenizer, self.pixels, self.name = tokenizer, tokenizer.pixels, name
         self.canvas, self.probability = canvas, [1.0] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
         self.start, self.steps, self.seconds = tokens_of(tokenizer, canvas), [], []  # seconds: when a step was done
@@ -64,9 +64,12 @@ def columns(c):
     return 2 if unicodedata.east_asian_width(c) in "WF" else 1
 
 
-def lines_of(tokens, kinds, width):
-    """Wrap tokens, list[str], after `width` columns: lines of (text, kind) runs, with spaces for tabs."""
-    lines, used = [[]], 0
+def lines_of(tokens, kinds, width, room):
+    """Wrap tokens, list[str], after `width` columns: lines of (text, kind) runs, with spaces for tabs.
+
+    At most `room` lines, around the last one that has a new token.
+    """
+    lines, used, newest = [[]], 0, 0
     for c, kind in ((c, kind) for token, kind in zip(tokens, kinds) for c in token):
         c = " " * min(8 - used % 8, width) if c == "\t" else c
         size = sum(map(columns, c))
@@ -77,11 +80,6 @@ def lines_of(tokens, kinds, width):
             used += size
             before = lines[-1].pop()[0] if lines[-1] and lines[-1][-1][1] == kind else ""
             lines[-1].append((before + c, kind))
-    return lines
-
-
-def visible(lines, room):
-    """At most `room` of the lines, around the last one that has a new token."""
-    newest = max((i for i, line in enumerate(lines) if any(kind == "new" for _, kind in line)), default=0)
+            newest = len(lines) - 1 if kind == "new" else newest
     first = max(0, min(newest - room // 2, len(lines) - room))
     return lines[first : first + room]

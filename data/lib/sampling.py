@@ -1,25 +1,29 @@
-"""Everything that `python sample.py` does around the sampler: it loads models, writes, prints, judges and scores."""
+"""Everything that `python sample.py` does around the sampler: it checks flags, loads models, writes and scores."""
 
 import math
 import os
+import re
 import sys
 import time
 from collections import namedtuple
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data.lib.chat import chat_of, converse
+from data.lib.chat import Chat, converse
 from data.lib.errors import Mistake
 from data.lib.history import History
 from data.lib.machine import autocast, pick_device
 from data.lib.pixels import as_shown
 from data.lib.prompt import make_canvas, read_text, shown_of, standing
-from data.lib.sample_settings import OWN, SHIPPED, check_flags, flags_for
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
+
+OWN = Path("out/ckpt.pt")  # where train.py writes by default
+SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
 
 # A model that writes in one order. canvas_of makes a canvas, list[int], of a prompt; flags are those of denoise.
 Writer = namedtuple("Writer", "name model tokenizer canvas_of flags")
@@ -33,19 +37,16 @@ class Session:
         self.prompts = [*config.prompt, *map(read_text, config.prompt_file)]
         check_flags(config, given, self.prompts)
         config.ckpt = config.ckpt or [os.path.relpath(OWN if OWN.exists() else SHIPPED)]
-        self.device = pick_device(config.device)
-        keep = getattr(torch, config.dtype, None)
+        self.device, keep = pick_device(config.device), getattr(torch, config.dtype, None)
         loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
-        if self.judge and self.judge[1].bos_id is not None:
-            raise Mistake(f"--judge {config.judge}: its lines begin with a special token, so it can't judge text")
         context = min((model.config.context for model, _, _ in loaded if not model.config.kinds), default=0)
         all_causal = all(model.config.block == 1 for model, _, _ in loaded)
         by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
         self.writers, self.saved = [], []  # saved: for each text, its History by each writer
         for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
             if config.chat:
-                self.chat = chat_of(path, checkpoint, tokenizer)
+                self.chat = Chat(checkpoint.get("chat"), tokenizer)
                 canvas_of = partial(self.chat.canvas, length=config.length or context)
             else:
                 settings = {"suffix": config.suffix, "length": config.length, "context": context}
@@ -67,34 +68,41 @@ class Session:
                 converse(self.chat, lambda messages: self.answer([messages]))
 
     def answer(self, prompts):
-        """Print a text for each prompt, or with --chat a reply to each list of messages, and save how they filled.
+        """Print a text for each prompt, or with --chat a reply to each list of messages; save how they filled.
 
-        Returns the first text.
+        Returns the first text. stdout has texts alone, and stderr everything else.
         """
-        canvases, results = [list(map(writer.canvas_of, prompts)) for writer in self.writers], []
-        with Watch(len(canvases)) if self.config.watch and sys.stderr.isatty() else nullcontext() as watch:
+        config, results = self.config, []
+        canvases = [list(map(writer.canvas_of, prompts)) for writer in self.writers]
+        with Watch(len(canvases)) if config.watch and sys.stderr.isatty() else nullcontext() as watch:
             for pane, writer in enumerate(self.writers):
                 results.append(self.write(writer, canvases[pane], watch and partial(watch.show, pane)))
         for writer, (texts, _, speed) in zip(self.writers, results):
-            self.print_texts(writer, texts, speed)
-        if self.config.save is not None:
+            for number, text in enumerate(texts, 1):
+                if len(texts) > 1:
+                    print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
+                print(as_shown(text, writer.tokenizer) if sys.stdout.isatty() else text, flush=True)
+            if self.judge:
+                nats = (nats_per_byte(*self.judge[:2], text, self.log_likelihood) for text in texts)
+                speed += f"; under {config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
+            print(f"{writer.name}: {speed}", file=sys.stderr)
+        if config.save is not None:
             self.saved += zip(*(histories for _, histories, _ in results))
-            save_histories(self.config.save, self.saved, [writer.name for writer in self.writers])
+            save_histories(config.save, self.saved)
         return results[0][0][0]
 
     def write(self, writer, canvases, show):
         """Write num_samples texts for each canvas: the texts, their histories, and a line about speed."""
         config, tokenizer, passes, seconds = self.config, writer.tokenizer, [], 0.0
-        rows = [ids for ids in canvases for _ in range(config.num_samples)]
-        seeds = [config.seed + i for _ in canvases for i in range(config.num_samples)]
-        texts, histories = [""] * len(rows), [History(tokenizer, ids) for ids in rows]
+        rows = [(ids, config.seed + i) for ids in canvases for i in range(config.num_samples)]
+        texts, histories = [""] * len(rows), [History(tokenizer, ids, writer.name) for ids, _ in rows]
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         hook = writer.model.register_forward_hook(lambda *_: passes.append(1))
-        for T in sorted({len(ids) for ids in rows}):  # the rows of a batch have one length
-            batch = [i for i, ids in enumerate(rows) if len(ids) == T]
-            canvas = torch.tensor([rows[i] for i in batch])
+        for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
+            batch = [i for i, (ids, _) in enumerate(rows) if len(ids) == T]
+            canvas, seeds = torch.tensor([rows[i][0] for i in batch]), [rows[i][1] for i in batch]
             log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
-            steps = self.denoise(writer.model, canvas, seeds=[seeds[i] for i in batch], log_p=log_p, **how)
+            steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
             took, began = 0.0, time.perf_counter()
             for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
                 took += time.perf_counter() - began  # without what it takes to record and show the step
@@ -106,44 +114,68 @@ class Session:
                 began = time.perf_counter()
             seconds += took
             for i, ids in zip(batch, canvas.tolist()):
-                start = rows[i].index(tokenizer.mask_id) if config.chat else 0  # only the reply
-                shown = shown_of(ids, rows[i], tokenizer.mask_id, writer.model.config.end_ids)
+                start = rows[i][0].index(tokenizer.mask_id) if config.chat else 0  # only the reply
+                shown = shown_of(ids, rows[i][0], tokenizer.mask_id, writer.model.config.end_ids)
                 texts[i] = tokenizer.decode(shown[start:])
         hook.remove()
-        n = sum(ids.count(tokenizer.mask_id) for ids in rows)
+        n = sum(ids.count(tokenizer.mask_id) for ids, _ in rows)
         speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
         return texts, histories, speed
 
-    def print_texts(self, writer, texts, speed):
-        """Print texts on stdout, and everything else on stderr."""
-        for number, text in enumerate(texts, 1):
-            if len(texts) > 1:
-                print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-            print(as_shown(text, writer.tokenizer) if sys.stdout.isatty() else text, flush=True)
-        if self.judge:
-            nats = (nats_per_byte(*self.judge[:2], text, self.log_likelihood) for text in texts)
-            speed += f"; under {self.config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
-        print(f"{writer.name}: {speed}", file=sys.stderr)
-
     def print_score(self):
         """Print how likely the text of a file is, under the steps that would write it."""
-        (writer,), path = self.writers, self.config.score
+        (writer,), text = self.writers, read_text(self.config.score)
         tokenizer, order = writer.tokenizer, writer.flags["order"]
         if order in ("random", "remask"):
             raise Mistake(f"--score: under --order {order} a text has no one probability; try confidence")
-        if tokenizer.bos_id is not None:
-            raise Mistake("--score: the model's lines begin with a special token, so it can't score text")
-        text = read_text(path)
         ids = tokenizer.encode(text)
         if not ids or tokenizer.canvas_len not in (0, len(ids)) or standing(ids, tokenizer) != ids:
-            raise Mistake(f"--score {path}: it is empty, or not a whole canvas of a model that writes pictures")
-        nats = -self.log_likelihood(writer.model, torch.tensor(ids), **writer.flags)
-        bits = nats / math.log(2) / tokenizer.n_bytes(text)
-        print(f"{nats / len(ids):.4f} nats per token, {bits:.4f} bits per byte; {len(ids):,} tokens")
+            raise Mistake(f"--score {self.config.score}: it is empty, or not a whole canvas of a model of pictures")
+        nats = nats_per_byte(writer.model, tokenizer, text, self.log_likelihood, **writer.flags)
+        per_token = nats * tokenizer.n_bytes(text) / len(ids)
+        print(f"{per_token:.4f} nats per token, {nats / math.log(2):.4f} bits per byte; {len(ids):,} tokens")
 
 
-def nats_per_byte(model, tokenizer, text, log_likelihood):
-    """Nats per byte of a text under a judge that sets the most certain token first (a GPT the leftmost), one a step."""
-    ids = tokenizer.encode(text)
-    nats = -log_likelihood(model, torch.tensor(ids), max(1, len(ids)), order="confidence")
+def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="confidence", **flags):
+    """How likely `denoise` writes a text, by default setting the most certain token first, one a step."""
+    if tokenizer.bos_id is not None:
+        raise Mistake("a model whose lines begin with a special token, such as [CLS], can't score or judge text")
+    nats = -log_likelihood(model, torch.tensor(tokenizer.encode(text)), steps, order=order, **flags)
     return nats / max(1, tokenizer.n_bytes(text))
+
+
+def check_flags(config, given, prompts):
+    """Raise Mistake for flags that don't go together, whatever the model. given: the flags on the command line."""
+    several = len(config.ckpt) > 1 or len(config.order) > 1
+    if config.score is not None:
+        others = given.keys() - {"score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"}
+        if others:
+            raise Mistake(f"--score: not with --{', --'.join(sorted(others))}; it is at temperature 1")
+        if several:
+            raise Mistake("--score: it takes one --ckpt and one --order")
+    if re.search("[\ud800-\udfff]", "".join([*prompts, config.suffix])):  # how Python reads bytes that aren't UTF-8
+        raise Mistake("--prompt: it is not UTF-8")
+    if config.chat and (config.suffix or (not prompts and (several or config.num_samples > 1))):
+        raise Mistake("--chat: not with --suffix; a conversation has one --ckpt, one --order, and one sample at a time")
+    if config.steps is not None and {*config.order} <= {"threshold", "entropy-bound"}:
+        raise Mistake(f"--steps {config.steps}: --order {config.order[0]} takes as many steps as it needs")
+    if config.save is not None and Path(config.save).suffix not in (".html", ".svg"):
+        raise Mistake(f"--save {config.save}: its name must end in .html or .svg")
+
+
+def flags_for(config, given, path, model, all_causal):
+    """The flags of denoise for each order. Mistake if the model can't follow them, and no other can."""
+    K, W = model.config.block, model.config.context
+    if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
+        raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")
+    flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
+    if K == 1:
+        wrong = [f"--{name}" for name in ("order", *flags) if given.get(name, 0) not in (["left"], 0)]
+        if wrong and all_causal:
+            raise Mistake(f"{', '.join(wrong)}: the model in {path} is causal and writes from the left")
+        return [{"order": "left"}]
+    if K and K % (config.block or 1):
+        raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
+    if (config.block or 0) >= W:
+        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time, and a block must be smaller")
+    return [{"order": order, **flags} for order in config.order]

@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 
-from data.lib.history import lines_of, visible
+from data.lib.history import lines_of
 from data.lib.pixels import half_blocks, split_picture
 
 CODES = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
@@ -48,6 +48,6 @@ def draw_pane(tokens, kinds, pixels, status, width, height):
     text, picture = split_picture(tokens, pixels)
     picture, lines = half_blocks(picture, pixels, width)[: max(0, height - 3)], []
     room = max(1, height - 2 - len(picture))  # the status and the cursor need a line each
-    for line in visible(lines_of(text, kinds, width), room):
+    for line in lines_of(text, kinds, width, room):
         lines.append("".join(f"{CODES[kind]}{run}\x1b[0m" if kind in CODES else run for run, kind in line))
     return [*lines, *picture], f"\x1b[7m{status[:width]}\x1b[0m"
