@@ -20,8 +20,8 @@ from data.lib.corpus import canvases
 from data.lib.errors import Mistake
 from data.lib.flags import Level, Span
 from data.lib.history import HOLE, History
+from data.lib.layout import as_shown, half_blocks
 from data.lib.noise import random_tokens
-from data.lib.pixels import as_shown, half_blocks
 from data.lib.prompt import make_canvas
 from data.lib.terminal import Watch
 from data.lib.tokenizer import GREYS, PictureTokenizer

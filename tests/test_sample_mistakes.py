@@ -35,8 +35,6 @@ MISTAKES = {
     "--save run.png": ".html",
     "--save ": "--save",
     "--save data/.svg": ".html",
-    "--order threshold --steps 9": "--steps 9",
-    "--order entropy-bound threshold --steps 9": "--steps 9",
     "--score book.txt --order random": "no one probability",
     "--score book.txt --order remask": "no one probability",
     "--score book.txt --ckpt blocks/ckpt.pt": "no one probability",

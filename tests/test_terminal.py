@@ -16,7 +16,7 @@ from world import ROOT
 
 from data.lib.checkpoint import save_checkpoint
 from data.lib.escape import inert
-from data.lib.history import columns
+from data.lib.layout import columns
 from data.lib.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
 

@@ -19,7 +19,8 @@ from toys import tiny_model
 from world import ROOT
 
 from data.lib.escape import inert
-from data.lib.history import HOLE, History, columns, lines_of, tokens_of
+from data.lib.history import HOLE, History, tokens_of
+from data.lib.layout import columns, lines_of
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
 from data.lib.views import save_histories
 from sample import denoise

@@ -1,7 +1,6 @@
-"""Records how a canvas filled, step by step, and wraps its text into lines, for a terminal or an animation."""
+"""Records how a canvas filled, step by step, as text that is safe to show."""
 
 import itertools
-import unicodedata
 
 from data.lib.escape import inert
 
@@ -14,14 +13,14 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """How a canvas, a list of ids, filled. start: the tokens at first. tokens, kinds: the canvas now; see frame_after.
+    """How a canvas, a list of ids, filled. start: its tokens at first. tokens, kinds: now, as frame_after has them.
 
     steps: the changes of each step, [position, text, probability]. The text is None if the token was masked again. The
     probability is None if the token only looks different, because one set later completed its character.
     """
 
     def __init__(self, tokenizer, canvas, name=""):
-        self.tokenizer, self.pixels, self.name = tokenizer, tokenizer.pixels, name
+        self.tokenizer, self.pixels, self.name, self.text = tokenizer, tokenizer.pixels, name, ""
         self.canvas, self.probability = canvas, [1.0] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
         self.start, self.steps, self.seconds = tokens_of(tokenizer, canvas), [], []  # seconds: when a step was done
@@ -55,31 +54,3 @@ def frame_after(frame, changes):
         if token is None or p is not None:
             kinds[i] = "hole" if token is None else "new"
     return tokens, kinds
-
-
-def columns(c):
-    """How many columns a character takes in a terminal."""
-    if unicodedata.category(c) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
-
-
-def lines_of(tokens, kinds, width, room):
-    """Wrap tokens, list[str], after `width` columns: lines of (text, kind) runs, with spaces for tabs.
-
-    At most `room` lines, around the last one that has a new token.
-    """
-    lines, used, newest = [[]], 0, 0
-    for c, kind in ((c, kind) for token, kind in zip(tokens, kinds) for c in token):
-        c = " " * min(8 - used % 8, width) if c == "\t" else c
-        size = sum(map(columns, c))
-        if c == "\n" or used + size > width:
-            lines.append([])
-            used = 0
-        if c != "\n":
-            used += size
-            before = lines[-1].pop()[0] if lines[-1] and lines[-1][-1][1] == kind else ""
-            lines[-1].append((before + c, kind))
-            newest = len(lines) - 1 if kind == "new" else newest
-    first = max(0, min(newest - room // 2, len(lines) - room))
-    return lines[first : first + room]

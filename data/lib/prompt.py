@@ -26,8 +26,8 @@ def standing(ids, tokenizer):
 def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
-    Without a length, a prompt with holes gets no others, and one without fills the context. If lines begin and end with
-    special tokens, the canvas begins with one, and ends with one if we know where its text ends.
+    Without a length, a prompt with holes gets no others, and one without fills the context. Special tokens that open
+    and close a line, if the tokenizer has them, stand at the start, and at the end if we know where the text ends.
     """
     if MASK_TAG.search(suffix):
         raise Mistake("--suffix: holes go into --prompt, which may have several")

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from data.lib.chat import Chat, converse
 from data.lib.errors import Mistake
 from data.lib.history import History
+from data.lib.layout import as_shown
 from data.lib.machine import autocast, pick_device
-from data.lib.pixels import as_shown
 from data.lib.prompt import make_canvas, read_text, shown_of, standing
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
@@ -68,59 +68,55 @@ class Session:
                 converse(self.chat, lambda messages: self.answer([messages]))
 
     def answer(self, prompts):
-        """Print a text for each prompt, or with --chat a reply to each list of messages; save how they filled.
-
-        Returns the first text. stdout has texts alone, and stderr everything else.
-        """
+        """Write a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
         config, results = self.config, []
         canvases = [list(map(writer.canvas_of, prompts)) for writer in self.writers]
         with Watch(len(canvases)) if config.watch and sys.stderr.isatty() else nullcontext() as watch:
             for pane, writer in enumerate(self.writers):
                 results.append(self.write(writer, canvases[pane], watch and partial(watch.show, pane)))
-        for writer, (texts, _, speed) in zip(self.writers, results):
-            for number, text in enumerate(texts, 1):
-                if len(texts) > 1:
-                    print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-                print(as_shown(text, writer.tokenizer) if sys.stdout.isatty() else text, flush=True)
+        for writer, (histories, speed) in zip(self.writers, results):
+            for number, history in enumerate(histories, 1):
+                if len(histories) > 1:
+                    print(f"--- {number} of {len(histories)}", file=sys.stderr, flush=True)
+                print(as_shown(history.text, writer.tokenizer) if sys.stdout.isatty() else history.text, flush=True)
             if self.judge:
-                nats = (nats_per_byte(*self.judge[:2], text, self.log_likelihood) for text in texts)
+                nats = (nats_per_byte(*self.judge[:2], history.text, self.log_likelihood) for history in histories)
                 speed += f"; under {config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
             print(f"{writer.name}: {speed}", file=sys.stderr)
         if config.save is not None:
-            self.saved += zip(*(histories for _, histories, _ in results))
+            self.saved += zip(*(histories for histories, _ in results))
             save_histories(config.save, self.saved)
-        return results[0][0][0]
+        return results[0][0][0].text
 
     def write(self, writer, canvases, show):
-        """Write num_samples texts for each canvas: the texts, their histories, and a line about speed."""
+        """Write num_samples texts for each canvas. Return their histories, and a line about speed."""
         config, tokenizer, passes, seconds = self.config, writer.tokenizer, [], 0.0
-        rows = [(ids, config.seed + i) for ids in canvases for i in range(config.num_samples)]
-        texts, histories = [""] * len(rows), [History(tokenizer, ids, writer.name) for ids, _ in rows]
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
+        seeds = range(config.seed, config.seed + config.num_samples)
+        rows = [(History(tokenizer, ids, writer.name), ids, seed) for ids in canvases for seed in seeds]
         hook = writer.model.register_forward_hook(lambda *_: passes.append(1))
         for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
-            batch = [i for i, (ids, _) in enumerate(rows) if len(ids) == T]
-            canvas, seeds = torch.tensor([rows[i][0] for i in batch]), [rows[i][1] for i in batch]
+            histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
+            canvas = torch.tensor(starts)
             log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
             steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
             took, began = 0.0, time.perf_counter()
             for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
                 took += time.perf_counter() - began  # without what it takes to record and show the step
                 if show or config.save is not None:
-                    for i, ids, p in zip(batch, canvas.tolist(), log_p.exp().tolist()):
-                        histories[i].add(ids, p, took)
+                    for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
+                        history.add(ids, p, took)
                 if show:
-                    show(histories[batch[0]], len(batch))
+                    show(histories[0], len(histories))
                 began = time.perf_counter()
             seconds += took
-            for i, ids in zip(batch, canvas.tolist()):
-                start = rows[i][0].index(tokenizer.mask_id) if config.chat else 0  # only the reply
-                shown = shown_of(ids, rows[i][0], tokenizer.mask_id, writer.model.config.end_ids)
-                texts[i] = tokenizer.decode(shown[start:])
+            for history, start, ids in zip(histories, starts, canvas.tolist()):
+                shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
+                history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
         hook.remove()
-        n = sum(ids.count(tokenizer.mask_id) for ids, _ in rows)
+        n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
         speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
-        return texts, histories, speed
+        return [history for history, _, _ in rows], speed
 
     def print_score(self):
         """Print how likely the text of a file is, under the steps that would write it."""
@@ -157,8 +153,6 @@ def check_flags(config, given, prompts):
         raise Mistake("--prompt: it is not UTF-8")
     if config.chat and (config.suffix or (not prompts and (several or config.num_samples > 1))):
         raise Mistake("--chat: not with --suffix; a conversation has one --ckpt, one --order, and one sample at a time")
-    if config.steps is not None and {*config.order} <= {"threshold", "entropy-bound"}:
-        raise Mistake(f"--steps {config.steps}: --order {config.order[0]} takes as many steps as it needs")
     if config.save is not None and Path(config.save).suffix not in (".html", ".svg"):
         raise Mistake(f"--save {config.save}: its name must end in .html or .svg")
 

@@ -4,8 +4,7 @@ import itertools
 import os
 import sys
 
-from data.lib.history import lines_of
-from data.lib.pixels import half_blocks, split_picture
+from data.lib.layout import half_blocks, lines_of, split_picture
 
 CODES = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
 

@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 
 from data.lib.files import replacing
-from data.lib.history import lines_of
-from data.lib.pixels import shade, split_picture
+from data.lib.layout import lines_of, shade, split_picture
 
 
 def save_histories(path, texts):

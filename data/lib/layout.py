@@ -1,8 +1,34 @@
-"""Shows a canvas that holds a picture, in a terminal: each character is two pixels, one above the other."""
+"""Lays out a canvas for a terminal or an animation: text in lines, and a picture in rows of pixels."""
 
 import itertools
+import unicodedata
 
 from data.lib.escape import inert
+
+
+def columns(c):
+    """How many columns a character takes in a terminal."""
+    if unicodedata.category(c) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def lines_of(tokens, kinds, width, room):
+    """Wrap tokens after `width` columns: at most `room` lines of (text, kind) runs, around the last new token."""
+    lines, used, newest = [[]], 0, 0
+    for c, kind in ((c, kind) for token, kind in zip(tokens, kinds) for c in token):
+        c = " " * min(8 - used % 8, width) if c == "\t" else c
+        size = sum(map(columns, c))
+        if c == "\n" or used + size > width:
+            lines.append([])
+            used = 0
+        if c != "\n":
+            used += size
+            before = lines[-1].pop()[0] if lines[-1] and lines[-1][-1][1] == kind else ""
+            lines[-1].append((before + c, kind))
+            newest = len(lines) - 1 if kind == "new" else newest
+    first = max(0, min(newest - room // 2, len(lines) - room))
+    return lines[first : first + room]
 
 
 def split_picture(tokens, pixels):
@@ -20,7 +46,7 @@ def shade(token, pixels, white, black):
 
 
 def half_blocks(rows, pixels, width=None):
-    """Rows of a picture as lines of a terminal, cut after `width` columns."""
+    """Rows of a picture as lines of a terminal, two rows in each, cut after `width` columns."""
     # In the terminal's 256 colours the greys end at 255 and 232, and 67 is a blue.
     colours, lines = [[shade(token, pixels, 255, 232) or 67 for token in row[:width]] for row in rows], []
     for upper, lower in itertools.zip_longest(colours[::2], colours[1::2]):
