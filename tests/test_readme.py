@@ -16,7 +16,7 @@ from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
 
 from data.lib.errors import Mistake
 from data.lib.flags import parse
-from data.lib.sample_settings import SHIPPED
+from data.lib.sampling import SHIPPED
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from data.lib.corpus import spaced_windows
 from data.lib.errors import Mistake
 from data.lib.escape import inert
+from data.lib.layout import as_shown
 from data.lib.machine import release_memory
-from data.lib.pixels import as_shown
 from data.lib.processes import all_reduce_sum, rank, world_size
 from data.lib.prompt import make_canvas, shown_of
 
