@@ -12,8 +12,6 @@ import torch
 from world import ROOT, SMALL, assert_same, mistake, no_space_beyond, run_train, state_of, stopped_in, weights
 
 import data.lib.corpus
-import data.lib.report
-import data.lib.training
 import train
 from data.lib.errors import command
 from data.lib.tokenizer import ByteTokenizer

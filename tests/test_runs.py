@@ -24,7 +24,6 @@ from world import (
 )
 
 import data.lib.corpus
-import data.lib.report
 import data.lib.training
 import train
 from data.lib.flags import Rate

@@ -69,11 +69,10 @@ class Run:
     def evaluation_is_due(self):
         """Whether the next of the run's evenly spaced evaluations is due; true once for each."""
         before, self.evals_done = self.evals_done, int(self.progress() * self.config.evals)
-        if self.evals_done == before:
-            return False
-        getattr(torch, self.device.type).synchronize()
-        self.paused = self.clock()  # the speed of training excludes evaluations
-        return True
+        if self.evals_done > before:
+            getattr(torch, self.device.type).synchronize()
+            self.paused = self.clock()  # the speed of training excludes evaluations
+        return self.evals_done > before
 
     def micro_batches(self, batch):
         """Yield this process's micro-batches of a batch (tensors of B rows), each with levels from all of (0, 1]."""
