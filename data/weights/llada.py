@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from data.lib.kernels import Linear
 from data.weights import hub, vocabulary
 from data.weights.parts import BiasedMLP, Published, PublishedConfig, PublishedLayer
 from model import Attention, rotary_angles
@@ -27,7 +26,7 @@ class LladaAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         width = self.head_dim * (config.n_kv_head or config.n_head)
-        self.key, self.value = (Linear(config.n_embd, width, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(config.n_embd, width, bias=False) for _ in range(2))
         self.query_norm = self.key_norm = nn.Identity()
 
 
@@ -36,7 +35,7 @@ class LladaMLP(BiasedMLP):
 
     def __init__(self, config):
         super().__init__(config, bias=False)
-        self.gate = Linear(config.n_embd, self.up.out_features, bias=False)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias=False)
 
     def forward(self, x):
         return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer
 
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
@@ -45,7 +44,7 @@ class BiasedAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         C = config.n_embd
-        self.query, self.key, self.value, self.out = (Linear(C, C) for _ in range(4))
+        self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
         self.query_norm = self.key_norm = nn.Identity()
 
     def place(self, q, k, layout):
@@ -56,7 +55,7 @@ class BiasedMLP(MLP):
     def __init__(self, config, bias=True):
         super().__init__(config)
         width = config.mlp_width or 4 * config.n_embd
-        self.up, self.down = Linear(config.n_embd, width, bias), Linear(width, config.n_embd, bias)
+        self.up, self.down = nn.Linear(config.n_embd, width, bias), nn.Linear(width, config.n_embd, bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -80,7 +79,7 @@ class Published(Transformer):
     def __init__(self, config):
         super().__init__(config)
         self.final_norm = self.Layer.Norm(config.n_embd, config.norm_eps)
-        self.head = Linear(config.n_embd, config.vocab_size, self.head_bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, self.head_bias)
         if config.learned_positions:
             self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
         self.tie()
