@@ -15,7 +15,6 @@ from tqdm import tqdm
 from data.lib.corpus import spaced_windows
 from data.lib.errors import Mistake
 from data.lib.escape import inert
-from data.lib.machine import release_memory
 from data.lib.pixels import as_shown
 from data.lib.processes import all_reduce_sum, rank, world_size
 from data.lib.prompt import make_canvas, shown_of
@@ -101,7 +100,6 @@ class Report:
             f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.bound_name} "
             f"{nats:.3f} nats per token = {bits_per_byte(nats, *self.counted):.3f} bits per byte. A sample:\n{text}"
         )
-        release_memory()
         self.restart()
 
     def sample(self):
