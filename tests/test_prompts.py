@@ -11,7 +11,7 @@ from world import sample_text
 from data.lib.errors import Mistake
 from data.lib.prompt import make_canvas, shown_of
 from data.lib.tokenizer import ByteTokenizer
-from data.lib.window import look_at
+from data.lib.window import blocks
 from model import Transformer
 from sample import denoise
 
@@ -59,9 +59,8 @@ def test_guidance_is_the_formula():
     model = tiny_model(V=6, T=5, special_ids=(0, 6))
     canvas, blank = torch.tensor([[0, 2, 6, 3, 6]]), torch.tensor([[0, 6, 6, 6, 6]])
     where = canvas == 6
-    given = torch.tensor([[False, True, False, True, False]])
-    whole = slice(0, 5)
-    guided = look_at(model, canvas, given, whole, whole, 10, 1.5, None)(where)[:, 1:6]
+    ((_, _, _, look),) = blocks(model, canvas, guidance=1.5)
+    guided = look(where)[:, 1:6]
     expected = 2.5 * model(canvas)[0, [2, 4], 1:6] - 1.5 * model(blank)[0, [2, 4], 1:6]
     torch.testing.assert_close(guided, expected)
     *_, strong = denoise(model, canvas, 1, temperature=0, guidance=1.5)

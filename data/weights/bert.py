@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from data.lib.errors import Mistake
-from data.lib.kernels import Linear
 from data.weights import hub, vocabulary
 from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
 
@@ -30,7 +29,7 @@ class Network(Published):
         super().__init__(config)
         self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.embedding_norm, self.transform_norm = (nn.LayerNorm(config.n_embd, config.norm_eps) for _ in range(2))
-        self.transform, self.final_norm = Linear(config.n_embd, config.n_embd), nn.Identity()
+        self.transform, self.final_norm = nn.Linear(config.n_embd, config.n_embd), nn.Identity()
         self.head_activation = ACTIVATIONS[config.head_activation]
 
     def embed(self, tokens, positions):

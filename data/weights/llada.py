@@ -2,7 +2,6 @@
 
 import torch.nn as nn
 
-from data.lib.kernels import Linear
 from data.weights import hub, vocabulary
 from data.weights.parts import Published, PublishedConfig, PublishedLayer, PublishedMLP
 
@@ -12,7 +11,7 @@ class GatedMLP(PublishedMLP):
 
     def __init__(self, config, bias):
         super().__init__(config, bias)
-        self.gate = Linear(config.n_embd, self.up.out_features, bias)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias)
 
     def forward(self, x):
         return self.down(self.activation(self.gate(x)) * self.up(x))

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer, rotary_angles
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "swish": nn.SiLU()}
@@ -44,7 +43,7 @@ class PublishedAttention(Attention):
     def __init__(self, config, bias):
         super().__init__(config)
         C, shared = config.n_embd, self.head_dim * (config.n_kv_head or config.n_head)
-        self.query, self.key, self.value, self.out = (Linear(C, width, bias) for width in (C, shared, shared, C))
+        self.query, self.key, self.value, self.out = (nn.Linear(C, width, bias) for width in (C, shared, shared, C))
         self.query_norm = self.key_norm = nn.Identity()
 
     def place(self, q, k, layout):
@@ -55,7 +54,7 @@ class PublishedMLP(MLP):
     def __init__(self, config, bias):
         super().__init__(config)
         width = config.mlp_width or 4 * config.n_embd
-        self.up, self.down = Linear(config.n_embd, width, bias), Linear(width, config.n_embd, bias)
+        self.up, self.down = nn.Linear(config.n_embd, width, bias), nn.Linear(width, config.n_embd, bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -77,7 +76,7 @@ class Published(Transformer):
     def __init__(self, config):
         super().__init__(config)
         self.final_norm = self.Layer.Norm(config.n_embd, config.norm_eps)
-        self.head = Linear(config.n_embd, config.vocab_size, self.head_bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, self.head_bias)
         if config.learned_positions:
             self.position_embedding = nn.Embedding(
                 config.first_position + config.context + config.n_more, config.n_embd
