@@ -18,9 +18,7 @@ from data.weights import hub
 from data.weights.gpt2 import START
 
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
-HEADER = (
-    1024  # bytes: 256 numbers of 32 bits. The first is the format, and the third how many tokens of 16 bits follow.
-)
+HEADER = 1024  # bytes, as 256 numbers of 32 bits. The third is the number of tokens, which have 16 bits.
 
 
 def gpt2_tokenizer():
@@ -37,7 +35,7 @@ def read_shard(path, tokenizer):
     lengths = np.array([0 if i in special else len(tokenizer.bytes_of[i]) for i in range(tokenizer.vocab_size)])
     n = (path.stat().st_size - HEADER) / 2
     with open(path, "rb") as file:
-        if np.fromfile(file, "<i4", HEADER // 4)[:3].tolist() != [20240520, 1, n]:
+        if np.fromfile(file, "<i4", HEADER // 4)[:3].tolist() != [20240520, 1, n]:  # format and version
             raise Mistake(f"{path}: not a whole shard of GPT-2's tokens; get another copy")
         while len(ids := np.fromfile(file, "<u2", 2**20)):
             if ids.max() >= tokenizer.mask_id:
