@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.chat import Chat, template_for
-from data.lib.corpus import check_name, tokenizer_and_template, write_tokens
+from data.lib.corpus import check_name, tokenizer_by_name, write_tokens
 from data.lib.errors import Mistake, command
 from data.lib.flags import argument, flag, parse
 
@@ -52,9 +52,9 @@ def examples(split, messages, chat):
             yield split, prompt + chat.reply(reply), len(reply.encode()), len(prompt)
 
 
-def prepare(path, val, name, tokenizer, template=None):
+def prepare(path, val, name, tokenizer):
     """Write the corpus data/NAME from the conversations in path, and those in val if it isn't None."""
-    template = template or template_for(tokenizer)
+    template = tokenizer.template or template_for(tokenizer)
     chat = Chat(template, tokenizer)
     n = sum(1 for _ in conversations(path, chat))
     n_train = n - max(1, n // 10) if val is None else n
@@ -72,7 +72,7 @@ def main():
     config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
     name = Path(config.path).resolve().stem if config.name is None else config.name
     check_name(name, own="")
-    prepare(config.path, config.val, name, *tokenizer_and_template(config.tokenizer))
+    prepare(config.path, config.val, name, tokenizer_by_name(config.tokenizer))
     print(f"`python train.py --data {shlex.quote(name)} --out_dir {shlex.quote(f'out-{name}')}` trains on it")
 
 

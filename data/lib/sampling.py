@@ -151,7 +151,8 @@ class Session:
         if tokenizer.kinds and not (len(ids) == tokenizer.canvas_len and standing(ids, tokenizer) == ids):
             raise Mistake(f"--score {path}: not a whole canvas of the model, of {tokenizer.canvas_len} tokens")
         nats = -self.log_likelihood(plan.model, torch.tensor(ids), **plan.flags)
-        bits = nats / math.log(2) / tokenizer.n_bytes(text)
+        n_bytes = tokenizer.canvas_len or len(text.encode())  # a letter or a pixel of a canvas counts as one
+        bits = nats / math.log(2) / n_bytes
         print(f"{nats / len(ids):.4f} nats per token, {bits:.4f} bits per byte; {len(ids):,} tokens")
 
 
@@ -159,4 +160,4 @@ def nats_per_byte(model, tokenizer, text, log_likelihood):
     """Nats per byte of a text under a judge that sets the most certain token first (a GPT the leftmost), one a step."""
     ids = tokenizer.encode(text)
     nats = -log_likelihood(model, torch.tensor(ids), max(1, len(ids)), order="confidence")
-    return nats / max(1, tokenizer.n_bytes(text))
+    return nats / max(1, tokenizer.canvas_len or len(text.encode()))
