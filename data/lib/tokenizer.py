@@ -6,8 +6,8 @@ Training never masks these, and sampling never writes them.
 """
 
 import codecs
-import functools
 import re
+from functools import lru_cache
 from unicodedata import category, normalize
 
 import tiktoken
@@ -164,8 +164,6 @@ class WordPieceTokenizer(Tokenizer):
     """
 
     special_pattern = re.compile(r"</?s>|<(pad|unk|mask)>|\[(PAD|UNK|CLS|SEP|MASK|[Uu]nused ?\d*)\]")
-    # BERT splits at these, and drops all other control characters.
-    space = re.compile(r"[\t\n\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
     def __init__(self, tokens, lowercase, strip_accents, split_chinese):
         special = {token: i for i, token in enumerate(tokens) if self.special_pattern.fullmatch(token)}
@@ -175,33 +173,24 @@ class WordPieceTokenizer(Tokenizer):
         self.id_of = {token: i for i, token in enumerate(tokens) if i not in self.shown}
         self.unknown = self.first("[UNK]", "<unk>")
         self.symbol = re.compile(rf"[!-/:-@\[-`{{-~{CHINESE if split_chinese else ''}]")
-        self.encode_word = functools.lru_cache(2**16)(self.encode_word)  # words repeat
+        # Characters and words repeat.
+        self.spaced, self.pieces_of = lru_cache(self.spaced), lru_cache(2**16)(self.pieces_of)
 
     def encode(self, text):
-        return [i for word in self.space.split(text) for i in self.encode_word(word)]
+        text = normalize("NFD", text) if self.state["strip_accents"] else text
+        text = text.lower() if self.state["lowercase"] else text
+        return [i for word in "".join(map(self.spaced, text)).split() for i in self.pieces_of(word)]
 
-    def pieces(self, ids):
-        """What each token adds to the text, list[str]. A word that follows another begins with a space."""
-        pieces, before = [], "\n"
-        for i in ids:
-            word = self.bytes_of[i].decode()
-            if word and before != "\n":
-                word = word[2:] if word.startswith("##") else " " * (word != "\n") + word
-            pieces.append(word)
-            before = word[-1:] or before
-        return pieces
+    def spaced(self, c):
+        """A character as it stands in words: with spaces around it if it is a word of its own, and "" if it is none."""
+        kind = category(c)
+        if c in "\t\n\r":
+            return " "
+        if c == "\ufffd" or kind[0] == "C" or (kind == "Mn" and self.state["strip_accents"]):
+            return ""
+        return f" {c} " if kind[0] == "P" or self.symbol.match(c) else c
 
-    def encode_word(self, word):
-        """The ids of the text between two spaces."""
-        word = "".join(c for c in word if c != "\ufffd" and category(c)[0] != "C")
-        if self.state["strip_accents"]:
-            word = "".join(c for c in normalize("NFD", word) if category(c) != "Mn")
-        word = word.lower() if self.state["lowercase"] else word
-        # Punctuation and Chinese characters are words of their own.
-        words = "".join(f" {c} " if category(c)[0] == "P" or self.symbol.match(c) else c for c in word).split()
-        return [i for word in words for i in self.longest_matches(word)]
-
-    def longest_matches(self, word):
+    def pieces_of(self, word):
         """Cut the longest token off the left, again and again. If none fits, the whole word is unknown."""
         ids, mark = [], ""
         if len(word) > 100:  # as in BERT
@@ -213,6 +202,17 @@ class WordPieceTokenizer(Tokenizer):
             ids.append(self.id_of[mark + word[:end]])
             word, mark = word[end:], "##"
         return ids
+
+    def pieces(self, ids):
+        """What each token adds to the text, list[str]. A word that follows another begins with a space."""
+        pieces, before = [], "\n"
+        for i in ids:
+            word = self.bytes_of[i].decode()
+            if word and before != "\n":
+                word = word[2:] if word.startswith("##") else " " * (word != "\n") + word
+            pieces.append(word)
+            before = word[-1:] or before
+        return pieces
 
 
 def tokenizer_from_state(state):
