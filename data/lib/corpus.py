@@ -44,8 +44,7 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
         for split, text in pieces:
             ids = (encode or tokenizer.encode)(text)
             # Where a special token stands for the newline, no byte is predicted for it.
-            newline = text.endswith("\n") and tokenizer.eos_id in ids
-            yield split, ids, len(text.encode("utf-8")) - newline
+            yield split, ids, len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids)
 
     return write_tokens(name, encoded(), tokenizer, source)
 
@@ -121,7 +120,7 @@ def load_corpus(name, context=1):
         meta = json.loads((folder / "meta.json").read_text())
         tokenizer, occurrences = tokenizer_from_state(meta["tokenizer"]), meta["occurrences"]
         if len(occurrences) != tokenizer.vocab_size or not all(type(n) is int and 0 <= n < 2**62 for n in occurrences):
-            raise ValueError("its occurrences can't be counts of its tokens")
+            raise ValueError("its occurrences can't be")
         splits = [open_split(folder, split, meta, tokenizer, context) for split in SPLITS]
     except Exception as error:
         raise Mistake(f"{folder}: not a whole corpus ({str(error)[:200]}); prepare it again") from None

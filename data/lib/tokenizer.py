@@ -118,7 +118,8 @@ class PictureTokenizer(Tokenizer):
         sizes = {"caption": caption, "width": width, "height": height, "greys": greys}
         if not all(type(n) is int and 1 <= n <= 1000 for n in sizes.values()) or not 2 <= greys <= len(GREYS):
             raise ValueError("its picture has no size that we can show")
-        self.state, self.caption, self.width, self.height = {"kind": "picture", **sizes}, caption, width, height
+        self.state, self.caption, self.width = {"kind": "picture", **sizes}, caption, width
+        self.size = [width, height, width * height]
         self.kinds = (caption, 32, 127), (width * height, 257, 257 + greys)
         self.pixels = {"first": caption, "columns": width, "greys": GREYS[:greys]}
         self.id_of = {chr(i): i for i in range(32, 127)} | {c: 257 + i for i, c in enumerate(GREYS[:greys])}
@@ -133,20 +134,18 @@ class PictureTokenizer(Tokenizer):
         try:
             return [self.id_of[c] for c in text if c not in "\r\n"]
         except KeyError as error:
-            sentence = f"neither a letter of a caption, in ASCII, nor a pixel, {greys[0]} to {greys[-1]}"
-            raise Mistake(f"{error} is {sentence}") from None
+            either = f"a letter of a caption, in ASCII, nor a pixel, {greys[0]} to {greys[-1]}"
+            raise Mistake(f"{error} is neither {either}") from None
 
     def read_pgm(self, text):
         """The ids of the pixels of a plain PGM, in which the largest number is white."""
         try:
             width, height, most, *values = map(int, re.sub("#.*", "", text).split()[1:])
-            fits = (width, height, len(values)) == (self.width, self.height, self.width * self.height)
-            if not fits or not 0 <= min(values) <= max(values) <= most:
+            if [width, height, len(values)] != self.size or not 0 <= min(values) <= max(values) <= most:
                 raise ValueError
             return [257 + round((self.state["greys"] - 1) * (1 - value / most)) for value in values]
         except (ValueError, ZeroDivisionError):
-            size = f"{self.width} x {self.height} pixels, as the model needs"
-            raise Mistake(f"the picture is not plain PGM of {size}") from None
+            raise Mistake(f"not plain PGM of {self.size[0]} x {self.size[1]} pixels, which the model needs") from None
 
     def decode(self, ids):
         pieces, ends = self.pieces(ids), range(self.caption, len(ids), self.width)
