@@ -108,7 +108,7 @@ def test_a_failed_preparation_leaves_the_corpus_that_was_there(tmp_path):
 
 
 def test_a_corpus_that_is_missing_is_told_which_command_makes_it():
-    with pytest.raises(Mistake, match="ready are: none; `python data/text/prepare.py FILE --name NAME` makes a new"):
+    with pytest.raises(Mistake, match="ready are: none; `python data/text/prepare.py FILE --name NAME` makes one"):
         load_corpus("nope")
     write_corpus("mine", [("train", "abc"), ("val", "d")], ByteTokenizer(), "test")
     with pytest.raises(Mistake, match="ready are: mine"):
@@ -117,7 +117,7 @@ def test_a_corpus_that_is_missing_is_told_which_command_makes_it():
 
 MADE_BY = {
     "shakespeare": "data/shakespeare/prepare.py",
-    "wikitext2": "data/wikitext/prepare.py",
+    "wikitext2": "data/wikitext/prepare.py wikitext2",
     "wikitext103": "data/wikitext/prepare.py wikitext103",
     "text8": "data/text8/prepare.py",
     "enwik8": "data/text8/prepare.py enwik8",
@@ -132,7 +132,7 @@ def test_a_corpus_of_ours_that_is_missing_is_made_by_its_script(name, monkeypatc
     if (folder / name / "meta.json").exists():
         pytest.skip("it is there")
     monkeypatch.setattr(data.lib.corpus, "DATA", folder)
-    with pytest.raises(Mistake, match=f"`python {MADE_BY[name]}` makes this one"):
+    with pytest.raises(Mistake, match=f"`python {MADE_BY[name]}` makes one"):
         load_corpus(name)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.chat import Chat, template_for
-from data.lib.corpus import check_name, tokenizer_and_template, write_tokens
+from data.lib.corpus import check_name, tokenizer_by_name, write_tokens
 from data.lib.errors import Mistake
 from data.lib.flags import argument, flag, script
 
@@ -32,9 +32,9 @@ def conversations(path, chat):
                 yield messages
 
 
-def prepare(path, val, name, tokenizer, template=None):
+def prepare(path, val, name, tokenizer):
     """Write the corpus data/NAME from the conversations in path, and those in val if it isn't None."""
-    template = template or template_for(tokenizer)
+    template = tokenizer.template or template_for(tokenizer)
     chat = Chat(template, tokenizer)
     with open(path, "rb") as file:
         n = sum(1 for line in file if line.strip())
@@ -61,5 +61,5 @@ def main(
 ):
     name = name or Path(path).resolve().stem
     check_name(name, own="")
-    prepare(path, val, name, *tokenizer_and_template(tokenizer))
+    prepare(path, val, name, tokenizer_by_name(tokenizer))
     print(f"`python train.py --data {shlex.quote(name)} --out_dir {shlex.quote(f'out-{name}')}` trains on it")

@@ -128,7 +128,7 @@ class Session:
         if not ids or tokenizer.canvas_len not in (0, len(ids)) or standing(ids, tokenizer) != ids:
             raise Mistake(f"--score {self.config.score}: it is empty, or not a whole canvas of a model of pictures")
         nats = nats_per_byte(writer.model, tokenizer, text, self.log_likelihood, **writer.flags)
-        per_token = nats * tokenizer.n_bytes(text) / len(ids)
+        per_token = nats * n_bytes(text, tokenizer) / len(ids)
         print(f"{per_token:.4f} nats per token, {nats / math.log(2):.4f} bits per byte; {len(ids):,} tokens")
 
 
@@ -137,7 +137,12 @@ def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="co
     if tokenizer.bos_id is not None:
         raise Mistake("a model whose lines begin with a special token, such as [CLS], can't score or judge text")
     nats = -log_likelihood(model, torch.tensor(tokenizer.encode(text)), steps, order=order, **flags)
-    return nats / max(1, tokenizer.n_bytes(text))
+    return nats / max(1, n_bytes(text, tokenizer))
+
+
+def n_bytes(text, tokenizer):
+    """The number of bytes of a text. On a canvas of letters and pixels each counts as one."""
+    return tokenizer.canvas_len or len(text.encode())
 
 
 def check_flags(config, given, prompts):
