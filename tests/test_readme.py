@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import inspect
 import re
 import runpy
 import shlex
@@ -73,8 +74,9 @@ def test_every_command_in_the_documentation_has_flags_that_exist():
     for page, (script, *words) in commands:
         if "spread" in words:  # an order that the reader adds
             continue
-        variables = runpy.run_path(str(ROOT / script)).items()
-        (config,) = [x for name, x in variables if re.fullmatch("(Train|Sample|Prepare|Slim)Config", name)]
+        variables = runpy.run_path(str(ROOT / script))
+        configs = [x for name, x in variables.items() if re.fullmatch("(Train|Sample|Prepare|Slim)Config", name)]
+        (config,) = configs or [inspect.getclosurevars(variables["main"]).nonlocals["config_class"]]
         try:
             parse(config, words=words)
         except Mistake as mistake:
