@@ -6,28 +6,20 @@ python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoB
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
-from data.lib.errors import Mistake, command
+from data.lib.errors import Mistake
 from data.lib.files import replacing
-from data.lib.flags import argument, flag, parse
+from data.lib.flags import argument, flag, script
 from data.weights import bert, gpt2, hub, llada, mdlm
 from model import load_checkpoint
 
 FAMILY = {kind: family for family in (bert, gpt2, mdlm, llada) for kind in family.KINDS}
 REPOSITORIES = {name: files for family in FAMILY.values() for name, files in family.REPOSITORIES.items()}
-
-
-@dataclass
-class PrepareConfig:
-    source: str = argument(f"{', '.join(REPOSITORIES)}; a folder in the hub's layout; or a checkpoint to --export")
-    out: str | None = flag(None, "checkpoint to write (default: data/weights/NAME.pt)")
-    export: str | None = flag(None, "folder to write a fine-tuned RoBERTa, BERT or GPT-2 to, in the hub's layout")
 
 
 def convert(folder):
@@ -40,7 +32,7 @@ def convert(folder):
     return model, tokenizer, unused, more
 
 
-def export(path, folder):
+def write_model(path, folder):
     """Write a checkpoint's model to a folder, in the hub's layout."""
     model, tokenizer, _ = load_checkpoint(path)
     if model.family not in ("bert", "gpt2"):
@@ -55,12 +47,16 @@ def export(path, folder):
     print(f"{folder}: pytorch_model.bin, {', '.join(texts)}")
 
 
-def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    name, folder, home = config.source.lower(), Path(config.source), DATA / "weights"
+@script
+def main(
+    source: str = argument(f"{', '.join(REPOSITORIES)}; a folder in the hub's layout; or a checkpoint to --export"),
+    out: str | None = flag(None, "checkpoint to write (default: data/weights/NAME.pt)"),
+    export: str | None = flag(None, "folder to write a fine-tuned RoBERTa, BERT or GPT-2 to, in the hub's layout"),
+):
+    name, folder, home = source.lower(), Path(source), DATA / "weights"
     known = name in REPOSITORIES
-    if config.export:
-        return export(home / f"{name}.pt" if known else folder, Path(config.export))
+    if export:
+        return write_model(home / f"{name}.pt" if known else folder, Path(export))
     if not known and not folder.is_dir():
         raise Mistake(f"{folder}: no such folder, and no model of that name; we know {', '.join(REPOSITORIES)}")
     try:
@@ -73,12 +69,8 @@ def main():
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise Mistake(f"{folder}: these files don't make a model ({reason})") from None
-    out = Path(config.out or home / f"{folder.resolve().name}.pt")
+    out = Path(out or home / f"{folder.resolve().name}.pt")
     save_checkpoint(out, model, tokenizer, **more)
     if unused:
         print(f"not used: {', '.join(unused)}")
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size:,} tokens")
-
-
-if __name__ == "__main__":
-    command(main)
