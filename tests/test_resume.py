@@ -159,7 +159,7 @@ def test_a_folder_is_of_one_run_at_a_time_and_a_killed_one_does_not_hold_it(tmp_
         finally:
             process.kill()
     run_train(monkeypatch, " ".join(flags))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "ckpt.pt", "last.pt", "log.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "last.pt", "log.csv"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):

@@ -45,15 +45,20 @@ def alone_in(folder):
     """Lock a folder for this process, and delete half-written checkpoints in it. Mistake if another process has it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            import fcntl
+    lock = None
+    try:
+        import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Mistake(f"{folder}: another run is writing there") from None
-        except (ImportError, OSError):  # Windows and some network file systems have no such locks
-            pass
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f"{folder}: another run is writing there") from None
+    except (ImportError, OSError):  # Windows and some network file systems have no such locks
+        pass
+    try:
         for path in folder.glob("*.pt.*.tmp"):
             path.unlink()
         yield
+    finally:
+        if lock is not None:
+            os.close(lock)
