@@ -13,8 +13,8 @@ level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings de
     None   id        DiffuGPT (2410.17891)
 
 Differences from GPT-2: rotary positions; normalised queries and keys; a short convolution at the start of each
-layer; no biases; untied embeddings. `attend`, `linear`, `Linear` and `Dropout` do what torch's do, but faster on a
-CPU. Published models are subclasses, in data/weights/.
+layer; no biases; untied embeddings. `attend` and `Dropout` do what torch's do, but faster on a CPU. Published
+models are subclasses, in data/weights/.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data.lib.cache import Cache
 from data.lib.checkpoint import check_config, published_network, read_checkpoint, refused
-from data.lib.kernels import Dropout, Linear, allowed_tokens, attend, linear, rows_at
+from data.lib.kernels import Dropout, allowed_tokens, attend, rows_at
 from data.lib.tokenizer import tokenizer_from_state
 
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         C, D = config.n_embd, config.n_embd // config.n_head
         self.head_dim, self.dropout = D, Dropout(config.dropout)
         # Three matrices instead of one, because Muon orthogonalises each on its own.
-        self.query, self.key, self.value, self.out = (Linear(C, C, bias=False) for _ in range(4))
+        self.query, self.key, self.value, self.out = (nn.Linear(C, C, bias=False) for _ in range(4))
         # Without these norms the attention logits grow under Muon.
         self.query_norm, self.key_norm = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
 
@@ -135,8 +135,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.up = Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(self.Layer(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.n_embd, bias=False)
-        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self.init_weights)
 
     def init_weights(self, module):  # embeddings keep torch's N(0, 1)
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         """Logits (.., V) of the last layer's vectors (.., N, C), at positions (N,)."""
         bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
         is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
-        logits = linear(self.final_norm(x), self.head.weight, bias.masked_fill(is_mask, -torch.inf))
+        logits = F.linear(self.final_norm(x), self.head.weight, bias.masked_fill(is_mask, -torch.inf))
         if not self.config.kinds:
             return logits
         allowed = allowed_tokens(self.config.kinds, len(bias), x.device)  # (T, V)

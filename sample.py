@@ -52,8 +52,8 @@ class SampleConfig:
     seed: int = flag(0, "the same seed writes the same text", least=0, most=2**32)
     judge: str | None = flag(None, "checkpoint that says how likely each text is, in nats per byte")
     score: str | None = flag(None, "print a file's likelihood under this order and steps; - is stdin")
-    watch: bool = flag(False, "show the canvas while it fills")
-    save: str | None = flag(None, "save how it filled, as a page (run.html) or an animation (run.svg)")
+    watch: bool = flag(False, "show the canvas while it fills, in a terminal")
+    save: str | None = flag(None, "save how texts filled, as a page (run.html), or the first as an animation (run.svg)")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: Dtype = flag("auto", "precision of matrix products; weights stored in it stay as they are")
 

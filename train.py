@@ -277,10 +277,10 @@ def update(run, batch):
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.scaler.unscale_(run.optimizer)
-    norm = run.clip()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or torch.inf)
     run.scaler.step(run.optimizer)  # in float16 it skips a step whose gradient overflowed
     run.scaler.update()
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
     run.step += 1
     return loss, norm
 
@@ -319,16 +319,15 @@ def main():
         model = Transformer(train_settings.model_config(Transformer.Config, config, corpus_tokenizer))
     config, chat = train_settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
     run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=chat)
-    if config.eval_only:
-        return report.print_bound(run, sequence_bounds, val_split, meta["val"])
     val = report.validation_windows(val_split, config)
+    if config.eval_only:
+        return report.print_bound(run, sequence_bounds, val, meta)
     rates = noise.rates_of(config.rate, uniform_rates, model.config, meta["occurrences"])
     with training.underway(run, checkpoint) as signals, report.Report(run, denoise, val, meta) as log:
         if config.compile:
             batch = draw_batch(train_split, config, torch.Generator(), model.config)
             run.compile_ahead(batch, loss_of, lambda: evaluate(run, *val), log.sample)
         train(run, train_split, val, log, rates, signals)
-    run.end(signals, "train.py")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import shutil
-import zipfile
 from unittest import mock
 
 import numpy as np
@@ -103,6 +102,3 @@ def make_archives(good):
     ids = BPETokenizer(TOKENS, PATTERN).encode(LINES[:600])
     for name in ("val_000000", "train_000001"):
         write_shard(good / "shards" / f"fineweb_{name}.bin", [len(TOKENS), *ids])
-    shutil.copy(good / "book.txt", good / "text8")
-    with zipfile.ZipFile(good / "text8.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("text8", LINES)

@@ -260,10 +260,6 @@ def test_the_reply_alone_is_printed(parrot, monkeypatch, capsys):
     flags = ["--ckpt", "x.pt", "--chat", "--order", "confidence", "--dtype", "float32"]
     call(monkeypatch, sample.main, [*flags, "--prompt", "abc", "<mask*3>", "  x"])
     assert capsys.readouterr().out == "a\n<\nx\n"
-    call(monkeypatch, sample.main, [*flags, "--prompt", "abc", "--watch"])
-    printed = capsys.readouterr()
-    assert printed.out == "a\n"
-    assert "abc" in printed.err  # the whole canvas
 
 
 def test_a_conversation_is_read_from_stdin_and_remembered(parrot, tmp_path, monkeypatch, capsys):
@@ -303,10 +299,10 @@ def test_a_reply_is_remembered_without_what_the_template_takes_for_itself(monkey
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--suffix a", "--suffix a: not with --chat"),
+        ("--suffix a", "--chat: not with --suffix"),
         ("--score x.txt --order left", "--score: not with --chat"),
         ("--num_samples 2", "one sample at a time"),
-        ("--order left random", "in one --order"),
+        ("--order left random", "one --order"),
         ("--prompt a --length 19", "a conversation of 19 tokens"),
         ("--prompt \x03", r"the content has '\\x03'"),
     ],
@@ -316,24 +312,8 @@ def test_what_a_chat_cannot_be_is_refused(flags, reason, parrot, monkeypatch):
         call(monkeypatch, sample.main, ["--ckpt", "x.pt", "--chat", *flags.split(" ")], b"hello\n")
 
 
-@pytest.mark.parametrize(("trained", "length"), [(None, 96), ({"context": 24}, 24), ({"context": "9"}, 96)])
-def test_a_chat_s_canvas_is_as_long_as_what_was_learned(trained, length, parrot, monkeypatch):
-    lengths, canvas = [], Chat.canvas
-
-    def watched(self, messages, length):
-        lengths.append(length)
-        return canvas(self, messages, length)
-
-    monkeypatch.setattr(Chat, "canvas", watched)
-    parrot["train"] = trained
-    flags = ["--ckpt", "x.pt", "--chat", "--prompt", "a", "--dtype", "float32"]
-    call(monkeypatch, sample.main, flags)
-    call(monkeypatch, sample.main, [*flags, "--length", "30"])
-    assert lengths == [length, 30]
-
-
 def test_a_model_without_a_template_says_so(parrot, monkeypatch):
-    for chat, reason in ((None, "the model in x.pt has no chat template"), ({}, "the chat template doesn't fit")):
+    for chat, reason in ((None, "the model has no chat template"), ({}, "the chat template doesn't fit")):
         parrot["chat"] = chat
         for flags in ([], ["--prompt", "a"]):
             with pytest.raises(Mistake, match=reason):

@@ -116,7 +116,7 @@ def test_no_space_left_keeps_the_checkpoint_that_was_there(share, world, tmp_pat
         command(train.main)
     assert ended.value.code == 2
     sentences = capsys.readouterr().err.strip().splitlines()
-    assert any("step 3: no checkpoint (File too large); the earlier one stays" in line for line in sentences)
+    assert any("step 3: no checkpoint (File too large); the next evaluation tries again" in line for line in sentences)
     assert "File too large" in sentences[-1]
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert len(list(tmp_path.iterdir())) == 3

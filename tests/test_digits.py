@@ -1,6 +1,5 @@
 """The corpora of handwritten digits, which are pictures with captions."""
 
-import functools
 import gzip
 import hashlib
 import re
@@ -99,19 +98,20 @@ def idx(array):
 
 
 @pytest.fixture
-def small_mnist(tmp_path):
-    """A folder with four files as MNIST's, of four random pictures each; their sha256; and the arrays in them."""
+def small_mnist(tmp_path, monkeypatch):
+    """A folder with four files in place of MNIST's, of four random pictures each; and the arrays in them."""
     rng, sums, arrays = np.random.default_rng(0), {}, []
     for i, name in enumerate(digits.FILES):
         arrays.append(rng.integers(0, 10, 4, np.uint8) if i % 2 else rng.integers(0, 256, (4, 28, 28), np.uint8))
         (tmp_path / name).write_bytes(idx(arrays[-1]))
         sums[name] = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    return tmp_path, sums, arrays
+    monkeypatch.setattr(digits, "FILES", sums)
+    return tmp_path, arrays
 
 
 def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, capsys):
-    folder, files, arrays = small_mnist
-    run("mnist", "--dir", folder, "--name", "few", main=functools.partial(digits.main, files))
+    folder, arrays = small_mnist
+    run("mnist", "--dir", folder, "--name", "few", main=digits.main)
     for split, pictures, labels in zip(load_corpus("few"), arrays[::2], arrays[1::2]):
         x0, _ = windows_at(split, np.arange(len(labels))[:, None], 792)
         assert (x0[:, 8:] - 257 == np.round(pictures.reshape(-1, 784) / 255 * 16)).all()
@@ -123,11 +123,10 @@ def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, 
 
 
 def test_other_files_than_mnist_s_are_refused_and_leave_nothing(small_mnist, mistake, world):
-    folder, files, _ = small_mnist
-    path = folder / [*files][3]
-    main = functools.partial(digits.main, files)
+    folder, _ = small_mnist
+    path = folder / [*digits.FILES][3]
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    assert "sha256" in mistake("mnist", "--dir", folder, "--name", "none", main=main)
+    assert "sha256" in mistake("mnist", "--dir", folder, "--name", "none", main=digits.main)
     path.unlink()
-    assert "No such file" in mistake("mnist", "--dir", folder, "--name", "none", main=main)
+    assert "No such file" in mistake("mnist", "--dir", folder, "--name", "none", main=digits.main)
     assert not (world / "data" / "none").exists()

@@ -8,10 +8,9 @@ from model_files import save_weights, write_gpt2
 import data.fineweb.prepare as fineweb
 import data.lib.corpus
 import data.weights.prepare as weights_prepare
-from data.lib.checkpoint import save_checkpoint
 from data.lib.corpus import load_corpus
 from data.lib.tokenizer import BPETokenizer
-from model import ModelConfig, Transformer, load_checkpoint
+from model import load_checkpoint
 
 START = "<|endoftext|>"
 
@@ -26,13 +25,12 @@ def data_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def gpt2(tmp_path):
-    """A checkpoint with a tokenizer such as GPT-2's, of fewer tokens."""
+def gpt2(monkeypatch):
+    """A tokenizer such as GPT-2's, of fewer tokens, in its place."""
     special = {START: 258, "<mask>": 259}
     tokenizer = BPETokenizer([*map(chr, range(256)), "th", "the"], r" ?\w+|\s+|[^\s\w]+", special=special)
-    config = ModelConfig(260, 259, n_layer=1, n_head=1, n_embd=16, context=16)
-    save_checkpoint(tmp_path / "gpt2.pt", Transformer(config), tokenizer)
-    return tmp_path / "gpt2.pt"
+    monkeypatch.setattr(fineweb, "gpt2_tokenizer", lambda: tokenizer)
+    return tokenizer
 
 
 def write_shard(path, ids):
@@ -49,15 +47,15 @@ TEXTS = {"val_000000": "in the beginning", "train_000001": "naïve — 漢字 " 
 @pytest.fixture
 def shards(gpt2, tmp_path):
     """A folder of small shards, one document each."""
-    tokenizer, folder = load_checkpoint(gpt2)[1], tmp_path / "shards"
+    folder = tmp_path / "shards"
     folder.mkdir()
     for name, text in TEXTS.items():
-        write_shard(folder / f"fineweb_{name}.bin", [tokenizer.first(START), *tokenizer.encode(text)])
+        write_shard(folder / f"fineweb_{name}.bin", [gpt2.first(START), *gpt2.encode(text)])
     return folder
 
 
-def test_fineweb_is_the_tokens_of_its_shards(gpt2, shards, run):
-    run("--dir", shards, "--shards", "2", "--tokenizer", gpt2, main=fineweb.main)
+def test_fineweb_is_the_tokens_of_its_shards(shards, run):
+    run("--dir", shards, "--shards", "2", main=fineweb.main)
     train_split, val, tokenizer, meta = load_corpus("fineweb")
     start = tokenizer.first(START)
     documents = {name: [start, *tokenizer.encode(text)] for name, text in TEXTS.items()}
@@ -70,10 +68,10 @@ def test_fineweb_is_the_tokens_of_its_shards(gpt2, shards, run):
     assert meta["occurrences"][start] == 2
 
 
-def test_a_long_shard_is_read_in_pieces_and_kept_whole(gpt2, shards, run):
+def test_a_long_shard_is_read_in_pieces_and_kept_whole(shards, run):
     ids = np.arange(3_000_000) % 250
     write_shard(shards / "fineweb_train_000001.bin", ids)
-    run("--dir", shards, "--tokenizer", gpt2, main=fineweb.main)
+    run("--dir", shards, main=fineweb.main)
     train_split, _, tokenizer, meta = load_corpus("fineweb")
     assert np.array_equal(train_split, ids)
     assert meta["train"]["bytes"] == sum(len(tokenizer.bytes_of[i]) for i in range(250)) * 12_000
@@ -110,20 +108,18 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_no_shard_is_refused_and_leaves_nothing(kind, gpt2, shards, mistake):
+def test_a_file_that_is_no_shard_is_refused_and_leaves_nothing(kind, shards, mistake):
     content, reason = FILES[kind]
     (shards / "fineweb_train_000001.bin").write_bytes(content)
-    assert reason in mistake("--dir", shards, "--tokenizer", gpt2, main=fineweb.main)
+    assert reason in mistake("--dir", shards, main=fineweb.main)
 
 
-def test_flags_that_do_not_fit_are_refused(gpt2, shards, mistake):
-    flags = ["--dir", shards, "--tokenizer", gpt2]
-    assert "fineweb_train_000003.bin" in mistake(*flags, "--shards", "3", main=fineweb.main)
-    assert f"no {START}" in mistake("--dir", shards, "--tokenizer", "bytes", main=fineweb.main)
-    assert "at most 103" in mistake(*flags, "--shards", "104", main=fineweb.main)
+def test_flags_that_do_not_fit_are_refused(shards, mistake):
+    assert "fineweb_train_000003.bin" in mistake("--dir", shards, "--shards", "3", main=fineweb.main)
+    assert "at most 103" in mistake("--dir", shards, "--shards", "104", main=fineweb.main)
 
 
-def test_shards_are_downloaded_into_the_corpus_s_folder(gpt2, shards, run, monkeypatch, data_folder):
+def test_shards_are_downloaded_into_the_corpus_s_folder(shards, run, monkeypatch, data_folder):
     asked = []
 
     def download(url, path, instead, most):
@@ -132,7 +128,7 @@ def test_shards_are_downloaded_into_the_corpus_s_folder(gpt2, shards, run, monke
         path.write_bytes((shards / path.name).read_bytes())
 
     monkeypatch.setattr(fineweb, "download", download)
-    run("--tokenizer", gpt2, "--shards", "2", main=fineweb.main)
+    run("--shards", "2", main=fineweb.main)
     assert asked == [f"fineweb_{name}.bin" for name in TEXTS]
     assert (data_folder / "fineweb" / "fineweb_train_000002.bin").exists()
     assert len(load_corpus("fineweb")[0]) > 0

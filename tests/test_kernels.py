@@ -64,21 +64,6 @@ def test_attention_that_is_written_out_is_the_same_attention(K, dtype, monkeypat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_alone_is_multiplied_as_it_is_among_others(dtype, bias, monkeypatch):
-    """Some machines multiply it faster as a vector. Precision and result are the same."""
-    layer, rows = kernels.Linear(8, 5, bias), torch.randn(1, 3, 8)
-    with autocast(torch.device("cpu"), dtype):
-        for vectors in (True, False):
-            monkeypatch.setattr(kernels, "VECTORS", vectors)
-            together, alone = layer(rows), layer(rows[:, 1:2])
-            assert together.dtype == alone.dtype == getattr(torch, dtype)
-            torch.testing.assert_close(alone, together[:, 1:2])
-            assert layer(rows[:, :0]).shape == (1, 0, 5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("sight", ["all", "causal", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_written_out_is_that_of_torch(dtype, sight, device):

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from world import assert_same, run_train, sample_text
@@ -16,15 +17,15 @@ import data.text.prepare
 import sample
 import train
 from data.lib.checkpoint import read_checkpoint
-from data.lib.corpus import canvases
+from data.lib.corpus import Examples
 from data.lib.errors import Mistake
 from data.lib.flags import Level, Span
 from data.lib.history import HOLE, History
+from data.lib.layout import as_shown, half_blocks
 from data.lib.noise import random_tokens
-from data.lib.pixels import as_shown, half_blocks
 from data.lib.prompt import make_canvas
 from data.lib.terminal import Watch
-from data.lib.tokenizer import GREYS, ByteTokenizer, PictureTokenizer
+from data.lib.tokenizer import GREYS, PictureTokenizer
 from data.lib.views import save_histories
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
@@ -34,6 +35,7 @@ SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_
 CAUSAL = "--attention causal"
 TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
 T = 10
+CANVASES = np.arange(0, 1000 * T, T)[:, None] * (1, 0)  # where each begins, and no prompt
 GPT = {"block": 1, "shift_id": 256}
 
 
@@ -130,7 +132,7 @@ def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
     a canvas has one level, without which there is no bound.
     """
     model_config, generator = make_model().config, torch.Generator().manual_seed(0)
-    split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
+    split = Examples(random_tokens(1000, T, model_config, generator).flatten().numpy(), CANVASES, 0, T)
     config = TrainConfig(context=T, batch_size=40_000, level=Level("uniform"), prompt_len=Span(0, 0))
     for way, together in (({}, 1 / 5 / 7), ({"weight": "elbo"}, 1 / 11)):
         batch = draw_batch(split, replace(config, **way), generator, model_config)
@@ -145,7 +147,7 @@ def test_each_kind_has_a_level_of_its_own_but_in_the_bound():
 
 def test_what_is_seen_and_has_a_loss_is_replaced_by_tokens_of_its_place():
     model_config, generator = make_model().config, torch.Generator().manual_seed(0)
-    split = canvases(random_tokens(1000, T, model_config, generator).flatten().numpy(), T)
+    split = Examples(random_tokens(1000, T, model_config, generator).flatten().numpy(), CANVASES, 0, T)
     config = TrainConfig(context=T, batch_size=1000, prompt_len=Span(0, 0), visible=0.5)
     x0, xt, asked, _ = draw_batch(split, config, generator, model_config)
     assert (asked & (xt != 256) & (xt != x0)).float().mean() > 0.05
@@ -171,7 +173,7 @@ def test_text_goes_to_the_next_place_where_it_may_stand_and_all_else_is_holes():
 @pytest.mark.parametrize(
     ("prompt", "suffix", "words"),
     [
-        ("abcde", "", "'e' has no place left on the model's canvas, of 4 and 6 tokens of a kind"),
+        ("abcde", "", "'e' has no place left on the model's canvas"),
         ("①a", "", "'a' has no place"),
         ("⓪⓪⓪⓪⓪⓪⓪", "", "'⓪' has no place"),
         ("<mask*11>", "", "11 tokens with its holes; the canvas has 10"),
@@ -181,8 +183,7 @@ def test_text_goes_to_the_next_place_where_it_may_stand_and_all_else_is_holes():
         ("⓪⓪⓪⓪⓪", "⓪⓪", "'⓪' has no place"),
         ("P2 3 2 255 0 0 0 0 0", "", "not plain PGM of 3 x 2 pixels"),
         ("P2 3 2 4 0 0 0 0 0 5", "", "not plain PGM of 3 x 2 pixels"),
-        ("P2 3 2 255 0 0 -1 0 0 0", "", "numbers alone"),
-        ("P2 3 2 255 0 0 ٣ 0 0 0", "", "numbers alone"),
+        ("P2 3 2 255 0 0 -1 0 0 0", "", "not plain PGM of 3 x 2 pixels"),
     ],
 )
 def test_what_has_no_place_on_the_canvas_is_refused(prompt, suffix, words):
@@ -214,19 +215,13 @@ def make_history():
 def test_a_terminal_shows_two_rows_in_a_line_of_half_blocks():
     (line,) = half_blocks(["⓪②·", "④③⓪"], TOKENIZER.pixels)
     cells = [(255, 232), (244, 238), (67, 255)]  # white, black, greys; blue is a hole
-    assert line == ("".join(f"\x1b[38;5;{a};48;5;{b}m▀" for a, b in cells) + "\x1b[0m", 3)
-    assert half_blocks(["⓪", "⓪", "④"], TOKENIZER.pixels)[1] == (
-        "\x1b[38;5;232m▀\x1b[0m",
-        1,
-    )  # no row is below
+    assert line == "".join(f"\x1b[38;5;{a};48;5;{b}m▀" for a, b in cells) + "\x1b[0m"
+    assert half_blocks(["⓪", "⓪", "④"], TOKENIZER.pixels)[1] == "\x1b[38;5;232m▀\x1b[0m"  # no row is below
     assert as_shown("a\x1b\n⓪②④\n④③⓪", TOKENIZER).splitlines()[0] == "a␛"
 
 
 def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
-    watch, history = Watch(["one"]), make_history()
-    watch.show(0, history, 1)  # not a terminal
-    assert "ab  \n⓪①②\n③④⓪" in capsys.readouterr().err
-    watch.in_place = True
+    watch, history = Watch(1), make_history()
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
     monkeypatch.setattr("os.get_terminal_size", lambda _: (40, 10))
     watch.show(0, history, 1)
@@ -238,29 +233,26 @@ def test_watch_shows_the_picture_while_it_comes(monkeypatch, capsys):
 
 def test_a_picture_that_is_taller_than_the_terminal_is_cut(monkeypatch, capsys):
     """What is drawn has to be reached again from below."""
-    tall, watch = PictureTokenizer(4, 30, 40, 5), Watch(["one"])
+    tall, watch = PictureTokenizer(4, 30, 40, 5), Watch(1)
     history = History(tall, tall.canvas("ab", [0] * 1200))
     history.add(history.canvas, [1.0] * 1204, 1.0)
-    watch.in_place = True
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
     monkeypatch.setattr("os.get_terminal_size", lambda _: (20, 10))
     watch.show(0, history, 1)
-    assert watch.n_lines == 9
+    assert watch.back == "\x1b[9F"
     assert capsys.readouterr().err.count("▀") == 7 * 20
 
 
-def test_in_a_narrow_pane_of_the_animated_picture_pixels_are_smaller(tmp_path):
+def test_pixels_of_a_wide_picture_are_smaller_in_the_animation(tmp_path):
     wide = PictureTokenizer(4, 60, 2, 5)
-    histories = [make_history(), History(wide, wide.canvas("ab", [0, 4] * 60))]
-    histories[1].add(histories[1].canvas, [1.0] * 124, 1.0)
-    plain = History(ByteTokenizer(), [*b"text"])
-    for sides in ([plain, histories[1]], histories):
-        save_histories(tmp_path / "run.svg", [sides], ["one", "two"])
-        svg = (tmp_path / "run.svg").read_text()
-        width = float(re.search(r'viewBox="0 0 (\d+)', svg)[1])
-        ends = [float(x) + float(w) for x, w in re.findall(r'd="M([\d.]+) [\d.]+h([\d.]+)', svg)]
-        assert len(ends) >= 120
-        assert max(ends) < width
+    history = History(wide, wide.canvas("ab", [0, 4] * 60))
+    history.add(history.canvas, [1.0] * 124, 1.0)
+    save_histories(tmp_path / "run.svg", [[history]])
+    svg = (tmp_path / "run.svg").read_text()
+    width = float(re.search(r'viewBox="0 0 (\d+)', svg)[1])
+    ends = [float(x) + float(w) for x, w in re.findall(r'd="M([\d.]+) [\d.]+h([\d.]+)', svg)]
+    assert len(ends) >= 120
+    assert max(ends) < width
 
 
 def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
@@ -269,7 +261,7 @@ def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
     svg = (tmp_path / "run.svg").read_text()
     *_, last = re.findall("<g .*?</g>", svg, re.DOTALL)
     rows = re.findall(r'fill="#(..)\1\1" d="M(\d+) (\d+)h(\d+)', last)
-    greys = [255 - round(255 * i / 4) for i in (0, 1, 2, 3, 4, 0)]
+    greys = [round(255 - 255 * i / 4) for i in (0, 1, 2, 3, 4, 0)]
     assert [int(grey, 16) for grey, *_ in rows] == greys
     assert [(int(x), int(y)) for _, x, y, _ in rows] == [(12 + 17 * i, 51 + 17 * j) for j in (0, 1) for i in range(3)]
     first = svg[svg.index("<g") :].split("</g>")[0]
@@ -352,7 +344,7 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     assert "--length 64" in mistake("--ckpt", ckpt, "--length", 64, main=sample.main)
     (tmp_path / "word.txt").write_text("three")
     words = mistake("--ckpt", ckpt, "--score", tmp_path / "word.txt", "--order", "left", main=sample.main)
-    assert "not a whole canvas of the model, of 72 tokens" in words
+    assert "not a whole canvas" in words
 
 
 @pytest.mark.parametrize("kinds", [((8, 0, 256),), ((72, 0, 274),), (), ((8, 32, 256), (64, 257, 999))])

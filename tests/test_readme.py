@@ -2,7 +2,10 @@
 
 import ast
 import csv
+import inspect
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +15,9 @@ import torch
 from changes import apply, readme_changes
 from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
 
-from data.lib.sample_settings import SHIPPED
+from data.lib.errors import Mistake
+from data.lib.flags import parse
+from data.lib.sampling import SHIPPED
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")
@@ -49,6 +54,33 @@ def test_the_loop_of_the_readme_runs_as_printed(monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
     assert len(capsys.readouterr().out) > 8
+
+
+def printed_commands():
+    """(page, words) of every command in the documentation that calls train.py, sample.py or a script in data/."""
+    for page in [ROOT / "README.md", *(ROOT / "data").rglob("*.md"), *(ROOT / "tests").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for line in text.split("\n") + re.findall(r"`((?:python|torchrun) [^`]+)`", text):
+            for command in line.split(" && "):
+                words = shlex.split(command, comments=True) if re.match("python |torchrun ", command) else []
+                script = next((i for i, word in enumerate(words) if re.fullmatch(r"(data/.*/)?\w+\.py", word)), None)
+                if script is not None:
+                    yield page.relative_to(ROOT), words[script:]
+
+
+def test_every_command_in_the_documentation_has_flags_that_exist():
+    commands = [*printed_commands()]
+    assert len(commands) > 100
+    for page, (script, *words) in commands:
+        if "spread" in words:  # an order that the reader adds
+            continue
+        variables = runpy.run_path(str(ROOT / script))
+        configs = [x for name, x in variables.items() if re.fullmatch("(Train|Sample|Prepare|Slim)Config", name)]
+        (config,) = configs or [inspect.getclosurevars(variables["main"]).nonlocals["config_class"]]
+        try:
+            parse(config, words=words)
+        except Mistake as mistake:
+            pytest.fail(f"{page}: {script} {shlex.join(words)}: {mistake}")
 
 
 CHANGED = """

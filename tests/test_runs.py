@@ -24,7 +24,6 @@ from world import (
 )
 
 import data.lib.corpus
-import data.lib.report
 import data.lib.training
 import train
 from data.lib.flags import Rate
@@ -92,8 +91,7 @@ def test_python_corpus_is_made_when_it_is_missing(tmp_path):
 def clock(patch):
     """Let a run go by a clock that stands still; returns what moves it on by some seconds."""
     now = [0.0]
-    for module in (data.lib.report, data.lib.training):
-        patch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    patch.setattr(data.lib.training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def move(seconds):
         now[0] += seconds

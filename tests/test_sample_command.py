@@ -5,9 +5,9 @@ import re
 import sys
 
 import pytest
-from world import mistake, sample_text
+from world import sample_text
 
-import data.lib.sample_settings
+import data.lib.sampling
 import sample
 from data.lib.checkpoint import save_checkpoint
 from data.lib.errors import Mistake
@@ -75,17 +75,11 @@ def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, caps
         assert f"{name}: 31 tokens in" in both
 
 
-def test_without_a_checkpoint_sample_says_what_to_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.lib.sample_settings, "SHIPPED", tmp_path / "none.pt")
-    assert "python train.py" in mistake(sample.main, [], monkeypatch, capsys)
-
-
 def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, tmp_path, monkeypatch, capsys):
     shipped = tmp_path / "data" / "shipped.pt"
     shipped.parent.mkdir()
     shipped.write_bytes((world / "blocks" / "ckpt.pt").read_bytes())
-    monkeypatch.setattr(data.lib.sample_settings, "SHIPPED", shipped)
+    monkeypatch.setattr(data.lib.sampling, "SHIPPED", shipped)
     monkeypatch.chdir(tmp_path)
     assert "data/shipped.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
     monkeypatch.chdir(world)

@@ -20,9 +20,9 @@ from world import ROOT
 
 from data.lib.escape import inert
 from data.lib.history import HOLE, History, tokens_of
+from data.lib.layout import columns, lines_of
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
 from data.lib.views import save_histories
-from data.lib.wrap import columns, lines_of, visible
 from sample import denoise
 
 BYTES = ByteTokenizer()
@@ -65,7 +65,7 @@ def test_inert_text_does_nothing(text):
 
 @given(st.lists(st.text("ab\t\n日é\u0301 "), max_size=40), st.integers(2, 12))
 def test_lines_keep_to_the_width(tokens, width):
-    lines = lines_of(tokens, [str(i) for i in range(len(tokens))], width)
+    lines = lines_of(tokens, [str(i) for i in range(len(tokens))], width, 10**6)
     for line in lines:
         assert sum(columns(c) for text, _ in line for c in text) <= width
     shown = "".join(text for line in lines for text, _ in line)
@@ -109,14 +109,14 @@ def data_of(page):
 
 def test_the_page_is_small_and_alone(tmp_path):
     """256 positions, 64 steps, all of them written anew at each: under 500 KB, and nothing from elsewhere."""
-    save_histories(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]], [""])
+    save_histories(tmp_path / "run.html", [[run_of([256] * 256, 64, "remask")[0]]])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert (tmp_path / "run.html").stat().st_size < 500_000
     assert not re.search(r"https?:|src=|href=|@import|url\(", page)
 
 
 def test_text_in_the_page_is_inert(tmp_path):
-    save_histories(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]], [""])
+    save_histories(tmp_path / "run.html", [[run_of([*NASTY.encode(), 256])[0]]])
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     template = (ROOT / "data" / "lib" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
@@ -135,7 +135,7 @@ def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
     lines = ["".join(text.itertext()) for text in groups[-1].findall("{*}text")]
     assert lines[0] == "step 64 of 64"
     tokens, kinds = list(run.frames())[-1]
-    expected = visible(lines_of(tokens, kinds, 72), 32)
+    expected = lines_of(tokens, kinds, 72, 32)
     assert lines[1:] == ["".join(text for text, _ in line) for line in expected]
     assert "".join(tokens) == inert(BYTES.decode(canvases[-1][0]))
     assert (tmp_path / "run.svg").stat().st_size < 1_000_000
@@ -144,7 +144,8 @@ def test_the_picture_is_xml_and_ends_with_the_text(tmp_path):
 def test_a_picture_of_two_models_has_two_panels(tmp_path):
     (quick, _), (slow, _) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    save_histories(tmp_path / "run.svg", [[quick, slow]], ["set.pt", "append.pt"])
+    quick.name, slow.name = "set.pt", "append.pt"
+    save_histories(tmp_path / "run.svg", [[quick, slow]])
     groups = ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g")
     titles = [[text.text for text in group.findall("{*}text") if text.get("class") == "step"] for group in groups]
     assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
@@ -227,7 +228,7 @@ def evaluator(call):
 def test_the_page_in_a_browser(tmp_path):
     """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
     runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
-    save_histories(tmp_path / "run.html", [[run] for run, _ in runs], [""])
+    save_histories(tmp_path / "run.html", [[run] for run, _ in runs])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -279,7 +280,8 @@ def test_the_page_in_a_browser(tmp_path):
 def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
     (quick, _), (slow, canvases) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    save_histories(tmp_path / "run.html", [[quick, slow]], ["set.pt", "<append>.pt"])
+    quick.name, slow.name = "set.pt", "<append>.pt"
+    save_histories(tmp_path / "run.html", [[quick, slow]])
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 
@@ -297,7 +299,7 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
 def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
     """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
     runs = [[run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")] for prompt in (b"a", b"b")]
-    save_histories(tmp_path / "run.html", runs, ["left", "random"])
+    save_histories(tmp_path / "run.html", runs)
     with browser_page(tmp_path / "run.html") as call:
         evaluate = evaluator(call)
 

@@ -31,11 +31,10 @@ from model_files import (
 import data.lib.checkpoint
 import data.lib.corpus
 import data.weights.hub
-import data.wikitext.prepare as wikitext_prepare
 import sample
 import train
 from data.lib.checkpoint import save_checkpoint
-from data.lib.corpus import load_corpus
+from data.lib.corpus import load_corpus, tokenizer_by_name, write_corpus
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("data_folder")
@@ -283,11 +282,9 @@ def test_fine_tuned_from_conversion_to_export(flags, originals, run, tmp_path):
     """The README's recipe, on a small model and corpus; what is exported is what was trained."""
     folder, original = originals["roberta"]
     run(folder, "--out", tmp_path / "a.pt")
-    text = library_text()[:20_000]
-    for name in ("wiki.train.raw", "wiki.valid.raw"):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    arguments = ["--file", tmp_path, "--tokenizer", tmp_path / "a.pt"]
-    run(*arguments, main=wikitext_prepare.main)
+    text, tokenizer = library_text()[:20_000], tokenizer_by_name(str(tmp_path / "a.pt"))
+    lines = [(split, line) for split in ("train", "val") for line in text.splitlines(keepends=True) if line.strip()]
+    write_corpus("wikitext2", lines, tokenizer, "test", encode=tokenizer.encode_line)
     size = ["--context", 20, "--prompt_len", "0:4", "--evals", 1, "--epochs", 0.5]
     out_dir = tmp_path / "out"
     files = ["--init_from", tmp_path / "a.pt", "--data", "wikitext2", "--out_dir", out_dir]
@@ -458,7 +455,7 @@ OTHER_CONFIGS = [
     ({"hidden_act": "swiglu"}, "swiglu"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"is_decoder": True}, "is_decoder"),
-    ({"num_attention_heads": 5}, "not of the size"),
+    ({"num_attention_heads": 5}, "attention.key.weight"),
     ({"vocab_size": 100}, "100 rows"),
     ({"vocab_size": 10**12}, "1,000,000,000,000 rows"),
     ({"vocab_size": 464}, "token_embedding"),

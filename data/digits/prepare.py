@@ -1,8 +1,5 @@
 """Handwritten digits with their words: a canvas has a caption and a picture in 17 greys.
 
-    python data/digits/prepare.py           # data/digits: 1,797 of 8 x 8 pixels, from digits.csv.gz (see README.md)
-    python data/digits/prepare.py mnist     # data/mnist: 70,000 of 28 x 28 pixels, a download
-
 The digits are in the order of the forms that people filled in, about 130 on each. The last three forms validate, so
 that all of them are by new hands. The others are there four times, as they are and changed a little. MNIST's test set
 validates.
@@ -10,20 +7,17 @@ validates.
 
 import gzip
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.corpus import DATA, SPLITS, check_name, write_tokens
-from data.lib.download import check_sha256, download
-from data.lib.errors import command
-from data.lib.flags import argument, flag, parse
+from data.lib.download import download
+from data.lib.flags import argument, flag, script
 from data.lib.tokenizer import PictureTokenizer
 
 WORDS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
@@ -39,16 +33,9 @@ FILES = {  # MNIST's pictures and digits, first to train and then to validate, w
 }
 
 
-@dataclass
-class PrepareConfig:
-    corpus: Literal["digits", "mnist"] = argument("which of the two", "digits")
-    dir: str | None = flag(None, "a folder with copies of MNIST's four files, instead of the download")
-    name: str | None = flag(None, "folder of data/ to write (default: the corpus)")
-
-
-def as_by_others(pictures, digits, seed=0):
+def as_by_others(pictures, digits):
     """Add COPIES of each picture (N, 8, 8), turned, slanted, stretched and moved a little, as if by another hand."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     whole = torch.from_numpy(pictures).float()[:, None].repeat(COPIES, 1, 1, 1)  # (COPIES * N, 1, 8, 8)
     most = torch.tensor([[0.15, 0.3, 0.12], [0.15, 0.15, 0.12]])  # the picture is 2 wide, and a pixel 0.25
     change = (2 * torch.rand(len(whole), 2, 3, generator=generator) - 1) * most
@@ -59,45 +46,40 @@ def as_by_others(pictures, digits, seed=0):
 
 def read_digits():
     """The pictures (1797, 8, 8), which are numbers from 0 (white) to 16, and the digits (1797,)."""
-    with gzip.open(Path(__file__).with_name("digits.csv.gz"), "rt") as file:
-        table = np.loadtxt(file, delimiter=",").astype(int)
+    table = np.loadtxt(Path(__file__).with_name("digits.csv.gz"), int, delimiter=",")
     return table[:, :64].reshape(-1, 8, 8), table[:, 64]
 
 
-def read_mnist(folder, files):
-    """MNIST's pictures (N, 28, 28) and digits (N,), to train and to validate. Without a folder they are downloaded."""
+def read_mnist(folder):
+    """Yield MNIST's pictures (N, 28, 28) and digits (N,) to train, and then those to validate."""
     contents = []
-    for name, sha256 in files.items():
-        path = Path(folder or DATA / "mnist") / name
-        if folder is None:
-            download(URL + name, path, sha256, "--dir takes copies of the files")
-        check_sha256(path, sha256)
-        with gzip.open(path) as file:
-            contents.append(np.frombuffer(file.read(), np.uint8))
-    for pictures, digits in zip(contents[::2], contents[1::2]):
+    for name, sha256 in FILES.items():
+        copy = Path(folder, name) if folder else None
+        path = download(URL + name, DATA / "mnist" / name, sha256, copy, "--dir takes copies of the files")
+        contents.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8))
+    for pictures, digits in (contents[:2], contents[2:]):
         greys = ((GREYS - 1) * pictures[16:].astype(np.uint16) + 127) // 255  # after a header of 16 bytes
         yield greys.reshape(-1, 28, 28), digits[8:]
 
 
-def main(files=FILES):
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    name = config.name or config.corpus
-    check_name(name, own="digits")
-    if config.corpus == "mnist":
-        splits, source = [*read_mnist(config.dir, files)], "MNIST"
+@script
+def main(
+    corpus: Literal["digits", "mnist"] = argument("1,797 of 8 x 8 pixels, or 70,000 of 28 x 28, a download", "digits"),
+    dir: str | None = flag(None, "a folder with copies of MNIST's four files, instead of the download"),
+    name: str | None = flag(None, "folder of data/ to write (default: the corpus)"),
+):
+    check_name(name or corpus, own="digits")
+    if corpus == "mnist":
+        splits, source = [*read_mnist(dir)], "MNIST"
     else:
         pictures, digits = read_digits()
         splits = [as_by_others(pictures[:FORM], digits[:FORM]), (pictures[FORM:], digits[FORM:])]
         source = "UCI, Optical Recognition of Handwritten Digits"
-    (_, height, width) = splits[0][0].shape
-    tokenizer, n_bytes = PictureTokenizer(CAPTION, width, height, GREYS), CAPTION + width * height
+    _, height, width = splits[0][0].shape
+    tokenizer = PictureTokenizer(CAPTION, width, height, GREYS)
     pieces = (
-        (split, tokenizer.canvas(WORDS[digit], pixels.flatten()), n_bytes)
+        (split, tokenizer.canvas(WORDS[digit], pixels.flatten()), tokenizer.canvas_len)
         for split, pairs in zip(SPLITS, splits)
         for pixels, digit in zip(*pairs)
     )
-    write_tokens(name, pieces, tokenizer, source)
-
-
-if __name__ == "__main__":
-    command(main)
+    write_tokens(name or corpus, pieces, tokenizer, source)

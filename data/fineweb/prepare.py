@@ -4,32 +4,21 @@ A shard has 100 million tokens, and <|endoftext|> opens each document. --shards 
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.corpus import DATA, tokenizer_by_name, write_tokens
 from data.lib.download import download
-from data.lib.errors import Mistake, command
-from data.lib.flags import flag, parse
+from data.lib.errors import Mistake
+from data.lib.flags import flag, script
 from data.lib.tokenizer import BPETokenizer
 from data.weights import hub
 from data.weights.gpt2 import START
 
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
-MAGIC, VERSION = 20240520, 1
-HEADER = 1024  # bytes: 256 numbers of 32 bits. The third is how many tokens of 16 bits follow.
-
-
-@dataclass
-class PrepareConfig:
-    shards: int = flag(1, "how many to train on, 0.2 GB each", least=1, most=103)
-    dir: str | None = flag(None, "a folder that has the shards, instead of the download")
-    name: str = flag("fineweb", "folder of data/ to write")
-    tokenizer: str = flag("gpt2", "gpt2, or the path of a checkpoint with GPT-2's tokens")
+HEADER = 1024  # bytes, as 256 numbers of 32 bits. The third is the number of tokens, which have 16 bits.
 
 
 def gpt2_tokenizer():
@@ -42,34 +31,28 @@ def gpt2_tokenizer():
 
 def read_shard(path, tokenizer):
     """Yield (ids, number of bytes of their text) for a part of the shard at a time. Mistake if it is no shard."""
-    lengths = np.array([len(tokenizer.bytes_of[i]) for i in range(tokenizer.vocab_size)])
-    lengths[list(tokenizer.special_ids)] = 0
+    special = tokenizer.special_ids
+    lengths = np.array([0 if i in special else len(tokenizer.bytes_of[i]) for i in range(tokenizer.vocab_size)])
+    n = (path.stat().st_size - HEADER) / 2
     with open(path, "rb") as file:
-        start = np.frombuffer(file.read(HEADER).ljust(HEADER, b"\0"), "<i4")
-        if tuple(start[:2]) != (MAGIC, VERSION) or path.stat().st_size != HEADER + 2 * int(start[2]):
+        if np.fromfile(file, "<i4", HEADER // 4)[:3].tolist() != [20240520, 1, n]:  # format and version
             raise Mistake(f"{path}: not a whole shard of GPT-2's tokens; get another copy")
-        while piece := file.read(2**21):
-            ids = np.frombuffer(piece, "<u2")
+        while len(ids := np.fromfile(file, "<u2", 2**20)):
             if ids.max() >= tokenizer.mask_id:
                 raise Mistake(f"{path}: it has a token {ids.max()}, and the last is {tokenizer.mask_id - 1}")
             yield ids, int(lengths[ids].sum())
 
 
-def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    tokenizer = gpt2_tokenizer() if config.tokenizer == "gpt2" else tokenizer_by_name(config.tokenizer)
-    if tokenizer.first(START) is None:
-        raise Mistake(f"--tokenizer {config.tokenizer}: it has no {START}, so it is not GPT-2's")
-    folder = Path(config.dir or DATA / "fineweb")
-    shards = {"fineweb_val_000000.bin": "val"}
-    shards |= {f"fineweb_train_{i:06}.bin": "train" for i in range(1, config.shards + 1)}
-    for name in shards:
-        if config.dir is None:
-            url = f"{hub.HUB}/{REPOSITORY}/resolve/main/{name}"
-            download(url, folder / name, instead="--dir takes a folder with a copy", most=2**28)
-    pieces = ((split, *piece) for name, split in shards.items() for piece in read_shard(folder / name, tokenizer))
-    write_tokens(config.name, pieces, tokenizer, f"{REPOSITORY}, {config.shards} of its shards")
-
-
-if __name__ == "__main__":
-    command(main)
+@script
+def main(
+    shards: int = flag(1, "how many to train on, 0.2 GB each", least=1, most=103),
+    dir: str | None = flag(None, "a folder that has the shards, instead of the download"),
+    name: str = flag("fineweb", "folder of data/ to write"),
+):
+    folder, tokenizer = Path(dir or DATA / "fineweb"), gpt2_tokenizer()
+    files = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1))]
+    for file in [] if dir else files:
+        url = f"{hub.HUB}/{REPOSITORY}/resolve/main/{file}"
+        download(url, folder / file, instead="--dir takes a folder with a copy", most=2**28)
+    pieces = ((file.split("_")[1], *piece) for file in files for piece in read_shard(folder / file, tokenizer))
+    write_tokens(name, pieces, tokenizer, f"{REPOSITORY}, {shards} of its shards")

@@ -30,6 +30,8 @@ class Chat:
     """A template with its tokenizer. end_id fills the canvas after a reply; each of end_ids ends what is shown."""
 
     def __init__(self, template, tokenizer):
+        if template is None:
+            raise Mistake("the model has no chat template; data/chat/prepare.py makes a corpus that teaches it one")
         self.tokenizer = tokenizer
         names = sorted(tokenizer.special, key=len, reverse=True)  # where one begins like another, the longer
         self.special = re.compile(f"({'|'.join(map(re.escape, names))})")
@@ -59,16 +61,15 @@ class Chat:
 
     def check(self, messages):
         """Raise Mistake unless this is a list of messages that the template can hold."""
-        are_dicts = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-        if not are_dicts or not all({"role", "content"} <= {*message} for message in messages):
-            raise Mistake('a conversation is a list of messages, and a message is {"role": .., "content": ..}')
-        for role, content in ((message["role"], message["content"]) for message in messages):
-            if role not in ("system", "user", "assistant"):
-                raise Mistake(f"the role {role!r} is none of system, user, assistant")
-            if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
-                raise Mistake("the content of a message is no text")
-            if reserved := self.reserved.intersection(content):
-                raise Mistake(f"the content has {min(reserved)!r}, which the template takes for itself")
+        try:
+            for role, content in [(message["role"], message["content"]) for message in messages]:
+                if role not in ("system", "user", "assistant"):
+                    raise ValueError(f"the role {role!r} is none of system, user, assistant")
+                content.encode()  # raises unless it is a text, without bytes that are not UTF-8
+                if reserved := self.reserved.intersection(content):
+                    raise ValueError(f"the content has {min(reserved)!r}, which the template takes for itself")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Mistake(f'not a list of messages like {{"role": "user", "content": ".."}}: {error}') from None
 
     def prompt(self, messages):
         """The ids of messages, and of the beginning of the reply."""
@@ -90,32 +91,14 @@ class Chat:
         return ids + [self.tokenizer.mask_id] * (length - len(ids))
 
 
-def chat_of(path, checkpoint, tokenizer):
-    """The Chat of a checkpoint that was read from path."""
-    if checkpoint.get("chat") is None:
-        advice = "data/chat/prepare.py makes a corpus of prompts and answers, and `train.py --init_from` teaches it one"
-        raise Mistake(f"--chat: the model in {path} has no chat template; {advice}")
-    return Chat(checkpoint["chat"], tokenizer)
-
-
-def reply_length(checkpoint, W):
-    """Tokens of a prompt with its reply: the context that it was trained with, if this is below W."""
-    trained = checkpoint.get("train")
-    length = trained.get("context") if isinstance(trained, dict) else None
-    return length if isinstance(length, int) and 0 < length < W else W
-
-
 def converse(chat, answer):
     """Hold a conversation: each line of stdin is a user's turn, and answer(messages) returns the reply, a text."""
     messages, is_terminal = [], sys.stdin.isatty()
-
-    def next_line():
-        print("> " * is_terminal, end="", file=sys.stderr, flush=True)
-        return sys.stdin.buffer.readline()
-
-    for line in iter(next_line, b""):
+    print("> " * is_terminal, end="", file=sys.stderr, flush=True)
+    for line in sys.stdin.buffer:
         if content := line.decode(errors="replace").strip():
             messages.append({"role": "user", "content": content})
             reply = "".join(c for c in answer(messages) if c not in chat.reserved)
             messages.append({"role": "assistant", "content": reply})
+        print("> " * is_terminal, end="", file=sys.stderr, flush=True)
     print("\n" * is_terminal, end="", file=sys.stderr)

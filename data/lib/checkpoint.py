@@ -72,12 +72,12 @@ def published_network(family):
 
 
 @contextmanager
-def refused(path):
+def refused(path, said="not a checkpoint of setitem"):
     """Context in which whatever a stranger's checkpoint causes becomes a Mistake that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise Mistake(f"{path}: not a checkpoint of setitem ({str(error)[:200]})") from None
+        raise Mistake(f"{path}: {said} ({str(error)[:200]})") from None
 
 
 def has_type(value, kind):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -24,9 +25,8 @@ from data.lib.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
 DATA = Path(__file__).resolve().parents[1]  # the folder data/
 SPLITS = ("train", "val")
-# The corpora whose script is in a folder of another name.
-MADE_BY = {"wikitext2": "wikitext/prepare.py", "wikitext103": "wikitext/prepare.py wikitext103"}
-MADE_BY |= {"enwik8": "text8/prepare.py enwik8", "mnist": "digits/prepare.py mnist"}
+# Where the script is for a corpus that isn't named after its folder.
+FOLDERS = {"wikitext2": "wikitext", "wikitext103": "wikitext", "enwik8": "text8", "mnist": "digits"}
 
 
 def check_name(name, own=None):
@@ -44,8 +44,7 @@ def write_corpus(name, pieces, tokenizer, source, encode=None):
         for split, text in pieces:
             ids = (encode or tokenizer.encode)(text)
             # Where a special token stands for the newline, no byte is predicted for it.
-            newline = text.endswith("\n") and tokenizer.eos_id in ids
-            yield split, ids, len(text.encode("utf-8")) - newline
+            yield split, ids, len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids)
 
     return write_tokens(name, encoded(), tokenizer, source)
 
@@ -57,44 +56,37 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
     Returns the content of meta.json. On an error all files stay as they were.
     """
     check_name(name)
-    folder, files, units = DATA / name, {}, ("tokens", "bytes", "examples") if template else ("tokens", "bytes")
-    counts = {split: dict.fromkeys(units, 0) for split in SPLITS}
-    digests = {split: hashlib.sha256() for split in SPLITS}
-    occurrences = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    counts, digests = {split: Counter() for split in SPLITS}, {split: hashlib.sha256() for split in SPLITS}
+    occurrences, kinds = np.zeros(tokenizer.vocab_size, np.int64), ("bin", "rows") if template else ("bin",)
+    names = "meta.json", *(f"{split}.{kind}" for kind in kinds for split in SPLITS)
     with ExitStack() as stack:  # when it exits, it renames the files, meta.json last
-        for file in ("meta.json", "train.bin", "val.bin", *(("train.rows", "val.rows") if template else ())):
-            files[file] = stack.enter_context(replacing(folder / file))
+        files = {file: stack.enter_context(replacing(DATA / name / file)) for file in names}
         for split, ids, n_bytes, *prompt_len in pieces:
-            if template:
-                row = np.array([counts[split]["tokens"], *prompt_len], dtype=np.int64)
-                files[f"{split}.rows"].write(row)
-                digests[split].update(row)
-                counts[split]["examples"] += 1
             ids = np.asarray(ids, np.min_scalar_type(tokenizer.vocab_size - 1))
-            files[f"{split}.bin"].write(ids)
-            digests[split].update(ids)
-            counts[split]["tokens"] += len(ids)
-            counts[split]["bytes"] += n_bytes
+            row = np.array([counts[split]["tokens"], *prompt_len], np.int64)
+            for kind, array in zip(kinds, (ids, row)):
+                files[f"{split}.{kind}"].write(array)
+                digests[split].update(array)
+            counts[split].update(tokens=len(ids), bytes=n_bytes, examples=len(prompt_len))
             if split == "train":
                 np.add.at(occurrences, ids, 1)
         for split in SPLITS:
-            if 0 in counts[split].values():
+            if not (counts[split]["tokens"] and counts[split]["bytes"]):
                 raise Mistake(f"{source}: too little text, its {split} split is empty")
             counts[split]["sha256"] = digests[split].hexdigest()
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state, "occurrences": occurrences.tolist()}
         meta |= {"chat": template} if template else {}
         files["meta.json"].write(json.dumps(meta, indent=1).encode())
-    print(f"{folder}: {counts['train']['tokens']:,} train, {counts['val']['tokens']:,} val tokens")
+    print(f"{DATA / name}: {counts['train']['tokens']:,} train, {counts['val']['tokens']:,} val tokens")
     return meta
 
 
 def split_at(pieces, cut):
     """Turn pieces of text into (split, text) pairs. The first `cut` bytes train, but half a character never does."""
-    seen = 0
     for text in pieces:
         data = text.encode("utf-8")
-        head = data[: max(0, cut - seen)].decode("utf-8", errors="ignore")
-        seen += len(data)
+        head = data[: max(0, cut)].decode("utf-8", errors="ignore")
+        cut -= len(data)
         yield "train", head
         yield "val", text[len(head) :]
 
@@ -121,40 +113,39 @@ def load_corpus(name, context=1):
             sys.exit(2)  # it has said why
     if not (folder / "meta.json").exists():
         ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
-        own = name in MADE_BY or (folder / "prepare.py").exists()
-        script = MADE_BY.get(name, f"{name}/prepare.py") if own else "text/prepare.py FILE --name NAME"
-        how = f"`python data/{script}` makes {'this' if own else 'a new'} one"
-        raise Mistake(f"--data {name}: there is no such corpus; ready are: {ready}; {how}")
+        script = f"{FOLDERS[name]}/prepare.py {name}" if name in FOLDERS else f"{name}/prepare.py"
+        script = script if (DATA / script.split()[0]).exists() else "text/prepare.py FILE --name NAME"
+        raise Mistake(f"--data {name}: no such corpus; ready are: {ready}; `python data/{script}` makes one")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        tokenizer = tokenizer_from_state(meta["tokenizer"])
-        numbers = [*meta["occurrences"], *(meta[split][unit] for split in SPLITS for unit in ("tokens", "bytes"))]
-        if len(numbers) != tokenizer.vocab_size + 4 or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise ValueError("its counts can't be")
-        train, val = (open_split(folder, split, meta, tokenizer, context) for split in SPLITS)
+        tokenizer, occurrences = tokenizer_from_state(meta["tokenizer"]), meta["occurrences"]
+        if len(occurrences) != tokenizer.vocab_size or not all(type(n) is int and 0 <= n < 2**62 for n in occurrences):
+            raise ValueError("its occurrences can't be")
+        splits = [open_split(folder, split, meta, tokenizer, context) for split in SPLITS]
     except Exception as error:
         raise Mistake(f"{folder}: not a whole corpus ({str(error)[:200]}); prepare it again") from None
-    for split, tokens in zip(SPLITS, (train, val)):
+    for split, tokens in zip(SPLITS, splits):
         meta[split]["tokens"] = n = len(tokens)
         if "chat" in meta and (longest := tokens.lengths.max()) > context:
-            sentence = f"too small for an example of {longest} tokens; --context {longest} is the least that will do"
-            raise Mistake(f"--data {name}: --context {context} is {sentence}")
+            raise Mistake(f"--context {context}: an example of {longest} tokens needs --context {longest}")
         if n < context:
             raise Mistake(f"--data {name}: its {split} split has {n} tokens, fewer than one --context of {context}")
-    return train, val, tokenizer, meta
+    return *splits, tokenizer, meta
 
 
 def open_split(folder, split, meta, tokenizer, context):
     """Open a split as memory-mapped tokens, or as Examples. Raises some error if its files don't fit meta.json."""
     tokens = np.memmap(folder / f"{split}.bin", np.min_scalar_type(tokenizer.vocab_size - 1), "r")
-    tokens.vocab_size = tokenizer.vocab_size  # for windows_at, which checks the ids that it reads
-    counts = meta[split]
-    if len(tokens) != counts["tokens"] or not counts["bytes"] or type(counts["sha256"]) is not str:
+    tokens.vocab_size, counts = tokenizer.vocab_size, meta[split]  # windows_at checks the ids that it reads
+    if len(tokens) != counts["tokens"] or not 0 < counts["bytes"] < 2**62 or type(counts["sha256"]) is not str:
         raise ValueError(f"{split}.bin is not what meta.json says")
-    if "chat" not in meta:
-        return canvases(tokens, tokenizer.canvas_len) if tokenizer.kinds else tokens
-    rows = np.fromfile(folder / f"{split}.rows", np.int64).reshape(counts["examples"], 2)
-    return Examples(tokens, rows, Chat(meta["chat"], tokenizer).end_id, context)
+    if "chat" in meta:
+        rows = np.fromfile(folder / f"{split}.rows", np.int64).reshape(counts["examples"], 2)
+        return Examples(tokens, rows, Chat(meta["chat"], tokenizer).end_id, context)
+    if tokenizer.kinds:  # canvases are examples of one length without prompts
+        starts = np.arange(0, len(tokens), tokenizer.canvas_len)
+        return Examples(tokens, starts[:, None] * (1, 0), 0, tokenizer.canvas_len)
+    return tokens
 
 
 class Examples:
@@ -164,18 +155,12 @@ class Examples:
         self.tokens, self.end_id, self.T = tokens, end_id, T
         self.starts, self.prompts = rows.T  # (N,) each
         self.lengths = np.diff(self.starts, append=len(tokens))  # (N,)
-        inside = self.starts[0] == 0 and (rows >= 0).all() and (self.starts < len(tokens)).all()
-        if not inside or (self.prompts >= self.lengths).any():
+        outside = self.starts[0] or rows.min() < 0 or self.starts.max() >= len(tokens)
+        if outside or (self.prompts >= self.lengths).any():
             raise ValueError("its examples do not fit its tokens")
 
     def __len__(self):
         return len(self.starts) * self.T  # the tokens of all windows
-
-
-def canvases(tokens, T):
-    """A split of canvases of T tokens each, as Examples without prompts."""
-    starts = np.arange(0, len(tokens), T)
-    return Examples(tokens, np.stack((starts, np.zeros_like(starts)), 1), 0, T)
 
 
 def canvas_len(name):
@@ -225,26 +210,20 @@ def spaced_windows(split, T, n_tokens):
 
 def tokenizer_by_name(name):
     """The tokenizer called `bytes` or `gpt2` (tiktoken downloads that one once), or that of a checkpoint's path."""
-    return tokenizer_and_template(name)[0]
-
-
-def tokenizer_and_template(name):
-    """The tokenizer of that name, and the chat template of its checkpoint, or None."""
     if name == "bytes":
-        return ByteTokenizer(), None
-    if name.endswith(".pt") or Path(name).is_file():
-        from data.lib.checkpoint import read_checkpoint  # torch takes a second to load
-
-        checkpoint = read_checkpoint(name)
-        try:
-            tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        except Exception as error:
-            raise Mistake(f"{name}: it has no tokenizer of ours ({str(error)[:200]})") from None
-        if tokenizer.kinds:
-            raise Mistake(f"--tokenizer {name}: its tokens are of captions and pictures, not of a text")
-        return tokenizer, checkpoint.get("chat")
-    if name != "gpt2":
+        return ByteTokenizer()
+    if name == "gpt2":
+        encoding = tiktoken.get_encoding("gpt2")
+        tokens = [encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.eot_token)]
+        return BPETokenizer(tokens, encoding._pat_str)
+    if not Path(name).is_file():
         raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
-    encoding = tiktoken.get_encoding("gpt2")
-    merges = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    return BPETokenizer([token.decode("latin-1") for token in merges], encoding._pat_str), None
+    from data.lib.checkpoint import read_checkpoint, refused  # torch takes a second to load
+
+    checkpoint = read_checkpoint(name)
+    with refused(name):
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    if tokenizer.kinds:
+        raise Mistake(f"--tokenizer {name}: its tokens are of captions and pictures, not of a text")
+    tokenizer.template = checkpoint.get("chat")
+    return tokenizer

@@ -5,11 +5,6 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None
-
 from data.lib.errors import Mistake
 
 
@@ -17,11 +12,10 @@ from data.lib.errors import Mistake
 def replacing(path):
     """Open a binary file that replaces path once the block has ended and the file is flushed to the disk.
 
-    If the block raises, path stays as it was, and a folder that was created for it is removed again.
+    If the block raises, path stays as it was. A folder that is missing is created, and removed again if it stays empty.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    new_folder = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
@@ -29,12 +23,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # otherwise a crash could leave the new name with no content
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        if new_folder:
-            with suppress(OSError):  # it isn't empty
-                path.parent.rmdir()
-        raise
+        with suppress(OSError):  # it isn't empty
+            path.parent.rmdir()
 
 
 def link(source, path):
@@ -51,19 +43,22 @@ def link(source, path):
 @contextmanager
 def alone_in(folder):
     """Lock a folder for this process, and delete half-written checkpoints in it. Mistake if another process has it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None
     try:
-        with suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Mistake(f"{folder}: another run is writing there") from None
-        for path in Path(folder).glob("*.pt.*.tmp"):
+        import fcntl
+
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f"{folder}: another run is writing there") from None
+    except (ImportError, OSError):  # Windows and some network file systems have no such locks
+        pass
+    try:
+        for path in folder.glob("*.pt.*.tmp"):
             path.unlink()
         yield
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)

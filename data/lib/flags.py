@@ -6,7 +6,7 @@ import math
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from data.lib.errors import Mistake
+from data.lib.errors import Mistake, command
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -148,3 +148,20 @@ def from_plain(config_class, plain):
         if value is not None
     ]
     return config_class(**parse(config_class, words=words))
+
+
+def script(main):
+    """Decorate the main function of a script, whose parameters, with flags and arguments as defaults, are in sys.argv.
+
+    If the file is run as a script, main is called here, so it stands last.
+    """
+    fields = [(*hint, default) for hint, default in zip(get_type_hints(main).items(), main.__defaults__)]
+    config_class = dataclasses.make_dataclass("Config", fields)
+    description = main.__globals__["__doc__"].splitlines()[0]
+
+    def run():
+        main(**vars(config_class(**parse(config_class, description))))
+
+    if main.__module__ == "__main__":
+        command(run)
+    return run

@@ -9,29 +9,27 @@ HOLE = "·"
 
 def tokens_of(tokenizer, ids):
     """The text of each token of a canvas, safe to show; HOLE for a hole."""
-    pieces = map(inert, tokenizer.pieces(ids))
-    return [HOLE if i == tokenizer.mask_id else piece for i, piece in zip(ids, pieces)]
+    return [HOLE if i == tokenizer.mask_id else inert(piece) for i, piece in zip(ids, tokenizer.pieces(ids))]
 
 
 class History:
-    """How a canvas, a list of ids, filled. tokens and kinds are the canvas now, start and first_kinds at first.
+    """How a canvas, a list of ids, filled. start: its tokens at first. tokens, kinds: now, as frame_after has them.
 
     steps: the changes of each step, [position, text, probability]. The text is None if the token was masked again. The
     probability is None if the token only looks different, because one set later completed its character.
     """
 
-    def __init__(self, tokenizer, canvas):
-        self.tokenizer, self.pixels = tokenizer, tokenizer.pixels
+    def __init__(self, tokenizer, canvas, name=""):
+        self.tokenizer, self.pixels, self.name, self.text = tokenizer, tokenizer.pixels, name, ""
         self.canvas, self.probability = canvas, [1.0] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
-        self.start = self.tokens = tokens_of(tokenizer, canvas)
-        self.first_kinds = self.kinds = ["hole" if hole else "given" for hole in self.holes]
-        self.steps, self.seconds = [], []  # seconds: when each step was done
+        self.start, self.steps, self.seconds = tokens_of(tokenizer, canvas), [], []  # seconds: when a step was done
+        self.tokens, self.kinds = next(self.frames())
 
     def add(self, canvas, probability, seconds):
         """Record the canvas after one more step, and the probability with which each of its tokens was set."""
-        tokens, changes = tokens_of(self.tokenizer, canvas), []
-        for i, token in enumerate(tokens):
+        changes = []
+        for i, token in enumerate(tokens_of(self.tokenizer, canvas)):
             is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # drawn again
             if is_new and canvas[i] == self.tokenizer.mask_id:
                 changes.append([i, None, None])
@@ -44,7 +42,8 @@ class History:
 
     def frames(self):
         """The (tokens, kinds) at the start and after every step."""
-        return itertools.accumulate(self.steps, frame_after, initial=(self.start, self.first_kinds))
+        first = self.start, ["hole" if hole else "given" for hole in self.holes]
+        return itertools.accumulate(self.steps, frame_after, initial=first)
 
 
 def frame_after(frame, changes):

@@ -1,4 +1,4 @@
-"""Attention, dropout, matrix products and cross-entropy that are faster or smaller than torch's own."""
+"""Attention, dropout and cross-entropy that are faster or smaller than torch's own, and logits a few rows at a time."""
 
 import torch
 import torch.nn as nn
@@ -9,12 +9,11 @@ def attend(q, k, v, dropout, sees=None, causal=False):
     """softmax(q k^T / sqrt(D)) v: (B, H, Q, D), of q (B, H, Q, D) and k, v (B, H, S, D), or fewer heads (2305.13245).
 
     sees: (Q, S) bool, None for all. causal: each position sees itself and those before it.
-    On a CPU torch has no fused kernel with dropout, and its bfloat16 kernel takes two to three times as long as these
-    lines for 64 queries or more, as long as all scores fit into the caches.
+    On a CPU torch has no fused kernel with dropout, and its bfloat16 kernel takes two to five times as long as these
+    lines, as long as all scores fit into the caches.
     """
     p, (H, Q), S = dropout.p if dropout.training else 0.0, q.shape[1:3], k.shape[2]
-    written_out = p or (q.dtype == torch.bfloat16 and Q >= 64 and Q * S <= 2**18)
-    if q.device.type != "cpu" or not written_out:
+    if q.device.type != "cpu" or not (p or (q.dtype == torch.bfloat16 and Q * S <= 2**18)):
         gqa = k.shape[1] < H
         return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=p, is_causal=causal, enable_gqa=gqa)
     k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
@@ -26,28 +25,11 @@ def attend(q, k, v, dropout, sees=None, causal=False):
     return dropout(scores.softmax(-1)) @ v
 
 
-# A CPU with AMX reads bfloat16 weights 1.4 times as fast for a vector as for a matrix of one row.
-VECTORS = torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
-def linear(x, weight, bias=None):
-    """F.linear, but a single row, as when a GPT appends a token, is multiplied as a vector where that is faster."""
-    if not VECTORS or x.device.type != "cpu" or x.numel() != x.shape[-1]:
-        return F.linear(x, weight, bias)
-    y = weight @ x.flatten()
-    return (y if bias is None else y + bias.type_as(y)).view(*x.shape[:-1], -1)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
 class Dropout(nn.Dropout):
     """Zero each value with probability p in training, and scale the others so that the mean stays.
 
-    On a CPU torch draws one random number per value. Here a 64-bit draw serves four values, which is five times faster
-    and makes p a multiple of 2**-16.
+    On a CPU torch draws one random number per value. Here a 64-bit draw serves four values, which is two to five times
+    as fast and makes p a multiple of 2**-16.
     """
 
     def forward(self, x):
@@ -88,7 +70,7 @@ def rows_at_a_time(logits):
 def in_parts(function, logits, *more):
     """function(logits (N, V), ..), (N,), computed a few rows at a time to save memory."""
     rows = rows_at_a_time(logits)
-    if len(logits) <= rows:
+    if len(logits) <= rows:  # the usual case when appending, where a copy would cost
         return function(logits, *more)
     return torch.cat([function(*part) for part in zip(*(tensor.split(rows) for tensor in (logits, *more)))])
 

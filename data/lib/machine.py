@@ -3,7 +3,6 @@
 import ctypes
 import os
 import sys
-from contextlib import suppress
 
 import torch
 
@@ -12,21 +11,20 @@ from data.lib.errors import Mistake
 
 def pick_device(name):
     """The torch.device with this name; `auto` is cuda, then mps, then cpu. Mistake if the machine doesn't have it."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind in there if there[kind]]
-    name = there[0] if name == "auto" else name
+    if name == "auto":
+        name = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun each process has its own
-    with suppress(RuntimeError):
-        if name.split(":")[0] in there:
-            return torch.empty(0, device=name).device
-    raise Mistake(f"--device {name}: not on this machine, which has {', '.join(there)}")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError):  # a torch without CUDA raises the first
+        raise Mistake(f"--device {name}: not on this machine") from None
 
 
 def release_memory():
-    """Give freed memory back to the system. Linux's C library would keep it, and it would pile up."""
+    """Return freed memory to the system. Linux's C library would keep it, and a long run would grow."""
     if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # musl has no malloc_trim
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # musl has none
 
 
 def device_of(model):
@@ -52,8 +50,8 @@ def autocast(device, dtype="auto"):
     auto: bfloat16 if the machine multiplies it faster than float32. A CPU needs AMX or AVX-512 BF16 for that.
     """
     if dtype == "auto":
-        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-        fast = fast or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cpu":
+            fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

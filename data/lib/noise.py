@@ -1,11 +1,7 @@
-"""Masking rates other than t, the bound under a slanted rate, and the loss at visible tokens.
-
-rates(t, x0) returns each token's masking rate and its slope in t, which `corrupt` and `hole_weights` of train.py take.
-"""
+"""Masking rates other than t, the bound under a slanted rate, and the loss at visible tokens."""
 
 import functools
 
-import numpy as np
 import torch
 
 
@@ -21,54 +17,39 @@ def segment_lengths(model_config, T, weight):
     return [K] * (T // K)
 
 
-def rates_of(rate, uniform_rates, model_config, occurrences=None):
-    """The function rates(t, x0) -> (rate, slope), (B, T) each, of a Rate. occurrences: of each token in the corpus.
-
-    slant:W masks the right end of each block first, so it is written last (AR-Diffusion's idea, 2305.09515).
-    spindle:W masks informative tokens first (DiffusionBERT, 2211.15029). It has no bound, so its slope is just 1.
-    """
-    token_nats = unigram_nats(occurrences) if rate.kind == "spindle" else None
-
-    def slanted(t, x0):
-        r = slanted_rate(t, rate.value, model_config.block or x0.shape[1], x0.shape[1])
-        return r, (1 + rate.value) * (r < 1)  # a rate clipped at 1 no longer rises
-
-    def spindled(t, x0):
-        K = model_config.block or x0.shape[1]
-        information = relative_information(x0.unflatten(1, (-1, K)), token_nats).flatten(1)  # (B, T)
-        return (t + rate.value * torch.sin(torch.pi * t) * information).clamp(0, 1), 1.0
-
-    return {"t": uniform_rates, "slant": slanted, "spindle": spindled}[rate.kind]
-
-
 def slanted_rate(t, slant, K, T):
     """clip(t (1 + w) - w (1 - i / (K - 1)), 0, 1) for token i of each block of K, at levels t (B, T)."""
     return (t * (1 + slant) - slant * (1 - torch.linspace(0, 1, K).repeat(T // K))).clamp(0, 1)
 
 
-def relative_information(x0, token_nats):
-    """1 - mean_j(I_j) / I_i for each token i of x0 (.., T), where I is token_nats (V,) (2211.15029)."""
-    nats = token_nats[x0]
-    return 1 - nats.mean(-1, keepdim=True) / nats
+def rates_of(rate, uniform_rates, model_config, occurrences=None):
+    """Return rates(t, x0) -> each token's rate and its slope in t, (B, T). occurrences: of each token in the corpus.
 
+    slant:W masks the right end of each block first, so it is written last (AR-Diffusion's idea, 2305.09515).
+    spindle:W masks informative tokens first (DiffusionBERT, 2211.15029). It has no bound, so its slope is just 1.
+    """
+    if rate.kind == "spindle":
+        counts = torch.tensor(occurrences) + 1.0  # one more of each, so that all logarithms are finite
+        token_nats = (counts.sum() / counts).log()  # (V,)
 
-def unigram_nats(occurrences):
-    """-log of each token's fraction of a text, in nats, (V,) float32. Each counts once more, so all are finite."""
-    smoothed = np.array(occurrences) + 1.0
-    return torch.from_numpy(-np.log(smoothed / smoothed.sum()).astype(np.float32))
+    def rates(t, x0):
+        T = x0.shape[1]
+        K = model_config.block or T
+        if rate.kind == "slant":
+            r = slanted_rate(t, rate.value, K, T)
+            return r, (1 + rate.value) * (r < 1)  # a rate clipped at 1 no longer rises
+        nats = token_nats[x0].unflatten(1, (-1, K))
+        information = (1 - nats.mean(-1, keepdim=True) / nats).flatten(1)  # compared with the block's mean, (B, T)
+        return (t + rate.value * torch.sin(torch.pi * t) * information).clamp(0, 1), 1.0
+
+    return uniform_rates if rate.kind == "t" else rates
 
 
 def bound_holes(level, rate, exact_holes, grid_holes):
-    """Choose how `sequence_bounds` of train.py draws holes and weights. ValueError if the level has no bound.
-
-    spindle:W has no bound of its own, so it gets that of uniform rates.
-    """
-    slanted = rate.kind == "slant"
-    if level.kind not in ("uniform", "grid") or (slanted and level.kind == "grid"):
-        raise ValueError(f"level {level}, rate {rate}: only uniform levels and, with rate t, grid:N have a bound")
-    if slanted:
-        return functools.partial(slanted_holes, slant=rate.value)
-    return grid_holes if level.kind == "grid" else exact_holes
+    """Choose how `sequence_bounds` of train.py draws holes. spindle:W gets the bound of uniform rates."""
+    if rate.kind == "slant":
+        return {"uniform": functools.partial(slanted_holes, slant=rate.value)}[level.kind]
+    return {"uniform": exact_holes, "grid": grid_holes}[level.kind]  # other levels have no bound
 
 
 def slanted_holes(x0, maskable, t, generator, K, slant):
@@ -80,12 +61,10 @@ def slanted_holes(x0, maskable, t, generator, K, slant):
     The expected loss is that of weights rate'/rate, but no weight exceeds M.
     """
     shape = x0.shape
-    x0, maskable, t = (y.reshape(-1, K) for y in (x0, maskable, t))
-    M = maskable.sum(1, keepdim=True)
-    delay = slant * (1 - torch.linspace(0, 1, K))
-    masked_at = (torch.rand(x0.shape, generator=generator) + delay) / (1 + slant)  # (B * T/K, K)
-    place = masked_at.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)  # 0 is masked first
-    holes = place < (t * M).ceil()
+    maskable, t = maskable.reshape(-1, K), t.reshape(-1, K)  # (B * T/K, K)
+    M, u = maskable.sum(1, keepdim=True), torch.rand(t.shape, generator=generator)
+    masked_at = (u + slant * (1 - torch.linspace(0, 1, K))) / (1 + slant)
+    holes = masked_at.masked_fill(~maskable, torch.inf).argsort(1).argsort(1) < (t * M).ceil()
     last = masked_at.masked_fill(~holes, 0).amax(1, keepdim=True)  # (B * T/K, 1)
     rates = slanted_rate(last, slant, K, K)
     # A rate that reached 1 earlier doesn't rise at s. The last hole itself must not be lost to rounding.
@@ -110,8 +89,7 @@ def with_visible(x0, xt, holes, maskable, fraction, model_config, generator):
 
 def random_tokens(B, T, model_config, generator):
     """Tokens (B, T), each drawn uniformly from those that may stand at its place."""
-    special = torch.tensor([model_config.mask_id, *model_config.special_ids])
-    places = []
+    special, places = torch.tensor([model_config.mask_id, *model_config.special_ids]), []
     for n, first, end in model_config.kinds or ((T, 0, model_config.vocab_size),):
         ids = torch.arange(first, end)
         ids = ids[torch.isin(ids, special, invert=True)]

@@ -22,10 +22,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,), by_shape = self.param_groups, defaultdict(list)
         for p in group["params"]:
-            if p.grad is not None:
-                by_shape[p.shape].append(p)
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+            by_shape[p.shape].append(p)
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         for (A, B), matrices in by_shape.items():
             averages = [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(averages, [p.grad for p in matrices], 1 - group["momentum"])
@@ -52,27 +51,17 @@ class Optimizers:
 
     def __init__(self, model, config, dtype):
         matrices = [p for p in model.layers.parameters() if p.ndim == 2 and config.optimizer == "muon"]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        groups = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+        decayed, biases = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
         self.parts = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
         if matrices:
             self.parts += [Muon(matrices, config.lr, config.weight_decay, dtype)]
-
-    @property
-    def param_groups(self):
-        return [group for part in self.parts for group in part.param_groups]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self):
         for part in self.parts:
             part.step()
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
 
     def state(self):
         """The state of each part's parameters, by number, in whole tensors. Every process has to call it."""
@@ -81,13 +70,12 @@ class Optimizers:
 
     def load(self, states):
         """Continue from what `state` returned, but with the present hyperparameters. ValueError if it doesn't fit."""
-        for part, saved in zip(self.parts, states, strict=True):
-            parameters, state = [p for group in part.param_groups for p in group["params"]], {}
-            for i, kept in saved.items():
-                shape = parameters[i].shape
-                adamw = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-                expected = {"momentum_buffer": shape} if isinstance(part, Muon) else adamw
+        for part, state in zip(self.parts, states, strict=True):
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            for i, kept in state.items():
+                p = parameters[i]
+                adamw = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                expected = {"momentum_buffer": p.shape} if isinstance(part, Muon) else adamw
                 if {name: x.shape for name, x in kept.items()} != expected:
                     raise ValueError("the state of an optimizer doesn't fit its parameters")
-                state[i] = {name: shard_like(x, parameters[i]) for name, x in kept.items()}
-            part.load_state_dict({**part.state_dict(), "state": state})
+                part.state[p] = {name: shard_like(x.to(p.device, p.dtype), p) for name, x in kept.items()}

@@ -1,4 +1,4 @@
-"""Several processes that train one model: rank and world size, sums over all processes, sharded tensors.
+"""Several processes that train one model: rank and world size, rows and tensors that they share.
 
 torchrun starts them. Each draws the whole batch from the same seed and computes its share of the rows. So levels stay
 stratified over the batch, and the result doesn't depend on the number of processes.
@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -27,17 +26,15 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextmanager
-def process_group():
-    """Context in which the processes that torchrun started can communicate. Only rank 0 prints to stdout."""
+def command(main):
+    """Run errors.command in all the processes that torchrun started. Only rank 0 prints to stdout."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
+        return errors.command(main)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
     try:
-        yield
+        errors.command(main)
     except RuntimeError as error:
         if "peer" in str(error):  # another process has died; torchrun reports why, and ends this one meanwhile
             time.sleep(30)
@@ -47,37 +44,22 @@ def process_group():
         time.sleep(0.1)
 
 
-def command(main):
-    """Run errors.command in all the processes that torchrun started."""
-    with process_group():
-        errors.command(main)
-
-
-def all_reduce_sum(tensor):
-    """Sum a tensor over all processes, in place, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def agree(minutes, stopped):
-    """The minutes of rank 0, and whether any process was told to stop: the same in every process."""
-    said = torch.tensor([0.0 if rank() else minutes, float(stopped)], dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(said, dist.ReduceOp.MAX)
-    return said[0].item(), bool(said[1])
+def gather(tensor):
+    """Stack the tensors of all processes, which have the same shape: (world_size, ..). Every process has to call it."""
+    if not dist.is_initialized():
+        return tensor[None]
+    tensors = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(tensors, tensor)
+    return torch.stack(tensors)
 
 
 def map_rows(function, *tensors):
     """function(*tensors), (B, ..), of tensors with B rows each, where each process computes some of the rows."""
     if not dist.is_initialized():
         return function(*tensors)
-    B, n = len(tensors[0]), -(-len(tensors[0]) // world_size())  # n rows for each process, with zeros at the end
-    padded = [torch.cat((x, x.new_zeros(n * world_size() - B, *x.shape[1:]))) for x in tensors]
-    part = function(*(x[rank() * n : (rank() + 1) * n] for x in padded)).contiguous()
-    parts = [torch.empty_like(part) for _ in range(world_size())]
-    dist.all_gather(parts, part)
-    return torch.cat(parts)[:B]
+    B, n = len(tensors[0]), -(-len(tensors[0]) // world_size())
+    rows = torch.arange(rank() * n, (rank() + 1) * n, device=tensors[0].device) % B  # the last may repeat the first
+    return gather(function(*(x[rows] for x in tensors)).contiguous()).flatten(0, 1)[:B]
 
 
 def share_rows(loss_of, model, *tensors):
@@ -102,13 +84,6 @@ def distribute(model, device, shard):
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
-def synchronise_gradients(network, when):
-    """Set whether the next backward passes average the gradients over the processes."""
-    if hasattr(network, "set_requires_gradient_sync"):  # fully_shard
-        network.set_requires_gradient_sync(when)
-    network.require_backward_grad_sync = when  # DistributedDataParallel
-
-
 def full(tensor):
     """The whole of a tensor, sharded or not. Every process has to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -116,16 +91,16 @@ def full(tensor):
 
 def full_on_rank_0(tensor):
     """The same, but only rank 0 gets a sharded tensor, on its CPU. The others get None."""
-    if not hasattr(tensor, "full_tensor"):
+    whole = full(tensor)
+    if whole is tensor:
         return tensor
-    tensor = tensor.full_tensor()
-    return None if rank() else tensor.cpu()
+    return None if rank() else whole.cpu()
 
 
 def shard_like(tensor, like):
     """A whole tensor, sharded as `like` is if it has the same shape."""
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # takes a second
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

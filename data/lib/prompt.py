@@ -6,19 +6,8 @@ from pathlib import Path
 
 from data.lib.errors import Mistake
 
-MOST = 10**6  # tokens of a canvas
+MOST = 10**6  # tokens of a hole
 MASK_TAG = re.compile(r"<mask(\*[^>]*)?>")
-
-
-def split_prompt(prompt):
-    """Split a prompt into text, number of holes, text, number of holes, .., text."""
-    parts = MASK_TAG.split(prompt)
-    for i in range(1, len(parts), 2):
-        size = re.fullmatch(r"\*(\d{1,7})", parts[i] or "*1")
-        if size is None or not 0 < int(size[1]) <= MOST:
-            raise Mistake(f"--prompt: <mask{parts[i]}>: a hole is <mask>, and eight are <mask*8>; at most {MOST:,}")
-        parts[i] = int(size[1])
-    return parts
 
 
 def standing(ids, tokenizer):
@@ -30,43 +19,43 @@ def standing(ids, tokenizer):
             placed.append(tokenizer.mask_id)
         placed.append(i)
         if places and len(placed) > len(places):
-            sizes, piece = " and ".join(str(n) for n, _, _ in tokenizer.kinds), tokenizer.pieces([i])[0]
-            raise Mistake(f"{piece!r} has no place left on the model's canvas, of {sizes} tokens of a kind")
+            raise Mistake(f"{tokenizer.pieces([i])[0]!r} has no place left on the model's canvas")
     return placed
 
 
 def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
-    Without a length, a prompt with holes gets no others, and one without fills the context. If lines begin and end with
-    special tokens, the canvas begins with one, and ends with one if we know where its text ends.
+    Without a length, a prompt with holes gets no others, and one without fills the context. Special tokens that open
+    and close a line, if the tokenizer has them, stand at the start, and at the end if we know where the text ends.
     """
-    parts = split_prompt(prompt)
     if MASK_TAG.search(suffix):
         raise Mistake("--suffix: holes go into --prompt, which may have several")
-    if re.search("[\ud800-\udfff]", prompt + suffix):  # how Python reads bytes that aren't UTF-8
-        raise Mistake("--prompt: it is not UTF-8")
     if tokenizer.kinds and length not in (None, tokenizer.canvas_len):
         raise Mistake(f"--length {length}: the model's canvas has {tokenizer.canvas_len} tokens")
-    is_whole = length is None and len(parts) > 1 and not tokenizer.kinds  # there are no holes but the prompt's
+    parts = MASK_TAG.split(prompt)  # text, the size of a hole, text, .., text
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    for part in parts:
-        ids += [tokenizer.mask_id] * part if isinstance(part, int) else tokenizer.encode(part)
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            ids += tokenizer.encode(part)
+        elif (size := re.fullmatch(r"\*(\d{1,7})", part or "*1")) and 0 < int(size[1]) <= MOST:
+            ids += [tokenizer.mask_id] * int(size[1])
+        else:
+            raise Mistake(f"--prompt: <mask{part}>: a hole is <mask>, and eight are <mask*8>; at most {MOST:,}")
+    is_whole = length is None and len(parts) > 1 and not tokenizer.kinds  # there are no holes but the prompt's
     after = tokenizer.encode(suffix) + [tokenizer.eos_id] * (tokenizer.eos_id is not None and bool(is_whole or suffix))
     n = len(ids) + len(after)
-    T = tokenizer.canvas_len or length or max(n if is_whole else 0, context)
-    if n > min(T, MOST):
-        raise Mistake(f"--prompt: {n} tokens with its holes; the canvas has {min(T, MOST)} (--length)")
+    T = tokenizer.canvas_len or length or (n if is_whole else context)
+    if n > T:
+        raise Mistake(f"--prompt: {n} tokens with its holes; the canvas has {T} (--length)")
     ids = standing(ids, tokenizer)
-    n_holes = 0 if is_whole else T - len(ids) - len(after)
-    return standing(ids + [tokenizer.mask_id] * n_holes + after, tokenizer)
+    return standing(ids + [tokenizer.mask_id] * (T - len(ids) - len(after)) + after, tokenizer)
 
 
-def shown_of(ids, canvas, mask_id, end_ids, start=0):
-    """The ids that filled a canvas, from `start` to before the first end that the model wrote after the prompt."""
+def shown_of(ids, canvas, mask_id, end_ids):
+    """The ids that filled a canvas, up to the first end that the model wrote after the prompt."""
     last = max((i for i, token in enumerate(canvas) if token != mask_id), default=-1)
-    end = next((i for i in range(last + 1, len(ids)) if ids[i] in end_ids), len(ids))
-    return ids[start:end]
+    return ids[: next((i for i in range(last + 1, len(ids)) if ids[i] in end_ids), None)]
 
 
 def read_text(path):

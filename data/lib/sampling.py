@@ -1,162 +1,180 @@
-"""Everything that `python sample.py` does around the sampler: it loads models, writes, prints, judges and scores."""
+"""Everything that `python sample.py` does around the sampler: it checks flags, loads models, writes and scores."""
 
 import math
+import os
+import re
 import sys
 import time
 from collections import namedtuple
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data.lib.chat import chat_of, converse, reply_length
+from data.lib.chat import Chat, converse
 from data.lib.errors import Mistake
 from data.lib.history import History
+from data.lib.layout import as_shown
 from data.lib.machine import autocast, pick_device
-from data.lib.pixels import as_shown
 from data.lib.prompt import make_canvas, read_text, shown_of, standing
-from data.lib.sample_settings import check_flags, default_checkpoint, flags_for
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
 
-# The canvases, lists of ids, that one model fills in one order, and the flags of denoise for that.
-Plan = namedtuple("Plan", "name model tokenizer canvases flags")
+OWN = Path("out/ckpt.pt")  # where train.py writes by default
+SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
+
+# A model that writes in one order. canvas_of makes a canvas, list[int], of a prompt; flags are those of denoise.
+Writer = namedtuple("Writer", "name model tokenizer canvas_of flags")
 
 
 class Session:
     """One call of sample.py, with its models. given: the flags on the command line. The functions are sample.py's."""
 
     def __init__(self, config, given, load_checkpoint, denoise, log_likelihood):
-        self.config, self.given = config, given
-        self.denoise, self.log_likelihood = denoise, log_likelihood
+        self.config, self.denoise, self.log_likelihood = config, denoise, log_likelihood
         self.prompts = [*config.prompt, *map(read_text, config.prompt_file)]
         check_flags(config, given, self.prompts)
-        config.ckpt = config.ckpt or [default_checkpoint()]
-        self.device = pick_device(config.device)
-        keep = getattr(torch, config.dtype, None)
-        self.loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
+        config.ckpt = config.ckpt or [os.path.relpath(OWN if OWN.exists() else SHIPPED)]
+        self.device, keep = pick_device(config.device), getattr(torch, config.dtype, None)
+        loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
-        if self.judge and self.judge[1].bos_id is not None:
-            raise Mistake(f"--judge {config.judge}: its lines begin with a special token, so it can't judge text")
-        self.rounds = []  # for each turn of a conversation, or once: the histories of each plan
+        context = min((model.config.context for model, _, _ in loaded if not model.config.kinds), default=0)
+        all_causal = all(model.config.block == 1 for model, _, _ in loaded)
+        by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
+        self.writers, self.saved = [], []  # saved: for each text, its History by each writer
+        for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
+            if config.chat:
+                self.chat = Chat(checkpoint.get("chat"), tokenizer)
+                canvas_of = partial(self.chat.canvas, length=config.length or context)
+            else:
+                settings = {"suffix": config.suffix, "length": config.length, "context": context}
+                canvas_of = partial(make_canvas, tokenizer=tokenizer, **settings)
+            for flags in flags_for(config, given, path, model, all_causal):
+                name = ", ".join([path] * by_path + [flags["order"]] * by_order)
+                self.writers.append(Writer(name, model, tokenizer, canvas_of, flags))
 
     def run(self):
         """Print a score, or write texts or the replies of a conversation."""
-        config = self.config
-        with autocast(self.device, config.dtype):
-            if config.score is not None:
-                return self.print_score()
-            try:
-                if not config.chat:
-                    self.answer(self.prompts or [""])
-                elif self.prompts:
-                    self.answer([[{"role": "user", "content": text}] for text in self.prompts])
-                else:
-                    (path,), ((_, tokenizer, checkpoint),) = config.ckpt, self.loaded
-                    converse(chat_of(path, checkpoint, tokenizer), lambda messages: self.answer([messages]))
-            finally:  # even if a conversation ends in a mistake
-                if config.save is not None and self.rounds:
-                    save_histories(config.save, [text for sides in self.rounds for text in zip(*sides)], self.names)
+        with autocast(self.device, self.config.dtype):
+            if self.config.score is not None:
+                self.print_score()
+            elif not self.config.chat:
+                self.answer(self.prompts or [""])
+            elif self.prompts:
+                self.answer([[{"role": "user", "content": text}] for text in self.prompts])
+            else:
+                converse(self.chat, lambda messages: self.answer([messages]))
 
     def answer(self, prompts):
-        """Write and print a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
-        plans = list(self.plans(prompts))
-        self.names = [plan.name for plan in plans]
-        with Watch(self.names) if self.config.watch else nullcontext() as watch:
-            results = [self.follow(plan, watch and partial(watch.show, pane)) for pane, plan in enumerate(plans)]
-        self.rounds.append([histories for _, histories, _ in results])
-        for plan, (texts, _, speed) in zip(plans, results):
-            self.print_texts(plan, texts, speed)
-        return results[0][0][0]
+        """Write a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
+        config, results = self.config, []
+        canvases = [list(map(writer.canvas_of, prompts)) for writer in self.writers]
+        with Watch(len(canvases)) if config.watch and sys.stderr.isatty() else nullcontext() as watch:
+            for pane, writer in enumerate(self.writers):
+                results.append(self.write(writer, canvases[pane], watch and partial(watch.show, pane)))
+        for writer, (histories, speed) in zip(self.writers, results):
+            for number, history in enumerate(histories, 1):
+                if len(histories) > 1:
+                    print(f"--- {number} of {len(histories)}", file=sys.stderr, flush=True)
+                print(as_shown(history.text, writer.tokenizer) if sys.stdout.isatty() else history.text, flush=True)
+            if self.judge:
+                nats = (nats_per_byte(*self.judge[:2], history.text, self.log_likelihood) for history in histories)
+                speed += f"; under {config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
+            print(f"{writer.name}: {speed}", file=sys.stderr)
+        if config.save is not None:
+            self.saved += zip(*(histories for histories, _ in results))
+            save_histories(config.save, self.saved)
+        return results[0][0][0].text
 
-    def plans(self, prompts):
-        """Yield the Plan of each checkpoint and order."""
-        config, loaded = self.config, self.loaded
-        W = min((model.config.context for model, _, _ in loaded if not model.config.kinds), default=0)
-        all_causal = all(model.config.block == 1 for model, _, _ in loaded)
-        by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
-        for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
-            if config.chat:
-                chat, length = chat_of(path, checkpoint, tokenizer), config.length or reply_length(checkpoint, W)
-                canvases = [chat.canvas(messages, length) for messages in prompts]
-            else:
-                canvases = [make_canvas(text, config.suffix, config.length, tokenizer, W) for text in prompts]
-            for flags in flags_for(config, self.given, path, model, canvases, all_causal):
-                name = ", ".join([path] * by_path + [flags["order"]] * by_order)
-                yield Plan(name, model, tokenizer, canvases, flags)
-
-    def follow(self, plan, show):
-        """Write num_samples texts for each canvas of a plan: the texts, their histories, and a line about speed."""
-        rows = [(ids, self.config.seed + i) for ids in plan.canvases for i in range(self.config.num_samples)]
-        passes, seconds, written = [], 0.0, {}
-        hook = plan.model.register_forward_hook(lambda *_: passes.append(1))
-        for T in sorted({len(ids) for ids in plan.canvases}):  # the rows of a batch have one length
-            numbers = [number for number, (ids, _) in enumerate(rows) if len(ids) == T]
-            batch, took = self.fill(plan, [rows[number] for number in numbers], show)
-            written.update(zip(numbers, batch))
+    def write(self, writer, canvases, show):
+        """Write num_samples texts for each canvas. Return their histories, and a line about speed."""
+        config, tokenizer, passes, seconds = self.config, writer.tokenizer, [], 0.0
+        how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
+        seeds = range(config.seed, config.seed + config.num_samples)
+        rows = [(History(tokenizer, ids, writer.name), ids, seed) for ids in canvases for seed in seeds]
+        hook = writer.model.register_forward_hook(lambda *_: passes.append(1))
+        for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
+            histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
+            canvas = torch.tensor(starts)
+            log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
+            steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
+            took, began = 0.0, time.perf_counter()
+            for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
+                took += time.perf_counter() - began  # without what it takes to record and show the step
+                if show or config.save is not None:
+                    for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
+                        history.add(ids, p, took)
+                if show:
+                    show(histories[0], len(histories))
+                began = time.perf_counter()
             seconds += took
+            for history, start, ids in zip(histories, starts, canvas.tolist()):
+                shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
+                history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
         hook.remove()
-        texts, histories = zip(*(written[number] for number in range(len(rows))))
-        n = sum(ids.count(plan.tokenizer.mask_id) for ids, _ in rows)
+        n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
         speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
-        return texts, histories, speed
-
-    def fill(self, plan, rows, show):
-        """Fill rows, (ids, seed) of one length: (text, History or None) of each, and the seconds that denoise took."""
-        config, is_recorded = self.config, show or self.config.save is not None
-        histories = [History(plan.tokenizer, ids) if is_recorded else None for ids, _ in rows]
-        canvas, seeds = torch.tensor([ids for ids, _ in rows]), [seed for _, seed in rows]
-        log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
-        how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-        canvases = self.denoise(plan.model, canvas, seeds=seeds, log_p=log_p, **how, **plan.flags)
-        seconds, began = 0.0, time.perf_counter()
-        for canvas in tqdm(canvases, unit="step", leave=False, disable=bool(show)):
-            seconds += time.perf_counter() - began
-            if is_recorded:
-                for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
-                    history.add(ids, p, seconds)
-            if show:
-                show(histories[0], len(histories))
-            began = time.perf_counter()
-        mask_id, end_ids, texts = plan.tokenizer.mask_id, plan.model.config.end_ids, []
-        for (old, _), ids in zip(rows, canvas.tolist()):
-            start = old.index(mask_id) if config.chat else 0  # only the reply
-            texts.append(plan.tokenizer.decode(shown_of(ids, old, mask_id, end_ids, start)))
-        return zip(texts, histories), seconds
-
-    def print_texts(self, plan, texts, speed):
-        """Print texts on stdout, and everything else on stderr."""
-        for number, text in enumerate(texts, 1):
-            if len(texts) > 1:
-                print(f"--- {number} of {len(texts)}", file=sys.stderr, flush=True)
-            print(as_shown(text, plan.tokenizer) if sys.stdout.isatty() else text, flush=True)
-        if self.judge:
-            nats = (nats_per_byte(*self.judge[:2], text, self.log_likelihood) for text in texts)
-            speed += f"; under {self.config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
-        print(f"{plan.name}: {speed}", file=sys.stderr)
+        return [history for history, _, _ in rows], speed
 
     def print_score(self):
         """Print how likely the text of a file is, under the steps that would write it."""
-        (plan,), path = self.plans([""]), self.config.score
-        tokenizer, order = plan.tokenizer, plan.flags["order"]
+        (writer,), text = self.writers, read_text(self.config.score)
+        tokenizer, order = writer.tokenizer, writer.flags["order"]
         if order in ("random", "remask"):
             raise Mistake(f"--score: under --order {order} a text has no one probability; try confidence")
-        if tokenizer.bos_id is not None:
-            raise Mistake("--score: the model's lines begin with a special token, so it can't score text")
-        text = read_text(path)
         ids = tokenizer.encode(text)
-        if not ids:
-            raise Mistake(f"--score {path}: it is empty")
-        if tokenizer.kinds and not (len(ids) == tokenizer.canvas_len and standing(ids, tokenizer) == ids):
-            raise Mistake(f"--score {path}: not a whole canvas of the model, of {tokenizer.canvas_len} tokens")
-        nats = -self.log_likelihood(plan.model, torch.tensor(ids), **plan.flags)
-        bits = nats / math.log(2) / tokenizer.n_bytes(text)
-        print(f"{nats / len(ids):.4f} nats per token, {bits:.4f} bits per byte; {len(ids):,} tokens")
+        if not ids or tokenizer.canvas_len not in (0, len(ids)) or standing(ids, tokenizer) != ids:
+            raise Mistake(f"--score {self.config.score}: it is empty, or not a whole canvas of a model of pictures")
+        nats = nats_per_byte(writer.model, tokenizer, text, self.log_likelihood, **writer.flags)
+        per_token = nats * n_bytes(text, tokenizer) / len(ids)
+        print(f"{per_token:.4f} nats per token, {nats / math.log(2):.4f} bits per byte; {len(ids):,} tokens")
 
 
-def nats_per_byte(model, tokenizer, text, log_likelihood):
-    """Nats per byte of a text under a judge that sets the most certain token first (a GPT the leftmost), one a step."""
-    ids = tokenizer.encode(text)
-    nats = -log_likelihood(model, torch.tensor(ids), max(1, len(ids)), order="confidence")
-    return nats / max(1, tokenizer.n_bytes(text))
+def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="confidence", **flags):
+    """How likely `denoise` writes a text, by default setting the most certain token first, one a step."""
+    if tokenizer.bos_id is not None:
+        raise Mistake("a model whose lines begin with a special token, such as [CLS], can't score or judge text")
+    nats = -log_likelihood(model, torch.tensor(tokenizer.encode(text)), steps, order=order, **flags)
+    return nats / max(1, n_bytes(text, tokenizer))
+
+
+def n_bytes(text, tokenizer):
+    """The number of bytes of a text. On a canvas of letters and pixels each counts as one."""
+    return tokenizer.canvas_len or len(text.encode())
+
+
+def check_flags(config, given, prompts):
+    """Raise Mistake for flags that don't go together, whatever the model. given: the flags on the command line."""
+    several = len(config.ckpt) > 1 or len(config.order) > 1
+    if config.score is not None:
+        others = given.keys() - {"score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"}
+        if others:
+            raise Mistake(f"--score: not with --{', --'.join(sorted(others))}; it is at temperature 1")
+        if several:
+            raise Mistake("--score: it takes one --ckpt and one --order")
+    if re.search("[\ud800-\udfff]", "".join([*prompts, config.suffix])):  # how Python reads bytes that aren't UTF-8
+        raise Mistake("--prompt: it is not UTF-8")
+    if config.chat and (config.suffix or (not prompts and (several or config.num_samples > 1))):
+        raise Mistake("--chat: not with --suffix; a conversation has one --ckpt, one --order, and one sample at a time")
+    if config.save is not None and Path(config.save).suffix not in (".html", ".svg"):
+        raise Mistake(f"--save {config.save}: its name must end in .html or .svg")
+
+
+def flags_for(config, given, path, model, all_causal):
+    """The flags of denoise for each order. Mistake if the model can't follow them, and no other can."""
+    K, W = model.config.block, model.config.context
+    if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
+        raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")
+    flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
+    if K == 1:
+        wrong = [f"--{name}" for name in ("order", *flags) if given.get(name, 0) not in (["left"], 0)]
+        if wrong and all_causal:
+            raise Mistake(f"{', '.join(wrong)}: the model in {path} is causal and writes from the left")
+        return [{"order": "left"}]
+    if K and K % (config.block or 1):
+        raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
+    if (config.block or 0) >= W:
+        raise Mistake(f"--block {config.block}: the model sees {W} tokens at a time, and a block must be smaller")
+    return [{"order": order, **flags} for order in config.order]

@@ -6,9 +6,9 @@ Training never masks these, and sampling never writes them.
 """
 
 import codecs
-import functools
 import re
-import unicodedata
+from functools import lru_cache
+from unicodedata import category, normalize
 
 import tiktoken
 
@@ -20,19 +20,16 @@ SHOWN |= {"</s>": "\n", "[SEP]": "\n", "<|endoftext|>": "\n"}
 # A pixel is shown as its grey in a circle, from 0 to 50.
 GREYS = "".join(map(chr, [0x24EA, *range(0x2460, 0x2474), *range(0x3251, 0x3260), *range(0x32B1, 0x32C0)]))
 # What BERT calls Chinese: ideographs, but no kana or hangul.
-CHINESE = re.compile(
-    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
-)
+CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f"
 
 
 class Tokenizer:
-    """What all tokenizers share. special: the ids that are not text, by name. bytes_of: the bytes of each other id.
+    """What all tokenizers share. special: the ids that are not text, by name. bytes_of: the bytes of each other id."""
 
-    kinds: for a canvas whose places decide which tokens may stand there, a tuple for each stretch of places: how many
-    there are, the first id, and the last id + 1. pixels: for a picture, its first place, its width, and GREYS.
-    """
-
-    kinds, pixels = (), None
+    # For a canvas whose places decide which tokens may stand there: (n, first, end) for each stretch of n places.
+    kinds = ()
+    pixels = None  # of a picture: its first place, its columns, and its greys as shown
+    template = None  # of a checkpoint that chats
 
     def __init__(self, special, bytes_of):
         self.special, self.special_ids = special, tuple(sorted(special.values()))
@@ -47,10 +44,6 @@ class Tokenizer:
     def first(self, *names):
         """The id of the first of these special tokens that there is, or None."""
         return next((self.special[name] for name in names if name in self.special), None)
-
-    def n_bytes(self, text):
-        """How many bytes "bits per byte" divides by."""
-        return len(text.encode())
 
     def encode_line(self, line):
         """Encode a line. If there are tokens that open and close a line, they replace its newline."""
@@ -97,14 +90,12 @@ class BPETokenizer(Tokenizer):
     def __init__(self, tokens, pattern, ids=None, special=None):
         special = special or {"<mask>": len(tokens)}
         self.state = {"kind": "bpe", "tokens": tokens, "pattern": pattern, "ids": ids, "special": special}
-        pieces = [token.encode("latin-1") for token in tokens]
         self.ids = ids or range(len(tokens))
-        super().__init__(special, dict(zip(self.ids, pieces)))
-        ranks = {piece: i for i, piece in enumerate(pieces)}
-        if len(ranks) < len(tokens) or not {bytes([i]) for i in range(256)} <= ranks.keys():
-            raise ValueError("its tokens repeat, or some of the 256 bytes are missing")
-        if sorted([*self.ids, *special.values()]) != [*range(self.vocab_size)]:
-            raise ValueError("its ids do not count up from 0")
+        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
+        super().__init__(special, dict(zip(self.ids, ranks)))
+        each_once = sorted([*self.ids, *special.values()]) == [*range(len(ranks) + len(special))]
+        if not each_once or not {bytes([i]) for i in range(256)} <= ranks.keys():
+            raise ValueError("its tokens or their ids repeat, or some of them are missing")
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
@@ -124,42 +115,37 @@ class PictureTokenizer(Tokenizer):
     """
 
     def __init__(self, caption, width, height, greys):
-        self.state = {"kind": "picture", "caption": caption, "width": width, "height": height, "greys": greys}
-        sizes = all(type(n) is int and 1 <= n <= 1000 for n in (caption, width, height, greys))
-        if not sizes or not 2 <= greys <= len(GREYS):
+        sizes = {"caption": caption, "width": width, "height": height, "greys": greys}
+        if not all(type(n) is int and 1 <= n <= 1000 for n in sizes.values()) or not 2 <= greys <= len(GREYS):
             raise ValueError("its picture has no size that we can show")
-        self.caption, self.width, self.height, self.greys = caption, width, height, GREYS[:greys]
+        self.state, self.caption, self.width = {"kind": "picture", **sizes}, caption, width
+        self.size = [width, height, width * height]
         self.kinds = (caption, 32, 127), (width * height, 257, 257 + greys)
-        self.pixels = {"first": caption, "columns": width, "greys": self.greys}
-        pixels = {257 + i: c.encode() for i, c in enumerate(self.greys)}
-        super().__init__({"<mask>": 256}, {i: bytes([i]) for i in range(256)} | pixels)
-        self.id_of = {chr(i): i for i in range(32, 127)} | {c: 257 + i for i, c in enumerate(self.greys)}
+        self.pixels = {"first": caption, "columns": width, "greys": GREYS[:greys]}
+        self.id_of = {chr(i): i for i in range(32, 127)} | {c: 257 + i for i, c in enumerate(GREYS[:greys])}
+        texts = {i: c.encode() for c, i in self.id_of.items()}
+        super().__init__({"<mask>": 256}, {i: bytes([i]) for i in range(256)} | texts)
 
     def encode(self, text):
         """Encode letters and pixels, ignoring the ends of lines, or a plain PGM. Mistake for anything else."""
-        if re.match(r"P2\s", text) and not set(text) & set(self.greys):
-            return [257 + grey for grey in self.read_pgm(text)]
-        text = re.sub(r"[\r\n]", "", text)
-        if unknown := next((c for c in text if c not in self.id_of), None):
-            greys = f"{self.greys[0]} to {self.greys[-1]}"
-            raise Mistake(f"{unknown!r} is neither a letter of a caption, in ASCII, nor a pixel, {greys}")
-        return [self.id_of[c] for c in text]
-
-    def n_bytes(self, text):
-        """A letter or a pixel counts as a byte."""
-        return len(self.encode(text))
+        greys = self.pixels["greys"]
+        if re.match(r"P2\s", text) and not set(text) & set(greys):
+            return self.read_pgm(text)
+        try:
+            return [self.id_of[c] for c in text if c not in "\r\n"]
+        except KeyError as error:
+            either = f"a letter of a caption, in ASCII, nor a pixel, {greys[0]} to {greys[-1]}"
+            raise Mistake(f"{error} is neither {either}") from None
 
     def read_pgm(self, text):
-        """The greys of a plain PGM, from 0 (white) to greys - 1. In the file the largest number is white."""
-        words = re.sub("#.*", "", text).split()[1:]
-        numbers = [int(word) for word in words if word.isascii() and word.isdecimal() and len(word) < 6]
-        if len(numbers) < len(words):
-            raise Mistake("the picture is not plain PGM, in which numbers alone follow P2")
-        size, (most, *values) = numbers[:2], numbers[2:] or [0]
-        fits = size == [self.width, self.height] and len(values) == self.width * self.height
-        if not fits or not 0 < most >= max(values):
-            raise Mistake(f"the picture is not plain PGM of {self.width} x {self.height} pixels, as the model needs")
-        return [round((len(self.greys) - 1) * (1 - value / most)) for value in values]
+        """The ids of the pixels of a plain PGM, in which the largest number is white."""
+        try:
+            width, height, most, *values = map(int, re.sub("#.*", "", text).split()[1:])
+            if [width, height, len(values)] != self.size or not 0 <= min(values) <= max(values) <= most:
+                raise ValueError
+            return [257 + round((self.state["greys"] - 1) * (1 - value / most)) for value in values]
+        except (ValueError, ZeroDivisionError):
+            raise Mistake(f"not plain PGM of {self.size[0]} x {self.size[1]} pixels, which the model needs") from None
 
     def decode(self, ids):
         pieces, ends = self.pieces(ids), range(self.caption, len(ids), self.width)
@@ -177,8 +163,6 @@ class WordPieceTokenizer(Tokenizer):
     """
 
     special_pattern = re.compile(r"</?s>|<(pad|unk|mask)>|\[(PAD|UNK|CLS|SEP|MASK|[Uu]nused ?\d*)\]")
-    # BERT splits at these, and drops all other control characters.
-    space = re.compile(r"[\t\n\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 
     def __init__(self, tokens, lowercase, strip_accents, split_chinese):
         special = {token: i for i, token in enumerate(tokens) if self.special_pattern.fullmatch(token)}
@@ -187,10 +171,36 @@ class WordPieceTokenizer(Tokenizer):
         self.state |= {"strip_accents": strip_accents, "split_chinese": split_chinese}
         self.id_of = {token: i for i, token in enumerate(tokens) if i not in self.shown}
         self.unknown = self.first("[UNK]", "<unk>")
-        self.encode_word = functools.lru_cache(2**16)(self.encode_word)  # words repeat
+        self.symbol = re.compile(rf"[!-/:-@\[-`{{-~{CHINESE if split_chinese else ''}]")
+        # Characters and words repeat.
+        self.spaced, self.pieces_of = lru_cache(self.spaced), lru_cache(2**16)(self.pieces_of)
 
     def encode(self, text):
-        return [i for word in self.space.split(text) for i in self.encode_word(word)]
+        text = normalize("NFD", text) if self.state["strip_accents"] else text
+        text = text.lower() if self.state["lowercase"] else text
+        return [i for word in "".join(map(self.spaced, text)).split() for i in self.pieces_of(word)]
+
+    def spaced(self, c):
+        """A character as it stands in words: with spaces around it if it is a word of its own, and "" if it is none."""
+        kind = category(c)
+        if c in "\t\n\r":
+            return " "
+        if c == "\ufffd" or kind[0] == "C" or (kind == "Mn" and self.state["strip_accents"]):
+            return ""
+        return f" {c} " if kind[0] == "P" or self.symbol.match(c) else c
+
+    def pieces_of(self, word):
+        """Cut the longest token off the left, again and again. If none fits, the whole word is unknown."""
+        ids, mark = [], ""
+        if len(word) > 100:  # as in BERT
+            return [self.unknown]
+        while word:
+            end = next((n for n in range(len(word), 0, -1) if mark + word[:n] in self.id_of), None)
+            if end is None:
+                return [self.unknown]
+            ids.append(self.id_of[mark + word[:end]])
+            word, mark = word[end:], "##"
+        return ids
 
     def pieces(self, ids):
         """What each token adds to the text, list[str]. A word that follows another begins with a space."""
@@ -203,42 +213,10 @@ class WordPieceTokenizer(Tokenizer):
             before = word[-1:] or before
         return pieces
 
-    def encode_word(self, word):
-        """The ids of the text between two spaces."""
-        word = "".join(c for c in word if c not in "\0\ufffd" and unicodedata.category(c)[0] != "C")
-        if self.state["strip_accents"]:
-            word = "".join(c for c in unicodedata.normalize("NFD", word) if unicodedata.category(c) != "Mn")
-        if self.state["lowercase"]:
-            word = word.lower()
-        # Punctuation and Chinese characters are words of their own.
-        words = "".join(f" {c} " if self.stands_alone(c) else c for c in word).split()
-        return [i for word in words for i in self.longest_matches(word)]
-
-    def stands_alone(self, c):
-        ascii_symbol = c.isascii() and not c.isalnum()
-        return ascii_symbol or unicodedata.category(c)[0] == "P" or (self.state["split_chinese"] and CHINESE.match(c))
-
-    def longest_matches(self, word):
-        """Cut the longest token off the left, again and again. If none fits, the whole word is unknown."""
-        if len(word) > 100:  # as in BERT
-            return [self.unknown]
-        ids, start = [], 0
-        while start < len(word):
-            mark = "##" if start else ""
-            ends = range(len(word), start, -1)
-            end = next((end for end in ends if mark + word[start:end] in self.id_of), None)
-            if end is None:
-                return [self.unknown]
-            ids.append(self.id_of[mark + word[start:end]])
-            start = end
-        return ids
-
 
 def tokenizer_from_state(state):
     """Make the tokenizer that has this state. Raises an error of some kind if the dict is no such state."""
     kinds = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer, "picture": PictureTokenizer}
-    if not all(type(token) is str for token in state.get("tokens", [])):
-        raise ValueError("its tokens are not texts")
     tokenizer = kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
     if tokenizer.mask_id is None:
         raise ValueError("it has no <mask>")

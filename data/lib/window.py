@@ -1,5 +1,7 @@
 """What the model sees while a canvas is filled: block by block, through a sliding window, with cache and guidance."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -26,62 +28,47 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
     steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
     n_before = F.pad(holes.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
     share = (n_before * steps / n_holes.clamp(min=1)).round().long()  # steps before each position
-    window_start = cache = None
+    # A canvas model sees up to a quarter of the context after the part that it fills, and a model with blocks nothing
+    # after its own block. Its window moves by about a quarter at a time, because each move empties the cache.
+    jump, ahead = (max(1, context // 4 // K) * K, K) if K < context else (1, min(context // 4, (context - block) // 2))
+    old_left = cache = None
     for number, start in enumerate(range(0, T, block)):
         part = slice(start, min(start + block, T))
         if not holes[:, part].any():
             continue
-        window = window_of(part, block, T, context, K)
-        if window.start != window_start:  # it moved, so every position in it changed
-            window_start = window.start
+        end = (start // K + 1) * K  # of the model's own block
+        left = max(0, -((context - min(end, start + block + ahead)) // jump) * jump) if T > context else 0
+        if left != old_left:  # the window moved, so every position in it changed
             cache = Cache(min(T, context)) if K < context else None  # a canvas of one block has nothing final
+            old_left = left
+        window = slice(left, min(left + context, T, end))
         n_steps = (share[:, part.stop] - share[:, start]).clamp(min=1)[:, None]
-        yield number, part, n_steps, look_at(model, canvas, prompt, window, part, K, guidance, cache)
+        yield number, part, n_steps, functools.partial(look, model, canvas, prompt, window, part, K, guidance, cache)
 
 
-def window_of(part, block, T, context, K):
-    """The slice of a canvas of T that the model sees, at most `context` tokens, while it fills the block `part`.
+def look(model, canvas, prompt, window, part, K, guidance, cache, where):
+    """Logits (N, V) at where (B, block), bool, for the canvas as it is now; minus infinity for special tokens.
 
-    A canvas model sees up to a quarter of the context after the part. A model with blocks sees nothing after its own
-    block of K. Its window moves by about a quarter of the context at a time, because each move empties the cache.
+    With guidance w the logits are (1 + w) times the model's, minus w times those of a canvas whose prompt is masked,
+    too (2410.18514).
     """
-    jump, ahead = (max(1, context // 4 // K) * K, K) if K < context else (1, min(context // 4, (context - block) // 2))
-    unseen = (part.start // K + 1) * K  # where the model's next block begins
-    left = max(0, -((context - min(unseen, part.start + block + ahead)) // jump) * jump) if T > context else 0
-    return slice(left, min(left + context, T, unseen))
-
-
-def look_at(model, canvas, prompt, window, part, K, guidance, cache):
-    """Return look(where) -> logits (N, V) at where (B, block), bool; minus infinity for special tokens.
-
-    It sees the window of the canvas as it is when called. With guidance w the logits are (1 + w) times the model's,
-    minus w times those of a canvas whose prompt is masked, too (2410.18514).
-    """
-    mask_id, context, device = model.config.mask_id, model.config.context, device_of(model)
-    (not_text,) = send(device, torch.tensor([mask_id, *model.config.special_ids]))
-    seen, seen_prompt = canvas[:, window], prompt[:, window]  # (B, context), views
-    inside = slice(part.start - window.start, part.stop - window.start)
-    final = max(0, part.start // K * K - window.start)  # where the model's own block begins
-    # Guide all blocks of a window or none, so that a cache keeps its number of rows.
-    guidance = guidance if prompt[:, window.start : window.start + context].any() else 0.0
-
-    def look(where):
-        if not where.any():
-            return torch.zeros(0, model.config.vocab_size, device=device)
-        rows = where.any(1) | (cache is not None)  # a cache holds all rows
-        text, place = seen[rows], torch.zeros_like(seen_prompt[rows])
-        place[:, inside] = where[rows]
-        if guidance:
-            text = torch.cat((text, text.masked_fill(seen_prompt[rows], mask_id)))
-            place = torch.cat((place, place))
-        if cache is not None:  # the first look at a block also reads the one before it, which is final now
-            cache.length, cache.final = min(cache.length, final), final
-        text, place = send(device, text, place)
-        logits = model(text, where=place, cache=cache)
-        if guidance:
-            logits, unguided = logits.float().chunk(2)
-            guided = logits + guidance * (logits - unguided)
-            logits = guided.where(logits > -torch.inf, logits)  # inf - inf is nan where no token may stand
-        return logits.index_fill_(1, not_text, -torch.inf)
-
-    return look
+    config, device = model.config, device_of(model)
+    if not where.any():
+        return torch.zeros(0, config.vocab_size, device=device)
+    rows = where.any(1) | (cache is not None)  # a cache holds all rows
+    text = canvas[rows, window]
+    place = F.pad(where[rows], (part.start - window.start, window.stop - part.stop))  # where, in the whole window
+    # All blocks of a window are guided or none, so that a cache keeps its number of rows.
+    guided = guidance and prompt[:, window.start : window.start + config.context].any()
+    if guided:
+        text = torch.cat((text, text.masked_fill(prompt[rows, window], config.mask_id)))
+        place = place.repeat(2, 1)
+    if cache is not None:  # the first look at a block also reads the one before it, which is final now
+        cache.final = part.start // K * K - window.start  # where the model's own block begins
+        cache.length = min(cache.length, cache.final)
+    text, place, not_text = send(device, text, place, torch.tensor([config.mask_id, *config.special_ids]))
+    logits = model(text, where=place, cache=cache)
+    if guided:
+        logits, blind = logits.float().chunk(2)
+        logits = torch.where(logits > -torch.inf, logits + guidance * (logits - blind), logits)  # inf - inf is nan
+    return logits.index_fill_(1, not_text, -torch.inf)

@@ -11,23 +11,14 @@ import json
 import random
 import string
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.chat.prepare import prepare
 from data.lib.corpus import DATA, check_name
-from data.lib.errors import command
 from data.lib.files import replacing
-from data.lib.flags import flag, parse
+from data.lib.flags import flag, script
 from data.lib.tokenizer import ByteTokenizer
-
-
-@dataclass
-class PrepareConfig:
-    name: str = flag("sums", "folder of data/ to write")
-    examples: int = flag(200_000, "questions in all, half of them sums", least=20, most=400_000)
-    seed: int = flag(0, "of the questions", least=0)
 
 
 def questions(n, seed):
@@ -45,16 +36,16 @@ def questions(n, seed):
             yield question, answer
 
 
-def main():
-    config = PrepareConfig(**parse(PrepareConfig, __doc__.splitlines()[0]))
-    check_name(config.name, own="sums")
-    path = DATA / config.name / "questions.jsonl"
+@script
+def main(
+    name: str = flag("sums", "folder of data/ to write"),
+    examples: int = flag(200_000, "questions in all, half of them sums", least=20, most=400_000),
+    seed: int = flag(0, "of the questions", least=0),
+):
+    check_name(name, own="sums")
+    path = DATA / name / "questions.jsonl"
     with replacing(path) as file:
-        for question, answer in questions(config.examples, config.seed):
+        for question, answer in questions(examples, seed):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}).encode() + b"\n")
-    prepare(path, None, config.name, ByteTokenizer())
-
-
-if __name__ == "__main__":
-    command(main)
+    prepare(path, None, name, ByteTokenizer())

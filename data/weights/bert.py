@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from data.lib.errors import Mistake
-from data.lib.kernels import Linear
-from data.lib.tokenizer import BPETokenizer
 from data.weights import hub, vocabulary
 from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
 
@@ -31,9 +29,8 @@ class Network(Published):
         super().__init__(config)
         self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
         self.embedding_norm, self.transform_norm = (nn.LayerNorm(config.n_embd, config.norm_eps) for _ in range(2))
-        self.transform, self.final_norm = Linear(config.n_embd, config.n_embd), nn.Identity()
+        self.transform, self.final_norm = nn.Linear(config.n_embd, config.n_embd), nn.Identity()
         self.head_activation = ACTIVATIONS[config.head_activation]
-        self.apply(self.init_weights)
 
     def embed(self, tokens, positions):
         x = self.token_embedding(tokens) + self.position_embedding(self.config.first_position + positions)
@@ -42,8 +39,6 @@ class Network(Published):
     def unembed(self, x, positions):
         return super().unembed(self.transform_norm(self.head_activation(self.transform(x))), positions)
 
-
-# --- conversion ----------------------------------------------------------------------------------
 
 KINDS = "roberta", "bert"
 FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
@@ -59,28 +54,26 @@ NAMES |= {f"attention.self.{name}": f"attention.{name}" for name in ("query", "k
 NAMES |= {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm"}
 NAMES |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
 ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
+ROBERTA_HEAD |= {"lm_head.bias": "copy_of_bias"}  # if it differs from the decoder's bias, that one is in use
 BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
-BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm"}
+BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm", "cls.predictions.bias": "copy_of_bias"}
 # Heads that masked language modelling doesn't use, and a table of 0, 1, 2, ..
 IGNORED = r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids"
 
 
 def convert(folder):
-    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     names = NAMES | ROBERTA_HEAD | BERT_HEAD
     tensors, unused = hub.read_weights(folder, r"roberta\.|bert\.", names, "encoder.layer", IGNORED)
-    for name in [name for name in tensors if name.endswith((".gamma", ".beta"))]:  # as TensorFlow has them
-        tensors[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensors.pop(name)
-    for name in ("lm_head.bias", "cls.predictions.bias"):  # another copy; if they differ, the decoder's is in use
-        if name in tensors:
-            tensors.setdefault("head.bias", tensors.pop(name))
+    # TensorFlow's names for a norm's weight and bias are gamma and beta.
+    tensors = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor for name, tensor in tensors.items()}
+    tensors.setdefault("head.bias", tensors.pop("copy_of_bias", None))
     if theirs["model_type"] == "roberta":
         tokenizer = vocabulary.bpe_tokenizer(folder, *vocabulary.read_bpe(folder), theirs["vocab_size"])
-        settings |= {"first_position": theirs["pad_token_id"] + 1}
+        settings["first_position"] = theirs["pad_token_id"] + 1
     else:
         tokenizer = vocabulary.read_wordpiece(folder, theirs["vocab_size"])
-        settings |= {"head_activation": settings["activation"]}
+        settings["head_activation"] = settings["activation"]
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
     settings["context"] = theirs["max_position_embeddings"] - settings.get("first_position", 0)
     tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
@@ -89,22 +82,20 @@ def convert(folder):
 
 def export(path, model, tokenizer):
     """Text files by name, and tensors, of a RoBERTa or BERT in the hub's layout."""
-    config, roberta = model.config, isinstance(tokenizer, BPETokenizer)
+    config = model.config
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
-    kind, class_name = ("roberta", "RobertaForMaskedLM") if roberta else ("bert", "BertForMaskedLM")
+    if tokenizer.state["kind"] == "bpe":
+        kind, head, texts, pad_id = "roberta", ROBERTA_HEAD, vocabulary.bpe_texts(tokenizer), config.first_position - 1
+    else:
+        kind, head, texts, pad_id = "bert", BERT_HEAD, vocabulary.wordpiece_texts(tokenizer), tokenizer.first("[PAD]")
     theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
-    theirs |= {"model_type": kind, "architectures": [class_name], "tie_word_embeddings": config.tied}
-    theirs |= {"attention_probs_dropout_prob": config.dropout}
-    theirs |= {"max_position_embeddings": config.first_position + config.context}
+    theirs |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForMaskedLM"]}
+    theirs |= {"tie_word_embeddings": config.tied, "attention_probs_dropout_prob": config.dropout}
+    theirs |= {"max_position_embeddings": config.first_position + config.context, "pad_token_id": pad_id}
     theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    theirs |= {"pad_token_id": config.first_position - 1 if roberta else tokenizer.first("[PAD]")}
-    names = {ours: their for their, ours in (NAMES | (ROBERTA_HEAD if roberta else BERT_HEAD)).items()}
-    tensors = {
-        "lm_head.bias" if roberta else "cls.predictions.bias": model.head.bias.data
-    }  # some readers look for it here
-    for name, tensor in model.state_dict().items():
+    names, tensors = {ours: their for their, ours in (NAMES | head).items()}, {}
+    for name, tensor in [*model.state_dict().items(), ("copy_of_bias", model.head.bias.data)]:
         their = hub.renamed(name, names, "layers", "encoder.layer")
         tensors[their if their.startswith(("lm_head.", "cls.")) else f"{kind}.{their}"] = tensor
-    texts = vocabulary.bpe_texts(tokenizer) if roberta else vocabulary.wordpiece_texts(tokenizer)
     return {"config.json": json.dumps(theirs, indent=2), **texts}, tensors

@@ -1,7 +1,6 @@
 """GPT-2, and DiffuGPT (2410.17891), which is GPT-2 with its attention opened: biases and a table of positions."""
 
 import json
-import re
 
 import torch
 
@@ -14,47 +13,32 @@ class Network(Published):
     family, Config = "gpt2", PositionsConfig
 
 
-# --- conversion ----------------------------------------------------------------------------------
-
 KINDS = ("gpt2",)
 FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
+OPENED_FILES = *FILES[:3], "model.safetensors"
 REPOSITORIES = {name: {f"openai-community/{name}": FILES} for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 REPOSITORIES["distilgpt2"] = {"distilbert/distilgpt2": FILES}
-OPENED_FILES = *FILES[:3], "model.safetensors"
 REPOSITORIES |= {name: {f"diffusionfamily/{name}": OPENED_FILES} for name in ("diffugpt-s", "diffugpt-m")}
 START = "<|endoftext|>"  # ends one text and begins the next
 SMALL_MASK = 10541  # the token that became the mask of diffugpt-s: twelve dashes
 SETTINGS = {"context": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd"}
 SETTINGS |= {"activation": "activation_function", "dropout": "resid_pdrop", "norm_eps": "layer_norm_epsilon"}
 REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-NAMES = {"wte": "token_embedding", "embed_tokens": "opened_embedding", "wpe": "position_embedding"}
+NAMES = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm", "lm_head": "head"}
 NAMES |= {"ln_1": "attention_norm", "attn.c_attn": "attention.all", "attn.c_proj": "attention.out"}
-NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "ln_f": "final_norm", "lm_head": "head"}
+NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
 TABLES = "token_embedding.weight", "head.weight"  # a row for each token
-CONSTANTS = r"h\.\d+\.attn\.(masked_)?bias$"  # the causal mask, which old files contain
-IGNORED = CONSTANTS + r"|score\.|classifier\.|multiple_choice_head\.|qa_outputs\."
-
-
-def transposed(tensors):
-    """Transpose the matrices of the layers, which are (in, out) in the files."""
-    return {name: tensor.t().contiguous() if name.startswith("layers.") else tensor for name, tensor in tensors.items()}
-
-
-def with_mask(table):
-    """Add a row for `<mask>` to a table (V, C). A GPT never reads it; once it is opened, the mean favours no token."""
-    return torch.cat((table, table.float().mean(0, keepdim=True).type_as(table)))
+# The causal mask, which old files contain and nobody misses, and the heads of other tasks.
+IGNORED = r"h\.\d+\.attn\.(masked_)?bias$|score\.|classifier\.|multiple_choice_head\.|qa_outputs\."
 
 
 def read_tokenizer(folder, n_rows, opened=False):
-    """GPT-2's tokens, with `<mask>` as the last of n_rows.
-
-    opened: for a DiffuGPT, whose mask is the row after GPT-2's tokens or, if there is no such row, one of the tokens.
-    """
+    """GPT-2's tokens, and `<mask>` as the last of n_rows or, if opened, as DiffuGPT has it."""
     text, special = vocabulary.read_bpe(folder)
     if START not in special:
         raise Mistake(f"{folder}: its vocabulary has no {START}, which GPT-2 reads before a text")
     mask_id = n_rows - 1
-    if opened:
+    if opened:  # the mask is the row after GPT-2's tokens or, if there is no such row, one of the tokens
         special = {START: special[START]}
         mask_id = len(text) + 1 if n_rows > len(text) + 1 else SMALL_MASK
         text = {token: i for token, i in text.items() if i != mask_id}  # so shorter tokens encode it
@@ -62,45 +46,44 @@ def read_tokenizer(folder, n_rows, opened=False):
 
 
 def convert(folder):
-    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     tensors, unused = hub.read_weights(folder, r"transformer\.|denoise_model\.", NAMES, "h", IGNORED)
-    unused = [name for name in unused if not re.search(CONSTANTS, name)]
-    opened = "opened_embedding.weight" in tensors
+    opened = "embed_tokens.weight" in tensors
     if opened:
-        tensors["token_embedding.weight"] = tensors.pop("opened_embedding.weight")
-        settings["context"] -= 1  # the last token is read at a position of its own
+        tensors["token_embedding.weight"] = tensors.pop("embed_tokens.weight")
         settings["vocab_size"] = len(tensors["token_embedding.weight"])
-    else:
-        settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
-    tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
-    tensors = transposed(tensors)
+        settings["context"] -= 1  # the last token is read at a position of its own
+    settings["tied"] = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
     if not opened:
-        tensors |= {name: with_mask(tensors[name]) for name in TABLES}
+        settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
+        for name in TABLES:  # A GPT never reads the row of <mask>. Once it is opened, the mean favours no token.
+            mean = tensors[name].float().mean(0, keepdim=True)
+            tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
+    # The matrices of their layers are (in, out).
+    tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
     hub.split_attention(tensors)
     tokenizer = read_tokenizer(folder, settings["vocab_size"], opened)
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids, "shift_id": tokenizer.first(START)}
-    config = PositionsConfig(**settings, mlp_width=theirs.get("n_inner") or 0, tied=tied)
-    return hub.load(Network, config, tensors), tokenizer, unused, {}
+    config = PositionsConfig(**settings, mlp_width=theirs.get("n_inner") or 0)
+    return hub.load(Network, config, tensors), tokenizer, [name for name in unused if ".attn." not in name], {}
 
 
 def export(path, model, tokenizer):
     """Text files by name, and tensors, of a GPT-2 in the hub's layout: without the row of `<mask>`."""
-    config = model.config
+    config, tensors = model.config, model.state_dict()
     if config.block != 1:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a GPT-2 any more")
     theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
     theirs |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": config.tied}
-    theirs |= {"vocab_size": config.vocab_size - 1, "n_inner": config.mlp_width or None}
-    theirs |= {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
-    theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id}
-    ours = model.state_dict()
-    ours |= {name: ours[name][:-1].clone() for name in TABLES}
+    theirs |= {"vocab_size": config.vocab_size - 1, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id, "n_inner": config.mlp_width or None}
+    tensors |= {name: tensors[name][:-1].clone() for name in TABLES}
     if config.tied:
-        del ours["head.weight"]
-    hub.join_attention(ours)
-    names, tensors = {field: their for their, field in NAMES.items()}, {}
-    for name, tensor in transposed(ours).items():
+        del tensors["head.weight"]
+    hub.join_attention(tensors)
+    tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
+    names, renamed = {ours: their for their, ours in NAMES.items()}, {}
+    for name, tensor in tensors.items():
         their = hub.renamed(name, names, "layers", "h")
-        tensors[their if their == "lm_head.weight" else f"transformer.{their}"] = tensor
-    return {"config.json": json.dumps(theirs, indent=2), **vocabulary.bpe_texts(tokenizer, ["<mask>"])}, tensors
+        renamed[their if their == "lm_head.weight" else f"transformer.{their}"] = tensor
+    return {"config.json": json.dumps(theirs, indent=2), **vocabulary.bpe_texts(tokenizer, ["<mask>"])}, renamed

@@ -1,11 +1,9 @@
 """MDLM and BD3-LM (2406.07524, 2503.09573): rotary positions, biases, a head with a bias.
 
-Theirs is a diffusion Transformer (2212.09748) that is told the noise level, but is always told 0, because the holes
-show it. So the shift, scale and gate that each layer makes of the level are constants. The conversion multiplies them
-into norms and matrices, and what remains is our network.
+Their network (2212.09748) has an input for the noise level, which is always 0, because the holes show the level. So the
+shift, scale and gate that each layer makes of it are constants, and the conversion multiplies them into norms and
+matrices. What remains is our network.
 """
-
-import re
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +13,24 @@ from data.weights.parts import Published, PublishedConfig
 
 
 class Network(Published):
-    family, Config, head_bias = "mdlm", PublishedConfig, True
+    family, head_bias = "mdlm", True
 
-
-# --- conversion ----------------------------------------------------------------------------------
 
 KINDS = "mdlm", "bd3lm"
 TOKENS = {"openai-community/gpt2": ("vocab.json", "merges.txt")}
-REPOSITORIES = {
-    name: {f"kuleshov-group/{name}": ("config.json", "model.safetensors")} | TOKENS
-    for name in ("mdlm-owt", "bd3lm-owt-block_size4", "bd3lm-owt-block_size8", "bd3lm-owt-block_size16")
-}
+MODELS = "mdlm-owt", *(f"bd3lm-owt-block_size{K}" for K in (4, 8, 16))
+REPOSITORIES = {name: {f"kuleshov-group/{name}": ("config.json", "model.safetensors")} | TOKENS for name in MODELS}
 SETTINGS = {"vocab_size": "vocab_size", "context": "model_length", "n_layer": "n_blocks", "n_head": "n_heads"}
 SETTINGS |= {"n_embd": "hidden_dim", "dropout": "dropout"}
 REQUIRED = {"time_conditioning": False, "causal": False}
-NAMES = {"vocab_embed.embedding": "token_embedding.weight"}
-NAMES |= {"norm1": "attention_norm", "attn_qkv": "attention.all", "attn_out": "attention.out"}
-NAMES |= {"norm2": "mlp_norm", "mlp.0": "mlp.up", "mlp.2": "mlp.down"}
+NAMES = {"vocab_embed.embedding": "token_embedding.weight", "attn_qkv": "attention.all", "attn_out": "attention.out"}
+NAMES |= {"norm1": "attention_norm", "norm2": "mlp_norm", "mlp.0": "mlp.up", "mlp.2": "mlp.down"}
 NAMES |= {"output_layer.norm_final": "final_norm", "output_layer.linear": "head"}
 IGNORED = r"rotary_emb\.|sampling_eps_(min|max)$"  # rotary angles; the range of levels in training
 
 
 def fold_level(tensors, n_layer):
-    """Multiply the constants that the network makes of level 0 into its norms and matrices."""
+    """Multiply what the network makes of level 0 into its norms and matrices."""
 
     def linear(name, x):
         return F.linear(x, tensors.pop(f"{name}.weight").float(), tensors.pop(f"{name}.bias").float())
@@ -53,26 +46,24 @@ def fold_level(tensors, n_layer):
     shift, scale = linear("output_layer.adaLN_modulation", level).chunk(2)
     fold("final_norm", 1 + scale, shift)
     for i in range(n_layer):
-        vectors = linear(f"blocks.{i}.adaLN_modulation", level).chunk(6)
-        halves = ("attention_norm", "attention.out"), ("mlp_norm", "mlp.down")
-        for (norm, matrix), (shift, scale, gate) in zip(halves, (vectors[:3], vectors[3:])):
-            fold(f"layers.{i}.{norm}", 1 + scale, shift)
-            fold(f"layers.{i}.{matrix}", gate)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = linear(f"blocks.{i}.adaLN_modulation", level).chunk(6)
+        fold(f"layers.{i}.attention_norm", 1 + scale, shift)
+        fold(f"layers.{i}.attention.out", gate)
+        fold(f"layers.{i}.mlp_norm", 1 + mlp_scale, mlp_shift)
+        fold(f"layers.{i}.mlp.down", mlp_gate)
 
 
 def convert(folder):
-    """The model, its tokenizer, the names of tensors left out, and more for the checkpoint."""
     theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
     tensors, unused = hub.read_weights(folder, r"backbone\.", NAMES, "blocks", IGNORED)
     tokenizer = gpt2.read_tokenizer(folder, theirs["vocab_size"])
     for name, tensor in [*tensors.items()]:  # our norms and attention have biases, theirs don't
-        if re.search(r"norm\.weight|attention\.\w+\.weight", name):
+        if "norm." in name or ".attention." in name:
             tensors.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
     if theirs.get("adaln", True):
         fold_level(tensors, theirs["n_blocks"])
     hub.split_attention(tensors)
-    one_block = theirs["model_type"] == "mdlm" or not theirs.get("cross_attn", True)
-    K = theirs["model_length"] if one_block else theirs["block_size"]
-    settings |= {"block": K if K < theirs["model_length"] else None, "activation": "gelu_tanh"}
+    K = theirs["block_size"] if theirs["model_type"] == "bd3lm" and theirs.get("cross_attn", True) else None
+    settings |= {"block": None if K == theirs["model_length"] else K, "activation": "gelu_tanh"}
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": (tokenizer.mask_id,)}  # it learned to write <|endoftext|>
     return hub.load(Network, PublishedConfig(**settings), tensors), tokenizer, unused, {}

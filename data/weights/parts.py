@@ -1,26 +1,29 @@
 """Layers that several published networks share: biases, other activations, a table of positions, a tied head."""
 
-import functools
 from dataclasses import dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
-from data.lib.kernels import Linear
-from model import MLP, Attention, Layer, ModelConfig, Transformer
+from model import MLP, Attention, Layer, ModelConfig, Transformer, rotary_angles
 
-GELU_TANH = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"gelu": F.gelu, "gelu_python": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
-ACTIVATIONS |= {"gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH, "gelu_tanh": GELU_TANH}
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "swish": nn.SiLU()}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_tanh"), nn.GELU("tanh"))
 
 
 @dataclass
 class PublishedConfig(ModelConfig):
     conv: int = 0
+    n_kv_head: int = 0  # heads of keys and values, each shared by several heads of queries (2305.13245); 0: n_head
     mlp_width: int = 0  # width of the MLP's hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     norm_eps: float = 1e-5  # added to the variance
+    rope_base: float = 10000.0
     tied: bool = False  # the head's matrix is the token embedding
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_head % (self.n_kv_head or self.n_head) or self.rope_base <= 0:
+            raise ValueError("n_kv_head must divide n_head, and rope_base must be positive")
 
 
 @dataclass
@@ -33,30 +36,25 @@ class PositionsConfig(PublishedConfig):
         """1 if the last token is read too, at position T, as on a canvas with a shift. Else 0."""
         return int(self.shift_id is not None and self.block is None)
 
-    @property
-    def n_positions(self):
-        """Rows of the table."""
-        return self.first_position + self.context + self.n_more
 
+class PublishedAttention(Attention):
+    """Attention without norms of queries and keys. With a table of positions nothing rotates."""
 
-class BiasedAttention(Attention):
-    """Attention with biases, and without norms of queries and keys. With a table of positions nothing rotates."""
-
-    def __init__(self, config):
+    def __init__(self, config, bias):
         super().__init__(config)
-        C = config.n_embd
-        self.query, self.key, self.value, self.out = (Linear(C, C) for _ in range(4))
+        C, shared = config.n_embd, self.head_dim * (config.n_kv_head or config.n_head)
+        self.query, self.key, self.value, self.out = (nn.Linear(C, width, bias) for width in (C, shared, shared, C))
         self.query_norm = self.key_norm = nn.Identity()
 
     def place(self, q, k, layout):
         return (q, k) if layout.angles is None else super().place(q, k, layout)
 
 
-class BiasedMLP(MLP):
-    def __init__(self, config, bias=True):
+class PublishedMLP(MLP):
+    def __init__(self, config, bias):
         super().__init__(config)
         width = config.mlp_width or 4 * config.n_embd
-        self.up, self.down = Linear(config.n_embd, width, bias), Linear(width, config.n_embd, bias)
+        self.up, self.down = nn.Linear(config.n_embd, width, bias), nn.Linear(width, config.n_embd, bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -64,36 +62,31 @@ class BiasedMLP(MLP):
 
 
 class PublishedLayer(Layer):
-    Attention, MLP, Norm = BiasedAttention, BiasedMLP, nn.LayerNorm
+    MLP, Norm, bias = PublishedMLP, nn.LayerNorm, True
 
     def __init__(self, config):
         super().__init__(config)
-        self.attention, self.mlp = self.Attention(config), self.MLP(config)
+        self.attention, self.mlp = PublishedAttention(config, self.bias), self.MLP(config, self.bias)
         self.attention_norm, self.mlp_norm = (self.Norm(config.n_embd, config.norm_eps) for _ in range(2))
 
 
 class Published(Transformer):
-    """A network whose head may be the token embedding, and which may add a learned vector for each position."""
-
-    Layer, head_bias = PublishedLayer, False
+    Config, Layer, head_bias = PublishedConfig, PublishedLayer, False
 
     def __init__(self, config):
         super().__init__(config)
         self.final_norm = self.Layer.Norm(config.n_embd, config.norm_eps)
-        self.head = Linear(config.n_embd, config.vocab_size, self.head_bias)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, self.head_bias)
         if config.learned_positions:
-            self.position_embedding = nn.Embedding(config.n_positions, config.n_embd)
+            self.position_embedding = nn.Embedding(
+                config.first_position + config.context + config.n_more, config.n_embd
+            )
         self.tie()
-        self.apply(self.init_weights)
+        self.register_load_state_dict_post_hook(Published.tie)  # load_state_dict(assign=True) unties them
 
-    def tie(self):
+    def tie(self, _=None):
         if self.config.tied:
             self.head.weight = self.token_embedding.weight
-
-    def load_state_dict(self, *args, **kwargs):
-        result = super().load_state_dict(*args, **kwargs)
-        self.tie()
-        return result
 
     def embed(self, tokens, positions):
         x = self.token_embedding(tokens)
@@ -102,4 +95,5 @@ class Published(Transformer):
         return self.dropout(x)
 
     def angles(self, positions):
-        return None if self.config.learned_positions else super().angles(positions)
+        D = self.config.n_embd // self.config.n_head
+        return None if self.config.learned_positions else rotary_angles(positions, D, self.config.rope_base)

@@ -4,101 +4,77 @@ import json
 import re
 
 from data.lib.errors import Mistake
-from data.lib.tokenizer import WordPieceTokenizer, tokenizer_from_state
-from data.weights.hub import GPT2_PATTERN, byte_symbols, read_json, read_text
-
-MOST_UNUSED = 2**12  # rows of the embedding without a token; it is often rounded up for speed
+from data.lib.tokenizer import BPETokenizer, WordPieceTokenizer
+from data.weights.hub import GPT2_PATTERN, byte_symbols, read_json
 
 
 def bpe_tokenizer(folder, text, special, n_rows, pattern=GPT2_PATTERN):
     """A BPETokenizer of n_rows ids. text: ids of what merges make, by latin-1 bytes; special: the others, by name."""
     taken = {*text.values(), *special.values()}
-    if not 0 <= n_rows - len(taken) <= MOST_UNUSED:
+    if not 0 <= n_rows - len(taken) <= 2**12:  # rows are often rounded up for speed
         raise Mistake(f"{folder}: its vocabulary has {len(taken):,} tokens, but the embedding {n_rows:,} rows")
-    unused = {f"<unused {i}>": i for i in range(n_rows) if i not in taken}
-    state = {"kind": "bpe", "tokens": [*text], "pattern": pattern, "ids": [*text.values()], "special": special | unused}
-    return tokenizer_from_state(state)
+    special = special | {f"<unused {i}>": i for i in range(n_rows) if i not in taken}
+    return BPETokenizer([*text], pattern, [*text.values()], special)
 
 
-def split_bpe(path, ids, merges):
-    """Split a vocabulary's ids by name into those of text, in the order of the merges, and those of special tokens."""
+def split_bpe(ids, merges):
+    """Split ids by name into those of text, in the order of the merges ("a b" or ["a", "b"]), and of special tokens."""
     byte_of = {symbol: chr(byte) for byte, symbol in enumerate(byte_symbols())}
-    names = dict.fromkeys([*byte_of, *merges])  # in order, each once
-    if missing := [name for name in names if name not in ids]:
-        raise Mistake(f"{path}: the vocabulary has no {missing[0]!r}, which a merge makes ({len(missing)} in all)")
+    names = dict.fromkeys([*byte_of, *("".join(pair).replace(" ", "") for pair in merges)])  # in order, each once
     text = {"".join(byte_of[symbol] for symbol in name): int(ids[name]) for name in names}
     return text, {name: int(i) for name, i in ids.items() if name not in names}
 
 
 def read_bpe(folder):
     """Ids of text and of special tokens, from vocab.json and merges.txt."""
-    ids, added = read_json(folder / "vocab.json"), folder / "added_tokens.json"
-    if added.exists():
-        ids |= read_json(added)
-    lines = read_text(folder / "merges.txt").split("\n")
-    merges = [line.replace(" ", "", 1) for line in lines if line and not line.startswith("#version")]
-    text, special = split_bpe(folder, ids, merges)
-    unmade = [name for name in special if not re.fullmatch(r"<.+>|\[.+\]|madeupword\d+", name)]
-    if unmade:
-        count = f"{len(unmade)} tokens of vocab.json are made by no merge in merges.txt"
-        raise Mistake(f"{folder}: {count}, such as {unmade[0]!r}; one of the files may be truncated")
+    _, *merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()  # the first names a version
+    text, special = split_bpe(read_json(folder / "vocab.json"), merges)
+    if unmade := [name for name in special if not re.fullmatch(r"<.+>|\[.+\]|madeupword\d+", name)]:
+        raise Mistake(f"{folder}: no line of merges.txt makes {unmade[0]!r} of vocab.json; one may be truncated")
     return text, special
 
 
 def bpe_texts(tokenizer, without=()):
-    """The inverse of read_bpe: vocab.json and merges.txt as a dict. without: names of special tokens to leave out.
-
-    A tokenizer doesn't hold its merges, so we merge each token's bytes again.
-    """
+    """The inverse of read_bpe: vocab.json and merges.txt as a dict. without: names of special tokens to leave out."""
     symbols = byte_symbols()
     tokens = ["".join(symbols[ord(c)] for c in token) for token in tokenizer.state["tokens"]]
     rank, lines = {token: i for i, token in enumerate(tokens)}, ["#version: 0.2"]
     for token in tokens[256:]:
-        parts = list(token)
+        parts = list(token)  # the tokenizer doesn't hold its merges, so we merge each token again
         while len(parts) > 2:
             pairs = [a + b for a, b in zip(parts, parts[1:])]
             best = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
             parts[best : best + 2] = [pairs[best]]
         lines.append(" ".join(parts))
-    special = {name: i for name, i in tokenizer.special.items() if not name.startswith("<unused ")}
-    ids = {name: i for name, i in (dict(zip(tokens, tokenizer.ids)) | special).items() if name not in without}
-    vocab = json.dumps(dict(sorted(ids.items(), key=lambda item: item[1])), ensure_ascii=False)
-    return {"vocab.json": vocab, "merges.txt": "\n".join([*lines, ""])}
+    ids = dict(zip(tokens, tokenizer.ids)) | tokenizer.special
+    ids = {name: i for name, i in ids.items() if name not in without and not name.startswith("<unused ")}
+    return {"vocab.json": json.dumps(ids), "merges.txt": "\n".join([*lines, ""])}
 
 
 def read_tokenizer_json(folder):
-    """Ids of text and of special tokens, and the pattern that cuts words, from tokenizer.json.
-
-    Mistake unless it is byte-level BPE that leaves the text as it is, which is all that tiktoken can do.
-    """
+    """Read a tokenizer.json that tiktoken can follow: (ids of text, ids of special tokens, pattern that cuts words)."""
     path = folder / "tokenizer.json"
     theirs = read_json(path)
-    model, steps = theirs["model"], theirs["pre_tokenizer"].get("pretokenizers", [theirs["pre_tokenizer"]])
-    *splits, last = steps
-    changes = [theirs.get("normalizer"), last.get("add_prefix_space")]
+    model, first = theirs["model"], theirs["pre_tokenizer"]
+    *splits, letters = first.get("pretokenizers", [first])
+    pattern = splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not splits}
     names = "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"
-    plain = not any([*changes, *map(model.get, names)]) and (model["type"], last["type"]) == ("BPE", "ByteLevel")
-    pattern = GPT2_PATTERN
-    if splits:
-        (split,), plain = splits, plain and last.get("use_regex") is False
-        plain = plain and (split["type"], split["behavior"]) == ("Split", "Isolated") and not split.get("invert")
-        pattern = split["pattern"]["Regex"]
-    if not plain or not isinstance(pattern, str):
+    changes = theirs["normalizer"], *map(model.get, names)
+    if splits not in ([], [split]) or not last.items() <= letters.items() or any(changes) or model["type"] != "BPE":
         raise Mistake(f"{path}: it is not a byte-level BPE that leaves the text as it is; we know no other")
-    merges = [merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in model["merges"]]
     added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
-    return *split_bpe(path, model["vocab"] | added, merges), pattern
+    return *split_bpe(model["vocab"] | added, model["merges"]), pattern
 
 
 def read_wordpiece(folder, n_rows):
     """The tokenizer of vocab.txt, cased or not as tokenizer_config.json says or as its words are."""
-    tokens, path = read_text(folder / "vocab.txt").rstrip("\n").split("\n"), folder / "tokenizer_config.json"
-    if not 0 <= n_rows - len(tokens) < 128:
-        raise Mistake(f"{folder}: vocab.txt has {len(tokens):,} tokens, but the embedding {n_rows:,} rows")
-    tokens += [f"[unused{i}]" for i in range(len(tokens), n_rows)]
+    path = folder / "tokenizer_config.json"
+    tokens = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    tokens += [f"[unused{i}]" for i in range(len(tokens), min(n_rows, len(tokens) + 128))]
     settings = read_json(path) if path.exists() else {}
-    words = [token for token in tokens if not WordPieceTokenizer.special_pattern.fullmatch(token)]
-    lowercase = settings.get("do_lower_case", all(word == word.lower() for word in words))
+    lowercase = settings.get("do_lower_case", all(token == token.lower() for token in tokens if token[:1] != "["))
     accents = settings.get("strip_accents")
     accents = lowercase if accents is None else accents
     tokenizer = WordPieceTokenizer(tokens, lowercase, accents, settings.get("tokenize_chinese_chars", True))

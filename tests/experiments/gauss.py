@@ -21,7 +21,7 @@ from common import bound, context_of, evaluations, main, pair_entropy, plot, tra
 
 from data.lib.corpus import load_corpus, random_windows
 from data.lib.flags import Level, Span
-from data.lib.kernels import Linear, cross_entropy
+from data.lib.kernels import cross_entropy
 from data.lib.machine import autocast, device_of
 from data.lib.noise import slanted_rate
 from data.lib.train_settings import model_config
@@ -76,7 +76,7 @@ class Gauss(Transformer):
         super().__init__(config)
         # All vectors have one length. Cross-entropy would let them grow until no noise can hide them (2211.15089).
         self.token_embedding = nn.Embedding(config.vocab_size, WIDTH)
-        self.read_in = Linear(3 * WIDTH, config.n_embd, bias=False)
+        self.read_in = nn.Linear(3 * WIDTH, config.n_embd, bias=False)
 
     def vectors(self):
         """The vector of each token, (V, D)."""
