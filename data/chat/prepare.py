@@ -2,8 +2,7 @@
 
     {"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-Each line of the file is a conversation like this, or only its list. Every message of the assistant becomes an example:
-everything before it is the prompt, and the model learns the reply and its end.
+Each line is a conversation like this, or only its list. Each reply is an example, prompted by everything before it.
 """
 
 import json
@@ -36,13 +35,11 @@ def prepare(path, val, name, tokenizer):
     """Write the corpus data/NAME from the conversations in path, and those in val if it isn't None."""
     template = tokenizer.template or template_for(tokenizer)
     chat = Chat(template, tokenizer)
-    with open(path, "rb") as file:
-        n = sum(1 for line in file if line.strip())
+    n = sum(1 for _ in conversations(path, chat))
     n_train = n if val else n - max(1, n // 10)
 
     def examples():
-        files = [path, val] if val else [path]
-        for i, messages in enumerate(messages for file in files for messages in conversations(file, chat)):
+        for i, messages in enumerate(m for file in (path, val) if file for m in conversations(file, chat)):
             for j, message in enumerate(messages):
                 if message["role"] == "assistant":
                     prompt, reply = chat.prompt(messages[:j]), message["content"].strip()

@@ -1,8 +1,7 @@
 """Handwritten digits with their words: a canvas has a caption and a picture in 17 greys.
 
-The digits are in the order of the forms that people filled in, about 130 on each. The last three forms validate, so
-that all of them are by new hands. The others are there four times, as they are and changed a little. MNIST's test set
-validates.
+The digits are in the order of fourteen forms that people filled in. The last three forms validate, all by new hands.
+The others are there four times, as they are and changed a little. For MNIST, its test set validates.
 """
 
 import gzip
@@ -23,7 +22,7 @@ from data.lib.tokenizer import PictureTokenizer
 WORDS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 CAPTION, GREYS = 8, 17  # letters of a caption; greys of a pixel
 COPIES = 3  # changed copies of each digit to train on
-FORM = 1415  # the first digit of the twelfth of the fourteen forms
+FORM = 1415  # the first digit of the twelfth form
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 FILES = {  # MNIST's pictures and digits, first to train and then to validate, with their sha256
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -54,7 +53,7 @@ def read_mnist(folder):
     """Yield MNIST's pictures (N, 28, 28) and digits (N,) to train, and then those to validate."""
     contents = []
     for name, sha256 in FILES.items():
-        copy = Path(folder, name) if folder else None
+        copy = folder and Path(folder, name)
         path = download(URL + name, DATA / "mnist" / name, sha256, copy, "--dir takes copies of the files")
         contents.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8))
     for pictures, digits in (contents[:2], contents[2:]):

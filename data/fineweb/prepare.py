@@ -1,7 +1,4 @@
-"""FineWeb (2406.17557) as GPT-2's tokens, from the shards that speedruns of GPT-2 train on.
-
-A shard has 100 million tokens, and <|endoftext|> opens each document. --shards of them train, and one more validates.
-"""
+"""FineWeb (2406.17557) as GPT-2's tokens, from the shards that speedruns of GPT-2 train on."""
 
 import sys
 from pathlib import Path
@@ -18,7 +15,7 @@ from data.weights import hub
 from data.weights.gpt2 import START
 
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
-HEADER = 1024  # bytes, as 256 numbers of 32 bits. The third is the number of tokens, which have 16 bits.
+HEADER = 1024  # bytes, as 256 numbers of 32 bits. The third is the number of tokens, 100 million of 16 bits.
 
 
 def gpt2_tokenizer():

@@ -1,8 +1,7 @@
 """Turns a conversation into tokens by a template, three texts that a checkpoint and a corpus carry.
 
-`opening` comes first. `turn` has {role}, then {content}, then something that closes the turn. `end` is one token, which
-is learned after a reply and fills the rest of its canvas. Special tokens are written by name; in a message such a name
-is only text. A message is `{"role": "user", "content": "Hello"}`.
+`opening` comes first. `turn` has {role}, {content}, and something that closes the turn. `end` is one token, which fills
+the canvas after a reply. A template has special tokens by name; in a message such a name is only text.
 """
 
 import itertools
@@ -11,7 +10,7 @@ import sys
 
 from data.lib.errors import Mistake
 
-# ASCII has control characters for this: a heading starts (SOH), a text starts (STX), a text ends (ETX).
+# ASCII has control characters for this: start of heading, start of text, end of text.
 BYTES = {"opening": "", "turn": "\x01{role}\x02{content}\x03", "end": "\x03"}
 
 
@@ -54,10 +53,8 @@ class Chat:
 
     def encode(self, parts):
         """The ids of texts and ids. Texts side by side are encoded as one."""
-        ids = []
-        for kind, group in itertools.groupby(parts, type):
-            ids += self.tokenizer.encode("".join(group)) if kind is str else group
-        return ids
+        groups = itertools.groupby(parts, type)
+        return [i for kind, group in groups for i in (self.tokenizer.encode("".join(group)) if kind is str else group)]
 
     def check(self, messages):
         """Raise Mistake unless this is a list of messages that the template can hold."""
@@ -79,7 +76,7 @@ class Chat:
         return self.encode([*parts, *self.before, "assistant", *self.after])
 
     def reply(self, content):
-        """The ids of a reply and of what closes its turn."""
+        """The ids of a reply and of the end of its turn."""
         return self.encode([content.strip(), *self.closing])
 
     def canvas(self, messages, length):

@@ -1,10 +1,7 @@
 """Writes corpora, loads them, and reads windows of their tokens.
 
-A corpus is a folder with the token ids of two splits, train.bin and val.bin, and with meta.json, which has the
-tokenizer, the source, the counts and the sha256 of each split, and how often each token occurs in train.bin.
-
-A split is running text, or canvases (captioned pictures), or examples (prompts with replies). Examples also have a chat
-template in meta.json, and train.rows and val.rows, which tell where each one begins and how long its prompt is.
+A corpus is a folder with token ids in train.bin and val.bin, and with meta.json, which has the tokenizer and counts. A
+split is running text, canvases (captioned pictures), or examples (prompts with replies, which .rows files list).
 """
 
 import hashlib
@@ -25,8 +22,7 @@ from data.lib.tokenizer import BPETokenizer, ByteTokenizer, tokenizer_from_state
 
 DATA = Path(__file__).resolve().parents[1]  # the folder data/
 SPLITS = ("train", "val")
-# Where the script is for a corpus that isn't named after its folder.
-FOLDERS = {"wikitext2": "wikitext", "wikitext103": "wikitext", "enwik8": "text8", "mnist": "digits"}
+SCRIPT_FOLDERS = {"wikitext2": "wikitext", "wikitext103": "wikitext", "enwik8": "text8", "mnist": "digits"}
 
 
 def check_name(name, own=None):
@@ -39,27 +35,21 @@ def check_name(name, own=None):
 
 def write_corpus(name, pieces, tokenizer, source, encode=None):
     """Write data/NAME from (split, text) pairs, which are read one at a time. encode: the tokenizer's, by default."""
-
-    def encoded():
-        for split, text in pieces:
-            ids = (encode or tokenizer.encode)(text)
-            # Where a special token stands for the newline, no byte is predicted for it.
-            yield split, ids, len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids)
-
-    return write_tokens(name, encoded(), tokenizer, source)
+    encode = encode or tokenizer.encode
+    encoded = (  # where a special token stands for the newline, no byte is predicted for it
+        (split, ids := encode(text), len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids))
+        for split, text in pieces
+    )
+    return write_tokens(name, encoded, tokenizer, source)
 
 
 def write_tokens(name, pieces, tokenizer, source, template=None):
-    """Write data/NAME from pieces, which are read one at a time: (split, ids, number of bytes of text).
-
-    With a chat template each piece is an example: (split, ids, bytes of the reply, length of the prompt in tokens).
-    Returns the content of meta.json. On an error all files stay as they were.
-    """
+    """Write data/NAME from (split, ids, bytes) or, with a template, (split, ids, bytes of the reply, prompt length)."""
     check_name(name)
     counts, digests = {split: Counter() for split in SPLITS}, {split: hashlib.sha256() for split in SPLITS}
     occurrences, kinds = np.zeros(tokenizer.vocab_size, np.int64), ("bin", "rows") if template else ("bin",)
     names = "meta.json", *(f"{split}.{kind}" for kind in kinds for split in SPLITS)
-    with ExitStack() as stack:  # when it exits, it renames the files, meta.json last
+    with ExitStack() as stack:  # when it exits without an error, it renames the files, meta.json last
         files = {file: stack.enter_context(replacing(DATA / name / file)) for file in names}
         for split, ids, n_bytes, *prompt_len in pieces:
             ids = np.asarray(ids, np.min_scalar_type(tokenizer.vocab_size - 1))
@@ -87,8 +77,7 @@ def split_at(pieces, cut):
         data = text.encode("utf-8")
         head = data[: max(0, cut)].decode("utf-8", errors="ignore")
         cut -= len(data)
-        yield "train", head
-        yield "val", text[len(head) :]
+        yield from (("train", head), ("val", text[len(head) :]))
 
 
 def read_pieces(path, size=1 << 20):
@@ -102,10 +91,7 @@ def read_pieces(path, size=1 << 20):
 
 
 def load_corpus(name, context=1):
-    """Load the corpus data/NAME as (train, val, tokenizer, meta). The default corpus is made if it is missing.
-
-    The splits are memory-mapped ids, or Examples in windows of `context`, whose tokens meta[split]["tokens"] counts.
-    """
+    """Load data/NAME as (train, val, tokenizer, meta). A split is memory-mapped ids, or Examples as long as context."""
     folder = DATA / name
     if name == "python" and not (folder / "meta.json").exists():
         print("data/python is not there yet: making it from this Python's standard library", flush=True)
@@ -113,7 +99,7 @@ def load_corpus(name, context=1):
             sys.exit(2)  # it has said why
     if not (folder / "meta.json").exists():
         ready = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
-        script = f"{FOLDERS[name]}/prepare.py {name}" if name in FOLDERS else f"{name}/prepare.py"
+        script = f"{SCRIPT_FOLDERS[name]}/prepare.py {name}" if name in SCRIPT_FOLDERS else f"{name}/prepare.py"
         script = script if (DATA / script.split()[0]).exists() else "text/prepare.py FILE --name NAME"
         raise Mistake(f"--data {name}: no such corpus; ready are: {ready}; `python data/{script}` makes one")
     try:
@@ -125,7 +111,7 @@ def load_corpus(name, context=1):
     except Exception as error:
         raise Mistake(f"{folder}: not a whole corpus ({str(error)[:200]}); prepare it again") from None
     for split, tokens in zip(SPLITS, splits):
-        meta[split]["tokens"] = n = len(tokens)
+        meta[split]["tokens"] = n = len(tokens)  # counts what fills up examples, too
         if "chat" in meta and (longest := tokens.lengths.max()) > context:
             raise Mistake(f"--context {context}: an example of {longest} tokens needs --context {longest}")
         if n < context:
@@ -155,8 +141,7 @@ class Examples:
         self.tokens, self.end_id, self.T = tokens, end_id, T
         self.starts, self.prompts = rows.T  # (N,) each
         self.lengths = np.diff(self.starts, append=len(tokens))  # (N,)
-        outside = self.starts[0] or rows.min() < 0 or self.starts.max() >= len(tokens)
-        if outside or (self.prompts >= self.lengths).any():
+        if self.starts[0] or rows.min() < 0 or (self.prompts >= self.lengths).any():
             raise ValueError("its examples do not fit its tokens")
 
     def __len__(self):
@@ -177,10 +162,7 @@ def n_windows(split, T):
 
 
 def windows_at(split, places, T):
-    """Read the windows with these numbers, (B, 1): their tokens (B, T), and the length of their own prompts (B, 1).
-
-    Running text has no prompts. Mistake if a token is not one of the tokenizer's.
-    """
+    """Read the windows with these numbers (B, 1): tokens (B, T), and lengths of their own prompts (B, 1), 0 in text."""
     i = np.arange(T)
     if isinstance(split, Examples):
         tokens, prompts = split.tokens, split.prompts[places]
@@ -197,8 +179,8 @@ def random_windows(split, B, T, generator):
     """Read B windows from random places, as windows_at does but into torch tensors."""
     import torch  # takes a second to load, and preparing a corpus doesn't need it
 
-    places = torch.randint(n_windows(split, T), (B, 1), generator=generator)
-    return tuple(map(torch.from_numpy, windows_at(split, places.numpy(), T)))
+    places = torch.randint(n_windows(split, T), (B, 1), generator=generator).numpy()
+    return tuple(map(torch.from_numpy, windows_at(split, places, T)))
 
 
 def spaced_windows(split, T, n_tokens):

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import os
 import urllib.request
 from pathlib import Path
 
@@ -18,10 +17,7 @@ def check_sha256(path, sha256):
 
 
 def download(url, path, sha256=None, copy=None, instead="--file takes a copy of it", most=2**30):
-    """The path of the user's own copy, or else of a download of at most `most` bytes, which is made once.
-
-    A download that breaks off leaves NAME.part, and the next call resumes it. instead: what else the user can do.
-    """
+    """The path of the user's own copy, or else of a download of at most `most` bytes, resumed from NAME.part."""
     path, part = Path(copy or path), Path(f"{path}.part")
     if copy or path.exists():
         check_sha256(path, sha256)
@@ -53,5 +49,4 @@ def download(url, path, sha256=None, copy=None, instead="--file takes a copy of 
             part.unlink(missing_ok=True)
         reason = getattr(error, "reason", type(error).__name__)
         raise Mistake(f"{url}: no download ({reason}); try again, or {instead}") from None
-    os.replace(part, path)
-    return path
+    return part.replace(path)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from data.lib.errors import Mistake
@@ -10,10 +10,7 @@ from data.lib.errors import Mistake
 
 @contextmanager
 def replacing(path):
-    """Open a binary file that replaces path once the block has ended and the file is flushed to the disk.
-
-    If the block raises, path stays as it was. A folder that is missing is created, and removed again if it stays empty.
-    """
+    """Open a binary file that replaces path when the block ends, unless it raises. A missing folder is created."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +22,7 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # it isn't empty
+        with suppress(OSError):  # a folder that isn't empty stays
             path.parent.rmdir()
 
 
@@ -45,20 +42,17 @@ def alone_in(folder):
     """Lock a folder for this process, and delete half-written checkpoints in it. Mistake if another process has it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = None
-    try:
-        import fcntl
+    with ExitStack() as stack:
+        try:
+            import fcntl
 
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Mistake(f"{folder}: another run is writing there") from None
-    except (ImportError, OSError):  # Windows and some network file systems have no such locks
-        pass
-    try:
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"{folder}: another run is writing there") from None
+        except (ImportError, OSError):  # Windows and some network file systems have no such locks
+            pass
         for path in folder.glob("*.pt.*.tmp"):
             path.unlink()
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)

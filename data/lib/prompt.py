@@ -12,8 +12,7 @@ MASK_TAG = re.compile(r"<mask(\*[^>]*)?>")
 
 def standing(ids, tokenizer):
     """If a tokenizer has kinds, put holes before each token of ids up to the next place where it may stand."""
-    places = [range(first, end) for n, first, end in tokenizer.kinds for _ in range(n)]
-    placed = []
+    places, placed = [range(first, end) for n, first, end in tokenizer.kinds for _ in range(n)], []
     for i in ids:
         while i != tokenizer.mask_id and len(placed) < len(places) and i not in places[len(placed)]:
             placed.append(tokenizer.mask_id)
@@ -26,8 +25,7 @@ def standing(ids, tokenizer):
 def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
-    Without a length, a prompt with holes gets no others, and one without fills the context. Special tokens that open
-    and close a line, if the tokenizer has them, stand at the start, and at the end if we know where the text ends.
+    Without a length, holes fill the context, unless the prompt has its own. A text that may go on isn't closed.
     """
     if MASK_TAG.search(suffix):
         raise Mistake("--suffix: holes go into --prompt, which may have several")

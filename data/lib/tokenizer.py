@@ -1,8 +1,7 @@
 """Turns text into token ids and back.
 
-A tokenizer's `state` is a plain dict, which meta.json and every checkpoint carry; tokenizer_from_state restores it from
-that. Tokenizers are the same if their states are. `special` has the ids that are not text, such as that of `<mask>`.
-Training never masks these, and sampling never writes them.
+A tokenizer's `state` is a plain dict, which meta.json and every checkpoint carry. Tokenizers are the same if their
+states are. Training never masks the tokens in `special`, such as `<mask>`, and sampling never writes them.
 """
 
 import codecs
@@ -26,8 +25,7 @@ CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a70
 class Tokenizer:
     """What all tokenizers share. special: the ids that are not text, by name. bytes_of: the bytes of each other id."""
 
-    # For a canvas whose places decide which tokens may stand there: (n, first, end) for each stretch of n places.
-    kinds = ()
+    kinds = ()  # of a canvas whose places differ in the tokens they take: (n, first, end) for each stretch of n places
     pixels = None  # of a picture: its first place, its columns, and its greys as shown
     template = None  # of a checkpoint that chats
 
@@ -55,13 +53,10 @@ class Tokenizer:
         return "".join(self.pieces(ids))
 
     def pieces(self, ids):
-        """What each token adds to the text, list[str]. A character of several tokens comes with the last of them.
-
-        Bytes that are not UTF-8, which a sample may hold, become U+FFFD. A row of `<|endoftext|>` is shown once.
-        """
+        """What each token adds to the text, list[str]. A character of several tokens comes with the last of them."""
         pieces, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
         for before, i, following in zip([None, *ids], ids, [*ids[1:], self.mask_id]):
-            # A special token ends an unfinished character.
+            # A special token ends an unfinished character. Bytes that are not UTF-8 become U+FFFD.
             piece = decoder.decode(self.bytes_of[i], final=following in self.shown or i in self.shown)
             repeated = i == before and self.special.get("<|endoftext|>") == i
             pieces.append("" if repeated else piece)
@@ -81,11 +76,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding. tiktoken does the merging.
-
-    tokens: the byte strings in the order in which they merge, as latin-1 text. pattern: the regular expression that
-    first cuts text into words. ids: the id of each token, by default its place. special: `<mask>` by default.
-    """
+    """Byte-level byte-pair encoding by tiktoken. tokens: byte strings as latin-1, in the order in which they merge."""
 
     def __init__(self, tokens, pattern, ids=None, special=None):
         special = special or {"<mask>": len(tokens)}
@@ -101,17 +92,16 @@ class BPETokenizer(Tokenizer):
     def encode(self, text):
         try:
             return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
-        except BaseException as error:  # tiktoken panics at a bad pattern, and a panic is no Exception
-            if isinstance(error, (KeyboardInterrupt, MemoryError)):
-                raise
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException:  # tiktoken panics at a bad pattern, and a panic is no Exception
             raise Mistake("the tokenizer's pattern does not cut this text into words") from None
 
 
 class PictureTokenizer(Tokenizer):
     """A canvas of two kinds of tokens: a caption of ASCII letters, padded with spaces, and the pixels of a picture.
 
-    caption: how many letters it has. A pixel is a grey from 0 (white) to greys - 1, in rows from the top. In text the
-    caption and each row are lines, and a pixel is one of GREYS. A picture in plain PGM can be encoded, too.
+    caption: its number of letters. A pixel is a grey from 0 (white) to greys - 1, and one of GREYS in text.
     """
 
     def __init__(self, caption, width, height, greys):
@@ -127,28 +117,23 @@ class PictureTokenizer(Tokenizer):
         super().__init__({"<mask>": 256}, {i: bytes([i]) for i in range(256)} | texts)
 
     def encode(self, text):
-        """Encode letters and pixels, ignoring the ends of lines, or a plain PGM. Mistake for anything else."""
+        """Encode letters and pixels, ignoring the ends of lines, or a plain PGM, whose largest number is white."""
         greys = self.pixels["greys"]
-        if re.match(r"P2\s", text) and not set(text) & set(greys):
-            return self.read_pgm(text)
         try:
+            if re.match(r"P2\s", text) and not set(text) & set(greys):
+                width, height, most, *values = map(int, re.sub("#.*", "", text).split()[1:])
+                if [width, height, len(values)] != self.size or not 0 <= min(values) <= max(values) <= most:
+                    raise ValueError
+                return [257 + round((len(greys) - 1) * (1 - value / most)) for value in values]
             return [self.id_of[c] for c in text if c not in "\r\n"]
         except KeyError as error:
             either = f"a letter of a caption, in ASCII, nor a pixel, {greys[0]} to {greys[-1]}"
             raise Mistake(f"{error} is neither {either}") from None
-
-    def read_pgm(self, text):
-        """The ids of the pixels of a plain PGM, in which the largest number is white."""
-        try:
-            width, height, most, *values = map(int, re.sub("#.*", "", text).split()[1:])
-            if [width, height, len(values)] != self.size or not 0 <= min(values) <= max(values) <= most:
-                raise ValueError
-            return [257 + round((self.state["greys"] - 1) * (1 - value / most)) for value in values]
         except (ValueError, ZeroDivisionError):
             raise Mistake(f"not plain PGM of {self.size[0]} x {self.size[1]} pixels, which the model needs") from None
 
     def decode(self, ids):
-        pieces, ends = self.pieces(ids), range(self.caption, len(ids), self.width)
+        pieces, ends = self.pieces(ids), range(self.caption, len(ids), self.width)  # the caption and each row are lines
         return "\n".join("".join(pieces[i:j]) for i, j in zip((0, *ends), (*ends, len(ids))))
 
     def canvas(self, caption, pixels):
@@ -157,10 +142,7 @@ class PictureTokenizer(Tokenizer):
 
 
 class WordPieceTokenizer(Tokenizer):
-    """BERT's tokens (1810.04805, sec. 3): words, or the longest pieces of them that are in the vocabulary.
-
-    tokens: the vocabulary in the order of its ids. A piece that continues a word is written `##ing`.
-    """
+    """BERT's tokens (1810.04805, sec. 3), listed by id: words, and pieces such as `##ing` that continue one."""
 
     special_pattern = re.compile(r"</?s>|<(pad|unk|mask)>|\[(PAD|UNK|CLS|SEP|MASK|[Uu]nused ?\d*)\]")
 
@@ -172,8 +154,7 @@ class WordPieceTokenizer(Tokenizer):
         self.id_of = {token: i for i, token in enumerate(tokens) if i not in self.shown}
         self.unknown = self.first("[UNK]", "<unk>")
         self.symbol = re.compile(rf"[!-/:-@\[-`{{-~{CHINESE if split_chinese else ''}]")
-        # Characters and words repeat.
-        self.spaced, self.pieces_of = lru_cache(self.spaced), lru_cache(2**16)(self.pieces_of)
+        self.spaced, self.pieces_of = lru_cache(self.spaced), lru_cache(2**16)(self.pieces_of)  # both see repeats
 
     def encode(self, text):
         text = normalize("NFD", text) if self.state["strip_accents"] else text

@@ -1,8 +1,4 @@
-"""The default corpus: the source of the Python standard library, which is on your machine already.
-
-Tests, vendored packages and generated tables are left out. The hash of a file's path decides its split, so a file stays
-in its split whatever the other files are.
-"""
+"""The default corpus: the source of the Python standard library, which is on your machine already."""
 
 import hashlib
 import sys
@@ -36,7 +32,7 @@ def source_files(root):
 
 
 def split_of(path):
-    """The split of a file, by the hash of its path: `val` for a tenth of them, and `train` for the others."""
+    """A tenth of the files validate, chosen by the hash of the path, so each stays in its split whatever the others."""
     return "val" if int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) < 0.1 * 16**8 else "train"
 
 
@@ -46,5 +42,4 @@ def main(
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path"),
 ):
     pieces = ((split_of(path), text) for path, text in source_files(Path(sysconfig.get_paths()["stdlib"])))
-    source = f"Python {sysconfig.get_python_version()} library"
-    write_corpus(name, pieces, tokenizer_by_name(tokenizer), source)
+    write_corpus(name, pieces, tokenizer_by_name(tokenizer), f"Python {sysconfig.get_python_version()} library")

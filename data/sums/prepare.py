@@ -1,10 +1,6 @@
 """Questions with one right answer, drawn from a seed: sums with carries, and words to write backwards.
 
-    What is 48769 + 956?     49725
-    Reverse: qlwhtz          zthwlq
-
-No question comes twice, not even with its terms swapped or its word reversed. So no question of the last tenth, which
-validates, is answered in the rest.
+No question comes twice, even with terms swapped or a word reversed, so the last tenth, which validates, is all new.
 """
 
 import json

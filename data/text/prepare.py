@@ -1,7 +1,4 @@
-"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth validates.
-
-The text is read a megabyte at a time, so it may be larger than memory.
-"""
+"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth validates."""
 
 import shlex
 import sys

@@ -1,7 +1,6 @@
 """text8 and enwik8: 100 million characters or bytes of Wikipedia, cut where all papers cut them.
 
-The first 90 million train, the next 5 validate, and the last 5 are the test that papers report. With --test the last 5
-validate instead, which is meant for `train.py --eval_only` alone. A token is a byte.
+The first 90 million train, the next 5 validate, and papers report the last 5. With --test those validate instead.
 """
 
 import sys

@@ -1,8 +1,4 @@
-"""WikiText, raw (1609.07843): good articles of Wikipedia, which its makers split by article.
-
-Blank lines are dropped. If the tokenizer has `<s>` and `</s>`, as RoBERTa's does, they enclose each line. Otherwise a
-newline ends it.
-"""
+"""WikiText, raw (1609.07843): good articles of Wikipedia, which its makers split by article."""
 
 import sys
 import zipfile
