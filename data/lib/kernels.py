@@ -6,47 +6,35 @@ import torch.nn.functional as F
 
 
 def attend(q, k, v, dropout, sees=None, causal=False):
-    """softmax(q k^T / sqrt(D)) v: (B, H, Q, D), of q (B, H, Q, D) and k, v (B, H, S, D), or fewer heads (2305.13245).
-
-    sees: (Q, S) bool, None for all. causal: each position sees itself and those before it.
-    On a CPU torch has no fused kernel with dropout, and its bfloat16 kernel takes two to five times as long as these
-    lines, as long as all scores fit into the caches.
-    """
+    """softmax(q k^T / sqrt(D)) v of q (B, H, Q, D), k and v (B, H or fewer (2305.13245), S, D). sees: (Q, S) or all."""
     p, (H, Q), S = dropout.p if dropout.training else 0.0, q.shape[1:3], k.shape[2]
+    # A CPU has no fused kernel with dropout, and its bfloat16 one is 2 to 5 times as slow while scores fit into caches.
     if q.device.type != "cpu" or not (p or (q.dtype == torch.bfloat16 and Q * S <= 2**18)):
-        gqa = k.shape[1] < H
-        return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=p, is_causal=causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, sees, p, is_causal=causal, enable_gqa=k.shape[1] < H)
     k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
     scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, Q, S)
-    if causal:
-        sees = torch.ones(Q, S, dtype=torch.bool).tril()
+    sees = torch.ones(Q, S, dtype=torch.bool).tril() if causal else sees
     if sees is not None:
         scores.masked_fill_(~sees, -torch.inf)
     return dropout(scores.softmax(-1)) @ v
 
 
 class Dropout(nn.Dropout):
-    """Zero each value with probability p in training, and scale the others so that the mean stays.
-
-    On a CPU torch draws one random number per value. Here a 64-bit draw serves four values, which is two to five times
-    as fast and makes p a multiple of 2**-16.
-    """
+    """Zero each value with probability p in training, and scale the others so that the mean stays."""
 
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
+        # One 64-bit draw serves four values. This is two to five times as fast, and makes p a multiple of 2**-16.
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = bits[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * kept.type_as(x).mul_(1 / (1 - self.p))
 
 
 def rows_at(where, first, T):
-    """The number N of positions in `where`, and their rows in a tensor (B * (T - first), C) of positions from `first`.
-
-    where: (B, T) bool, or its indices, two of (N,), which no device has to count. The rows are padded with row 0 to a
-    power of 2 or a multiple of 128, because a CPU compiles and keeps kernels for each shape (2 MB per training step).
-    """
+    """The number of positions in `where` (B, T), bool or indices, and their rows in a tensor (B * (T - first), C)."""
     b, t = where[:, first:].nonzero(as_tuple=True) if torch.is_tensor(where) else (where[0], where[1] - first)
+    # Padded with row 0 to a few sizes, because a CPU compiles and keeps kernels for each (2 MB per training step).
     multiple = next((power for power in (1, 2, 4, 8, 16, 32, 64) if len(b) <= power), 128)
     return len(b), F.pad(b * (T - first) + t, (0, -len(b) % multiple))
 
@@ -63,7 +51,6 @@ def rows_at_once(most, T, V):
 
 
 def rows_at_a_time(logits):
-    """How many rows of logits (N, V) to convert to float32 at a time."""
     return max(1, 2 ** (20 if logits.device.type == "cpu" else 26) // logits.shape[1])
 
 
@@ -76,10 +63,7 @@ def in_parts(function, logits, *more):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of logits (N, V) and target (N,), in nats, (N,), without a float32 copy of the logits.
-
-    The gradient overwrites the logits. With a large vocabulary they are the largest tensor of a training step.
-    """
+    """F.cross_entropy in nats, (N,), of logits (N, V) and target (N,). The gradient overwrites the logits."""
 
     @staticmethod
     def forward(ctx, logits, target):
@@ -90,7 +74,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         logits, target, log_z = ctx.saved_tensors
-        logits, rows = logits.detach(), rows_at_a_time(logits)
+        logits, rows = logits.detach(), rows_at_a_time(logits)  # to save memory, the gradient overwrites them
         for part, y, z, g in zip(*(tensor.split(rows) for tensor in (logits, target, log_z, gradient))):
             p = (part.float() - z[:, None]).exp()
             p[torch.arange(len(p), device=p.device), y] -= 1

@@ -32,23 +32,16 @@ def device_of(model):
 
 
 def send(device, *tensors):
-    """Copy CPU tensors to a device without synchronising. A bool tensor arrives as the indices of its True elements.
+    """Copy CPU tensors to a device without synchronising. A bool tensor arrives as indices, which need no counting."""
 
-    These index in the same way, and the device doesn't have to count them, which would synchronise.
-    """
-
-    def copy(tensor):
-        tensor = tensor.contiguous().pin_memory() if device.type == "cuda" else tensor
-        return tensor.to(device, non_blocking=device.type == "cuda")
+    def copy(x):
+        return x.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
     return [tuple(map(copy, x.nonzero(as_tuple=True))) if x.dtype == torch.bool else copy(x) for x in tensors]
 
 
 def autocast(device, dtype="auto"):
-    """Context in which matrix products run in dtype, which is its `fast_dtype`.
-
-    auto: bfloat16 if the machine multiplies it faster than float32. A CPU needs AMX or AVX-512 BF16 for that.
-    """
+    """Context in which matrix products run in dtype, its `fast_dtype`. auto: bfloat16 if that is fast, or float32."""
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cpu":

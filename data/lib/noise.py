@@ -6,11 +6,8 @@ import torch
 
 
 def segment_lengths(model_config, T, weight):
-    """Lengths of the segments of T tokens that have a noise level each: the blocks, or the whole text.
-
-    On a canvas of several kinds of tokens each kind has its own level, so the holes decide the task (2303.06555). The
-    elbo weight needs one level for all.
-    """
+    """Lengths of the segments of T tokens that have a noise level each: the blocks, the kinds, or the whole text."""
+    # A level for each kind lets the holes decide the task (2303.06555). The elbo weight needs one level for all.
     if model_config.kinds and not model_config.block and weight == "mean":
         return [n for n, _, _ in model_config.kinds]
     K = model_config.block or T
@@ -23,21 +20,17 @@ def slanted_rate(t, slant, K, T):
 
 
 def rates_of(rate, uniform_rates, model_config, occurrences=None):
-    """Return rates(t, x0) -> each token's rate and its slope in t, (B, T). occurrences: of each token in the corpus.
-
-    slant:W masks the right end of each block first, so it is written last (AR-Diffusion's idea, 2305.09515).
-    spindle:W masks informative tokens first (DiffusionBERT, 2211.15029). It has no bound, so its slope is just 1.
-    """
+    """Return rates(t, x0) -> each token's rate and its slope in t, (B, T). occurrences: of each token in the corpus."""
     if rate.kind == "spindle":
         counts = torch.tensor(occurrences) + 1.0  # one more of each, so that all logarithms are finite
         token_nats = (counts.sum() / counts).log()  # (V,)
 
     def rates(t, x0):
-        T = x0.shape[1]
-        K = model_config.block or T
-        if rate.kind == "slant":
-            r = slanted_rate(t, rate.value, K, T)
+        K = model_config.block or x0.shape[1]
+        if rate.kind == "slant":  # masks the right end of each block first, so it is written last (2305.09515)
+            r = slanted_rate(t, rate.value, K, x0.shape[1])
             return r, (1 + rate.value) * (r < 1)  # a rate clipped at 1 no longer rises
+        # spindle masks informative tokens first (DiffusionBERT, 2211.15029). It has no bound, so its slope is just 1.
         nats = token_nats[x0].unflatten(1, (-1, K))
         information = (1 - nats.mean(-1, keepdim=True) / nats).flatten(1)  # compared with the block's mean, (B, T)
         return (t + rate.value * torch.sin(torch.pi * t) * information).clamp(0, 1), 1.0
@@ -56,11 +49,9 @@ def slanted_holes(x0, maskable, t, generator, K, slant):
     """`exact_holes` of train.py for the rates of slant:W.
 
     Token i is masked at level s_i = (u_i + w (1 - i/(K-1))) / (1 + w), where its rate rises above u_i. The first
-    k = ceil(tM) that are masked become holes. If the last of them is masked at level s,
-        P(i is the last | the k holes) is proportional to r_i'(s) / r_i(s), and weight_i = M P(i is the last).
-    The expected loss is that of weights rate'/rate, but no weight exceeds M.
+    k = ceil(tM) that are masked become holes. If the last is masked at s, P(i is the last | the k holes) is
+    proportional to r_i'(s) / r_i(s). Weights M P(i is the last) <= M give the same expected loss as rate'/rate.
     """
-    shape = x0.shape
     maskable, t = maskable.reshape(-1, K), t.reshape(-1, K)  # (B * T/K, K)
     M, u = maskable.sum(1, keepdim=True), torch.rand(t.shape, generator=generator)
     masked_at = (u + slant * (1 - torch.linspace(0, 1, K))) / (1 + slant)
@@ -70,21 +61,17 @@ def slanted_holes(x0, maskable, t, generator, K, slant):
     # A rate that reached 1 earlier doesn't rise at s. The last hole itself must not be lost to rounding.
     odds = holes * ((rates < 1) | (masked_at == last)) / rates.clamp(min=1e-12)
     weights = M * odds / odds.sum(1, keepdim=True).clamp(min=1e-12)
-    return holes.view(shape), weights.view(shape)
+    return holes.view_as(x0), weights.view_as(x0)
 
 
 def with_visible(x0, xt, holes, maskable, fraction, model_config, generator):
-    """Also train on a fraction of the visible tokens, half of them randomised, as BERT does (1810.04805).
-
-    Otherwise a network learns nothing about tokens that it sees, and `--order remask` spoils them when it rewrites
-    them. Returns xt, the trained positions, and their weights.
-    """
+    """Also train on some visible tokens, half of them randomised (BERT, 1810.04805): xt, trained positions, weights."""
+    # Otherwise a network learns nothing about tokens that it sees, and `--order remask` spoils them.
     u = torch.rand(x0.shape, generator=generator)
-    words = random_tokens(*x0.shape, model_config, generator)
     visible = maskable & ~holes & (u < fraction)
+    xt = torch.where(visible & (u < fraction / 2), random_tokens(*x0.shape, model_config, generator), xt)
     trained = holes | visible
-    weights = torch.full(x0.shape, 1 / max(1, trained.sum().item()))
-    return torch.where(visible & (u < fraction / 2), words, xt), trained, weights
+    return xt, trained, torch.full(x0.shape, 1 / max(1, trained.sum().item()))
 
 
 def random_tokens(B, T, model_config, generator):

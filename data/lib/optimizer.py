@@ -8,15 +8,11 @@ from data.lib.processes import full, full_on_rank_0, map_rows, shard_like
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised steps, scaled so that AdamW's learning rate fits (Jordan 2024; 2502.16982, eq. 4).
-
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" is the same, but always multiplies in bfloat16, which can be a
-    hundred times slower on a CPU. Here dtype is that of the run. Matrices of one shape are multiplied together.
-    """
+    """Momentum with orthogonalised steps, scaled so that AdamW's learning rate fits (Jordan 2024; 2502.16982 eq. 4)."""
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype = dtype  # torch.optim.Muon always takes bfloat16, which can be a hundred times slower on a CPU
 
     @torch.no_grad()
     def step(self):

@@ -1,7 +1,6 @@
 """Several processes that train one model: rank and world size, rows and tensors that they share.
 
-torchrun starts them. Each draws the whole batch from the same seed and computes its share of the rows. So levels stay
-stratified over the batch, and the result doesn't depend on the number of processes.
+Each draws the whole batch from the same seed and computes some of its rows, so the result doesn't depend on world_size.
 """
 
 import os
@@ -68,10 +67,7 @@ def share_rows(loss_of, model, *tensors):
 
 
 def distribute(model, device, shard):
-    """Return what to call in place of the model, so that gradients are averaged over the processes.
-
-    shard: each process keeps a piece of every tensor, a DTensor, instead of the whole model.
-    """
+    """Return what to call in place of the model to average gradients. shard: a process keeps a piece of each tensor."""
     if shard:
         from torch.distributed.fsdp import fully_shard  # takes half a second
 
@@ -91,8 +87,7 @@ def full(tensor):
 
 def full_on_rank_0(tensor):
     """The same, but only rank 0 gets a sharded tensor, on its CPU. The others get None."""
-    whole = full(tensor)
-    if whole is tensor:
+    if (whole := full(tensor)) is tensor:
         return tensor
     return None if rank() else whole.cpu()
 
@@ -101,6 +96,4 @@ def shard_like(tensor, like):
     """A whole tensor, sharded as `like` is if it has the same shape."""
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor  # takes a second
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return dist.tensor.distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # FSDP loads it

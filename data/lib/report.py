@@ -23,10 +23,7 @@ COLUMNS = "step", "minutes", "loss", "lr", "grad_norm", "tokens_per_second", "va
 
 
 class Report(AbstractContextManager):
-    """Shows and logs a run. It reads the loss, which synchronises, only when it shows it.
-
-    denoise: writes the samples. val: the windows that are evaluated, and their prompt lengths. meta: of the corpus.
-    """
+    """Shows and logs a run. denoise: writes the samples. val: windows and their prompt lengths. meta: of the corpus."""
 
     def __init__(self, run, denoise, val, meta):
         self.run, self.denoise, self.out_dir = run, denoise, Path(run.config.out_dir)
@@ -56,9 +53,8 @@ class Report(AbstractContextManager):
         self.tokens += run.config.batch_size * run.config.context
         logs = nats is not None or run.step % run.config.log_every == 0
         if not (logs or stopped or run.progress() >= 1 or run.minutes - self.shown > 1 / 120):
-            return
-        # Each process has the loss of its rows, times the number of processes.
-        self.loss, norm = gather(loss).mean().item(), full(norm).item()
+            return  # without reading the loss, which would synchronise
+        self.loss, norm = gather(loss).mean().item(), full(norm).item()  # each loss is of its rows, times world_size
         now = run.clock() if nats is None else run.paused
         speed = self.tokens / (now - self.since) / 60
         skipped = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips such a step in float16
@@ -77,7 +73,6 @@ class Report(AbstractContextManager):
         self.tokens, self.shown, self.since = 0, run.minutes, now
 
     def evaluation(self, nats):
-        """Show the bound, and a sample."""
         text = textwrap.indent(self.sample(), "  | ", lambda line: True)
         self.bar.write(
             f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.run.bound} "
@@ -108,8 +103,7 @@ def validation_windows(split, config):
 def print_bound(run, sequence_bounds, val, meta):
     """Print the bound of a split, or of --eval_tokens of it, with its standard error. val, meta: as for a Report."""
     config, is_exact, (tokens, own_prompt) = run.config, run.model.config.block == 1, val
-    # Two draws of 256 windows are enough for a standard error. An exact bound needs one.
-    draws = 1 if is_exact else 1 + math.ceil(256 / len(tokens))
+    draws = 1 if is_exact else 1 + math.ceil(256 / len(tokens))  # two of 256 windows suffice for a standard error
     settings = {"seed": config.seed, "level": config.level, "rate": config.rate}
     with run.precision:
         bounds, n_maskable = sequence_bounds(run.model, tokens, own_prompt + config.prompt_len.low, draws, **settings)
@@ -123,19 +117,13 @@ def print_bound(run, sequence_bounds, val, meta):
 
 
 def bits_per_nat(tokens, own_prompt, special_ids, counts):
-    """Bits per byte of a split for each nat per token of some of its windows (N, T) with prompts (N, 1).
-
-    This extrapolates from the tokens that count, which are not in a prompt and not special. counts: of the split.
-    """
+    """Bits per byte of a split with these counts for each nat per token of its windows (N, T) with prompts (N, 1)."""
     special = torch.isin(tokens, torch.tensor(special_ids, dtype=tokens.dtype))
     fraction = (~special & (torch.arange(tokens.shape[1]) >= own_prompt)).float().mean().item()
-    return fraction * counts["tokens"] / counts["bytes"] / math.log(2)
+    return fraction * counts["tokens"] / counts["bytes"] / math.log(2)  # extrapolated to the split
 
 
 def standard_error(nats, n_maskable, strata=16):
-    """Standard error over seeds of the bound that `sequence_bounds` of train.py estimates, from at least two draws.
-
-    strata: how many texts share stratified levels.
-    """
+    """Standard error over seeds of a bound from nats (draws, N), two draws or more. strata: texts that share levels."""
     sums = torch.stack([group.sum(1) for group in nats.split(strata, dim=1)])  # (groups, draws)
     return (sums.var(1).sum() / len(nats)).sqrt().item() / n_maskable.sum().item()

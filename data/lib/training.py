@@ -43,8 +43,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision.fast_dtype == torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # for batches, levels and holes
         self.corpus = [meta[split]["sha256"] for split in SPLITS] if meta else []
-        # `best` is the lowest value of this bound so far, in nats per token.
-        self.best, self.bound = math.inf, bound_name(config, model.config, meta or {})
+        self.best, self.bound = math.inf, bound_name(config, model.config, meta or {})  # best: lowest nats per token
         self.step, self.minutes, self.evals_done = 0, 0.0, 0
         self.start_clock()
 
