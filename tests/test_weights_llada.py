@@ -19,6 +19,7 @@ from model_files import (
 from tokenizers import Tokenizer, pre_tokenizers
 
 import data.weights.llada
+import data.weights.prepare
 import sample
 from data.lib.chat import Chat
 from data.lib.checkpoint import save_checkpoint
@@ -112,7 +113,7 @@ def test_half_the_heads_of_keys_are_those_of_all_where_pairs_are_alike():
 
 def read_tokenizer(folder):
     """The settings and the tokenizer of a folder."""
-    return json.loads((folder / "config.json").read_text()), data.weights.llada.convert(folder)[1]
+    return json.loads((folder / "config.json").read_text()), data.weights.prepare.convert(folder)[1]
 
 
 def test_tokens_are_those_of_the_reference_and_hold_the_text(original, their_tokenizer, mixed_lines):

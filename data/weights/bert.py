@@ -1,13 +1,31 @@
 """BERT and RoBERTa (1810.04805, 1907.11692): norms after each sum, a table of positions, a deeper head."""
 
-import json
 from dataclasses import dataclass
 
 import torch.nn as nn
 
 from data.lib.errors import Mistake
-from data.weights import hub, vocabulary
+from data.weights import vocabulary
 from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
+
+FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
+REPOSITORIES = {name: {f"FacebookAI/{name}": FILES} for name in ("roberta-base", "roberta-large")}
+REPOSITORIES["distilroberta-base"] = {"distilbert/distilroberta-base": FILES}
+SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+SETTINGS |= {"n_embd": "hidden_size", "mlp_width": "intermediate_size", "token_types": "type_vocab_size"}
+SETTINGS |= {"activation": "hidden_act", "dropout": "hidden_dropout_prob", "norm_eps": "layer_norm_eps"}
+REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False}
+BODY = {"embeddings.word_embeddings": "token_embedding", "embeddings.position_embeddings": "position_embedding"}
+BODY |= {"embeddings.token_type_embeddings": "type_embedding", "embeddings.LayerNorm": "embedding_norm"}
+BODY |= {f"attention.self.{name}": f"attention.{name}" for name in ("query", "key", "value")}
+BODY |= {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm"}
+BODY |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
+ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
+ROBERTA_HEAD |= {"lm_head.bias": "copy_of_bias"}  # if it differs from the decoder's bias, that one is in use
+BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
+BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm", "cls.predictions.bias": "copy_of_bias"}
+PREFIX, LAYERS, NAMES = r"roberta\.|bert\.", "encoder.layer", BODY | ROBERTA_HEAD | BERT_HEAD
+IGNORED = r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids"  # other heads
 
 
 @dataclass
@@ -40,33 +58,9 @@ class Network(Published):
         return super().unembed(self.transform_norm(self.head_activation(self.transform(x))), positions)
 
 
-KINDS = "roberta", "bert"
-FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
-REPOSITORIES = {name: {f"FacebookAI/{name}": FILES} for name in ("roberta-base", "roberta-large")}
-REPOSITORIES["distilroberta-base"] = {"distilbert/distilroberta-base": FILES}
-SETTINGS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
-SETTINGS |= {"n_embd": "hidden_size", "mlp_width": "intermediate_size", "token_types": "type_vocab_size"}
-SETTINGS |= {"activation": "hidden_act", "dropout": "hidden_dropout_prob", "norm_eps": "layer_norm_eps"}
-REQUIRED = {"position_embedding_type": "absolute", "is_decoder": False}
-NAMES = {"embeddings.word_embeddings": "token_embedding", "embeddings.position_embeddings": "position_embedding"}
-NAMES |= {"embeddings.token_type_embeddings": "type_embedding", "embeddings.LayerNorm": "embedding_norm"}
-NAMES |= {f"attention.self.{name}": f"attention.{name}" for name in ("query", "key", "value")}
-NAMES |= {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm"}
-NAMES |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
-ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
-ROBERTA_HEAD |= {"lm_head.bias": "copy_of_bias"}  # if it differs from the decoder's bias, that one is in use
-BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
-BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm", "cls.predictions.bias": "copy_of_bias"}
-# Heads that masked language modelling doesn't use, and a table of 0, 1, 2, ..
-IGNORED = r"pooler\.|cls\.(?!predictions\.)|classifier\.|qa_outputs\.|embeddings\.position_ids"
-
-
-def convert(folder):
-    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    names = NAMES | ROBERTA_HEAD | BERT_HEAD
-    tensors, unused = hub.read_weights(folder, r"roberta\.|bert\.", names, "encoder.layer", IGNORED)
-    # TensorFlow's names for a norm's weight and bias are gamma and beta.
-    tensors = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor for name, tensor in tensors.items()}
+def convert(folder, theirs, settings, tensors):
+    for name in [*tensors]:  # TensorFlow's names for a norm's weight and bias are gamma and beta
+        tensors[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensors.pop(name)
     tensors.setdefault("head.bias", tensors.pop("copy_of_bias", None))
     if theirs["model_type"] == "roberta":
         tokenizer = vocabulary.bpe_tokenizer(folder, *vocabulary.read_bpe(folder), theirs["vocab_size"])
@@ -76,12 +70,12 @@ def convert(folder):
         settings["head_activation"] = settings["activation"]
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
     settings["context"] = theirs["max_position_embeddings"] - settings.get("first_position", 0)
-    tied = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
-    return hub.load(Network, BertConfig(**settings, tied=tied), tensors), tokenizer, unused, {}
+    settings["tied"] = theirs.get("tie_word_embeddings", True)
+    return tokenizer, {}
 
 
 def export(path, model, tokenizer):
-    """Text files by name, and tensors, of a RoBERTa or BERT in the hub's layout."""
+    """(config.json, other text files by name, tensors by our names, names as in NAMES, prefix of all but the head)."""
     config = model.config
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
@@ -89,13 +83,8 @@ def export(path, model, tokenizer):
         kind, head, texts, pad_id = "roberta", ROBERTA_HEAD, vocabulary.bpe_texts(tokenizer), config.first_position - 1
     else:
         kind, head, texts, pad_id = "bert", BERT_HEAD, vocabulary.wordpiece_texts(tokenizer), tokenizer.first("[PAD]")
-    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
-    theirs |= {"model_type": kind, "architectures": [f"{kind.capitalize()}ForMaskedLM"]}
+    theirs = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForMaskedLM"]}
     theirs |= {"tie_word_embeddings": config.tied, "attention_probs_dropout_prob": config.dropout}
     theirs |= {"max_position_embeddings": config.first_position + config.context, "pad_token_id": pad_id}
     theirs |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    names, tensors = {ours: their for their, ours in (NAMES | head).items()}, {}
-    for name, tensor in [*model.state_dict().items(), ("copy_of_bias", model.head.bias.data)]:
-        their = hub.renamed(name, names, "layers", "encoder.layer")
-        tensors[their if their.startswith(("lm_head.", "cls.")) else f"{kind}.{their}"] = tensor
-    return {"config.json": json.dumps(theirs, indent=2), **texts}, tensors
+    return theirs, texts, model.state_dict() | {"copy_of_bias": model.head.bias.data}, BODY | head, kind

@@ -1,19 +1,11 @@
 """GPT-2, and DiffuGPT (2410.17891), which is GPT-2 with its attention opened: biases and a table of positions."""
 
-import json
-
 import torch
 
 from data.lib.errors import Mistake
-from data.weights import hub, vocabulary
+from data.weights import vocabulary
 from data.weights.parts import PositionsConfig, Published
 
-
-class Network(Published):
-    family, Config = "gpt2", PositionsConfig
-
-
-KINDS = ("gpt2",)
 FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
 OPENED_FILES = *FILES[:3], "model.safetensors"
 REPOSITORIES = {name: {f"openai-community/{name}": FILES} for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -27,9 +19,13 @@ REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False
 NAMES = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm", "lm_head": "head"}
 NAMES |= {"ln_1": "attention_norm", "attn.c_attn": "attention.all", "attn.c_proj": "attention.out"}
 NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
-TABLES = "token_embedding.weight", "head.weight"  # a row for each token
-# The causal mask, which old files contain and nobody misses, and the heads of other tasks.
-IGNORED = r"h\.\d+\.attn\.(masked_)?bias$|score\.|classifier\.|multiple_choice_head\.|qa_outputs\."
+TABLES = {"token_embedding.weight", "head.weight"}  # a row for each token
+PREFIX, LAYERS = r"transformer\.|denoise_model\.", "h"
+IGNORED = r"score\.|classifier\.|multiple_choice_head\.|qa_outputs\."  # the heads of other tasks
+
+
+class Network(Published):
+    family, Config = "gpt2", PositionsConfig
 
 
 def read_tokenizer(folder, n_rows, opened=False):
@@ -45,45 +41,41 @@ def read_tokenizer(folder, n_rows, opened=False):
     return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows)
 
 
-def convert(folder):
-    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    tensors, unused = hub.read_weights(folder, r"transformer\.|denoise_model\.", NAMES, "h", IGNORED)
+def convert(folder, theirs, settings, tensors):
+    for name in [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]:
+        del tensors[name]  # the causal mask, which old files contain
     opened = "embed_tokens.weight" in tensors
     if opened:
         tensors["token_embedding.weight"] = tensors.pop("embed_tokens.weight")
         settings["vocab_size"] = len(tensors["token_embedding.weight"])
         settings["context"] -= 1  # the last token is read at a position of its own
-    settings["tied"] = theirs.get("tie_word_embeddings", True) and hub.tie(tensors)
-    if not opened:
+    else:
         settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
-        for name in TABLES:  # A GPT never reads the row of <mask>. Once it is opened, the mean favours no token.
+        # A GPT never reads the row of <mask>. Once it is opened, the mean favours no token.
+        for name in TABLES & tensors.keys():
             mean = tensors[name].float().mean(0, keepdim=True)
             tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
     # The matrices of their layers are (in, out).
     tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
-    hub.split_attention(tensors)
     tokenizer = read_tokenizer(folder, settings["vocab_size"], opened)
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids, "shift_id": tokenizer.first(START)}
-    config = PositionsConfig(**settings, mlp_width=theirs.get("n_inner") or 0)
-    return hub.load(Network, config, tensors), tokenizer, [name for name in unused if ".attn." not in name], {}
+    settings |= {"mlp_width": theirs.get("n_inner") or 0, "tied": theirs.get("tie_word_embeddings", True)}
+    return tokenizer, {}
 
 
 def export(path, model, tokenizer):
-    """Text files by name, and tensors, of a GPT-2 in the hub's layout: without the row of `<mask>`."""
+    """Like export in bert.py, of a GPT-2, which has no row of `<mask>`."""
     config, tensors = model.config, model.state_dict()
     if config.block != 1:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a GPT-2 any more")
-    theirs = {their: getattr(config, field) for field, their in SETTINGS.items()}
-    theirs |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": config.tied}
+    theirs = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": config.tied}
     theirs |= {"vocab_size": config.vocab_size - 1, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
     theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id, "n_inner": config.mlp_width or None}
     tensors |= {name: tensors[name][:-1].clone() for name in TABLES}
     if config.tied:
         del tensors["head.weight"]
-    hub.join_attention(tensors)
+    for name in [name for name in tensors if ".attention.query." in name]:
+        parts = [tensors.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        tensors[name.replace("query", "all")] = torch.cat(parts)
     tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
-    names, renamed = {ours: their for their, ours in NAMES.items()}, {}
-    for name, tensor in tensors.items():
-        their = hub.renamed(name, names, "layers", "h")
-        renamed[their if their == "lm_head.weight" else f"transformer.{their}"] = tensor
-    return {"config.json": json.dumps(theirs, indent=2), **vocabulary.bpe_texts(tokenizer, ["<mask>"])}, renamed
+    return theirs, vocabulary.bpe_texts(tokenizer, ["<mask>"]), tensors, NAMES, "transformer"

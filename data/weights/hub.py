@@ -38,28 +38,15 @@ def fetch(repositories, folder):
 
 
 def read_json(path):
-    """The dict in a JSON file."""
     try:
         return dict(json.loads(path.read_bytes()).items())
     except (AttributeError, RecursionError, ValueError) as error:
         raise Mistake(f"{path}: truncated, or not a JSON object ({str(error)[:200]})") from None
 
 
-def our_settings(path, names, required):
-    """Read config.json: (all of it, our fields by their `names` for them). required: settings that may not differ."""
-    theirs = read_json(path)
-    for name, value in required.items():
-        if theirs.get(name, value) != value:
-            raise Mistake(f"{path}: {name} is {theirs[name]}, but our network needs {value}")
-    if missing := [name for name in names.values() if theirs.get(name) is None]:
-        raise Mistake(f"{path}: it has no {missing[0]}")
-    return theirs, {field: theirs[name] for field, name in names.items()}
-
-
 def read_weights(folder, prefix, names, layers, ignored):
     """Read a folder's weights: (tensors by our names, names that match `ignored`). prefix: a pattern to strip first."""
-    paths = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("model*.safetensors"))
-    if not paths:
+    if not (paths := sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("model*.safetensors"))):
         raise Mistake(f"{folder}: there is no pytorch_model.bin in it, and no model.safetensors")
     tensors = {re.sub(f"^({prefix})", "", name): x for path in paths for name, x in read_tensors(path).items()}
     unused = [name for name in tensors if re.match(ignored, name)]
@@ -69,8 +56,14 @@ def read_weights(folder, prefix, names, layers, ignored):
 def read_tensors(path):
     """The tensors by name in a file of torch.save or safetensors, memory-mapped."""
     try:
-        if path.suffix == ".safetensors":
-            tensors = read_safetensors(path)
+        if path.suffix == ".safetensors":  # 8 bytes with the length of a JSON header, the header, the tensors' bytes
+            content = np.memmap(path, np.uint8, "c")  # copy on write, but we never write
+            start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+            header, content, tensors = json.loads(content[8:start].tobytes()), content[start:], {}
+            header.pop("__metadata__", None)
+            for name, info in header.items():
+                part = torch.from_numpy(content[slice(*info["data_offsets"])])
+                tensors[name] = part.view(DTYPES[info["dtype"]]).view(info["shape"])
         elif zipfile.is_zipfile(path):
             tensors = read_checkpoint(path)
         else:  # written before torch 1.6
@@ -82,50 +75,8 @@ def read_tensors(path):
         raise Mistake(f"{path}: truncated, or not weights ({type(error).__name__}: {str(error)[:120]})") from None
 
 
-def read_safetensors(path):
-    """The same for safetensors: 8 bytes with the length of a JSON header, the header, and the tensors' bytes."""
-    content = np.memmap(path, np.uint8, "c")  # copy on write, but we never write
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header, content = json.loads(content[8:start].tobytes()), content[start:]
-    header.pop("__metadata__", None)
-    return {
-        name: torch.from_numpy(content[slice(*info["data_offsets"])]).view(DTYPES[info["dtype"]]).view(info["shape"])
-        for name, info in header.items()
-    }
-
-
 def renamed(name, names, layers, new_layers):
     """Rename a tensor by a table of modules or whole names, if it is there. `layers.2.` becomes `new_layers.2.`."""
     _, number, module, parameter = re.fullmatch(rf"({layers}\.(\d+)\.)?(?:(.*)\.)?(.*)", name).groups()
     prefix = f"{new_layers}.{number}." if number else ""
     return names.get(name) or (f"{prefix}{names[module]}.{parameter}" if module in names else name)
-
-
-def split_attention(tensors):
-    """Replace each `attention.all`, which is query, key and value in one tensor, by the three."""
-    for name in [name for name in tensors if ".attention.all." in name]:
-        for part, tensor in zip(("query", "key", "value"), tensors.pop(name).chunk(3)):
-            tensors[name.replace("all", part)] = tensor.clone(memory_format=torch.contiguous_format)
-
-
-def join_attention(tensors):
-    """The inverse of split_attention."""
-    for name in [name for name in tensors if ".attention.query." in name]:
-        parts = [tensors.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        tensors[name.replace("query", "all")] = torch.cat(parts)
-
-
-def tie(tensors):
-    """Whether the head's matrix equals the token embedding, which it becomes if it is missing."""
-    embedding = tensors["token_embedding.weight"]
-    return torch.equal(embedding, tensors.setdefault("head.weight", embedding))
-
-
-def load(network, config, tensors):
-    """Our model with these tensors, in their dtypes. RuntimeError if one is missing, left over or of another shape."""
-    if config.n_layer > len(tensors):
-        raise ValueError(f"{config.n_layer:,} layers, but {len(tensors):,} tensors")
-    with torch.device("meta"):  # takes no memory
-        model = network(config)
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()

@@ -2,30 +2,9 @@
 
 import torch.nn as nn
 
-from data.weights import hub, vocabulary
-from data.weights.parts import Published, PublishedConfig, PublishedLayer, PublishedMLP
+from data.weights import vocabulary
+from data.weights.parts import Published, PublishedLayer, PublishedMLP
 
-
-class GatedMLP(PublishedMLP):
-    """An MLP whose hidden layer is multiplied by another one (GLU, 2002.05202)."""
-
-    def __init__(self, config, bias):
-        super().__init__(config, bias)
-        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias)
-
-    def forward(self, x):
-        return self.down(self.activation(self.gate(x)) * self.up(x))
-
-
-class LladaLayer(PublishedLayer):
-    MLP, Norm, bias = GatedMLP, nn.RMSNorm, False  # 1910.07467
-
-
-class Network(Published):
-    family, Layer = "llada", LladaLayer
-
-
-KINDS = ("llada",)
 FILES = "config.json", "tokenizer.json", "model.safetensors.index.json"
 REPOSITORIES = {f"llada-{name}".lower(): {f"GSAI-ML/LLaDA-{name}": FILES} for name in ("8B-Base", "8B-Instruct", "1.5")}
 SETTINGS = {"vocab_size": "embedding_size", "context": "max_sequence_length", "n_embd": "d_model"}
@@ -38,20 +17,36 @@ NAMES = {"wte": "token_embedding", "attn_norm": "attention_norm", "attn_out": "a
 NAMES |= {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
 NAMES |= {"ff_norm": "mlp_norm", "ff_proj": "mlp.gate", "up_proj": "mlp.up", "ff_out": "mlp.down"}
 NAMES |= {"ln_f": "final_norm", "ff_out.weight": "head.weight"}  # ff_out is the head if it is not in a layer
+PREFIX, LAYERS, IGNORED = r"(model\.)?transformer\.", "blocks", r"rotary_emb\."
 # The chat template, which is Llama 3's, in the form of data/lib/chat.py.
 CHAT = {"opening": "<|startoftext|>", "end": "<|endoftext|>"}
 CHAT["turn"] = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
-def convert(folder):
-    theirs, settings = hub.our_settings(folder / "config.json", SETTINGS, REQUIRED)
-    tensors, unused = hub.read_weights(folder, r"(model\.)?transformer\.", NAMES, "blocks", r"rotary_emb\.")
+class GatedMLP(PublishedMLP):
+    def __init__(self, config, bias):
+        super().__init__(config, bias)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias)
+
+    def forward(self, x):
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # GLU, 2002.05202
+
+
+class LladaLayer(PublishedLayer):
+    MLP, Norm, bias = GatedMLP, nn.RMSNorm, False  # 1910.07467
+
+
+class Network(Published):
+    family, Layer = "llada", LladaLayer
+
+
+def convert(folder, theirs, settings, tensors):
     text, special, pattern = vocabulary.read_tokenizer_json(folder)
     special = {name: i for name, i in special.items() if i != settings["mask_id"]} | {"<mask>": settings["mask_id"]}
     special = {name.replace("[CLS]", "<|CLS|>"): i for name, i in special.items()}  # here it doesn't open lines
     tokenizer = vocabulary.bpe_tokenizer(folder, text, special, settings["vocab_size"], pattern)
     ends = [special[name] for name in ("<|endoftext|>", "<|eot_id|>") if name in special]  # it learned to write them
     settings |= {"special_ids": tuple(i for i in tokenizer.special_ids if i not in ends), "end_ids": tuple(ends)}
-    config = PublishedConfig(**settings, tied=theirs.get("weight_tying", False) and hub.tie(tensors))
+    settings["tied"] = theirs.get("weight_tying", False)
     chats = all(f"<|{name}|>" in special for name in ("startoftext", "start_header_id", "end_header_id", "eot_id"))
-    return hub.load(Network, config, tensors), tokenizer, unused, {"chat": CHAT} if chats else {}
+    return tokenizer, {"chat": CHAT} if chats else {}

@@ -33,13 +33,10 @@ class PositionsConfig(PublishedConfig):
 
     @property
     def n_more(self):
-        """1 if the last token is read too, at position T, as on a canvas with a shift. Else 0."""
-        return int(self.shift_id is not None and self.block is None)
+        return int(self.shift_id is not None and self.block is None)  # 1: the last token is read too, at T
 
 
 class PublishedAttention(Attention):
-    """Attention without norms of queries and keys. With a table of positions nothing rotates."""
-
     def __init__(self, config, bias):
         super().__init__(config)
         C, shared = config.n_embd, self.head_dim * (config.n_kv_head or config.n_head)
@@ -78,9 +75,8 @@ class Published(Transformer):
         self.final_norm = self.Layer.Norm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, self.head_bias)
         if config.learned_positions:
-            self.position_embedding = nn.Embedding(
-                config.first_position + config.context + config.n_more, config.n_embd
-            )
+            n_rows = config.first_position + config.context + config.n_more
+            self.position_embedding = nn.Embedding(n_rows, config.n_embd)
         self.tie()
         self.register_load_state_dict_post_hook(Published.tie)  # load_state_dict(assign=True) unties them
 

@@ -5,10 +5,13 @@ python data/weights/prepare.py FOLDER --out mine.pt    # files that you have, in
 python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoBERTa, BERT or GPT-2, in that layout
 """
 
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
 
 from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
@@ -18,17 +21,37 @@ from data.lib.flags import argument, flag, script
 from data.weights import bert, gpt2, hub, llada, mdlm
 from model import load_checkpoint
 
-FAMILY = {kind: family for family in (bert, gpt2, mdlm, llada) for kind in family.KINDS}
+FAMILY = {"roberta": bert, "bert": bert, "gpt2": gpt2, "mdlm": mdlm, "bd3lm": mdlm, "llada": llada}  # by model_type
 REPOSITORIES = {name: files for family in FAMILY.values() for name, files in family.REPOSITORIES.items()}
 
 
 def convert(folder):
     """(model, tokenizer, names of tensors left out, dict of more for the checkpoint) of a folder's files."""
-    kind = hub.read_json(folder / "config.json").get("model_type")
-    if kind not in [*FAMILY]:
-        raise Mistake(f"{folder / 'config.json'}: its model_type is {kind}, and we only know {', '.join(FAMILY)}")
-    model, tokenizer, unused, more = FAMILY[kind].convert(folder)
-    check_config(model.config, tokenizer, {"model": model.state_dict()})
+    path = folder / "config.json"
+    theirs = hub.read_json(path)
+    family = FAMILY.get(str(theirs.get("model_type")))
+    if not family:
+        raise Mistake(f"{path}: its model_type is {theirs.get('model_type')}, and we only know {', '.join(FAMILY)}")
+    if other := [name for name, value in family.REQUIRED.items() if theirs.get(name, value) != value]:
+        raise Mistake(f"{path}: {other[0]} is {theirs[other[0]]}, but our network needs {family.REQUIRED[other[0]]}")
+    if missing := [name for name in family.SETTINGS.values() if theirs.get(name) is None]:
+        raise Mistake(f"{path}: it has no {missing[0]}")
+    settings = {field: theirs[name] for field, name in family.SETTINGS.items()}
+    tensors, unused = hub.read_weights(folder, family.PREFIX, family.NAMES, family.LAYERS, family.IGNORED)
+    tokenizer, more = family.convert(folder, theirs, settings, tensors)  # changes settings and tensors
+    for name in [name for name in tensors if ".attention.all." in name]:  # query, key and value in one tensor
+        for part, tensor in zip(("query", "key", "value"), tensors.pop(name).chunk(3)):
+            tensors[name.replace("all", part)] = tensor.clone(memory_format=torch.contiguous_format)
+    if settings.get("tied"):  # the head's matrix may be missing, and if it differs, it isn't tied after all
+        embedding = tensors["token_embedding.weight"]
+        settings["tied"] = torch.equal(embedding, tensors.setdefault("head.weight", embedding))
+    config = family.Network.Config(**settings)
+    if config.n_layer > len(tensors):
+        raise ValueError(f"{config.n_layer:,} layers, but {len(tensors):,} tensors")
+    with torch.device("meta"):  # takes no memory
+        model = family.Network(config).eval()
+    model.load_state_dict(tensors, assign=True)  # RuntimeError if one is missing, left over or of another shape
+    check_config(config, tokenizer, {"model": model.state_dict()})
     return model, tokenizer, unused, more
 
 
@@ -39,7 +62,14 @@ def write_model(path, folder):
         raise Mistake(f"{path}: only a RoBERTa, a BERT or a GPT-2 can be exported")
     if (folder / "config.json").exists():
         raise Mistake(f"--export {folder}: there is a model in it already")
-    texts, tensors = FAMILY[model.family].export(path, model, tokenizer)
+    family = FAMILY[model.family]
+    theirs, texts, ours, names, prefix = family.export(path, model, tokenizer)
+    theirs |= {their: getattr(model.config, field) for field, their in family.SETTINGS.items()}
+    texts = {"config.json": json.dumps(theirs, indent=2), **texts}
+    names, tensors = {our: their for their, our in names.items()}, {}
+    for name, tensor in ours.items():
+        their = hub.renamed(name, names, "layers", family.LAYERS)
+        tensors[their if their.startswith(("lm_head.", "cls.")) else f"{prefix}.{their}"] = tensor
     with replacing(folder / "pytorch_model.bin") as file:
         save(tensors, file)
     for name, text in texts.items():
@@ -53,16 +83,15 @@ def main(
     out: str | None = flag(None, "checkpoint to write (default: data/weights/NAME.pt)"),
     export: str | None = flag(None, "folder to write a fine-tuned RoBERTa, BERT or GPT-2 to, in the hub's layout"),
 ):
-    name, folder, home = source.lower(), Path(source), DATA / "weights"
+    name, home = source.lower(), DATA / "weights"
     known = name in REPOSITORIES
+    folder = home / name if known else Path(source)
     if export:
         return write_model(home / f"{name}.pt" if known else folder, Path(export))
     if not known and not folder.is_dir():
         raise Mistake(f"{folder}: no such folder, and no model of that name; we know {', '.join(REPOSITORIES)}")
     try:
-        if known:
-            folder = home / name
-            hub.fetch(REPOSITORIES[name], folder)
+        hub.fetch(REPOSITORIES.get(name, {}), folder)
         model, tokenizer, unused, more = convert(folder)
     except Mistake:
         raise

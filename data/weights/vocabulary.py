@@ -75,8 +75,7 @@ def read_wordpiece(folder, n_rows):
     tokens += [f"[unused{i}]" for i in range(len(tokens), min(n_rows, len(tokens) + 128))]
     settings = read_json(path) if path.exists() else {}
     lowercase = settings.get("do_lower_case", all(token == token.lower() for token in tokens if token[:1] != "["))
-    accents = settings.get("strip_accents")
-    accents = lowercase if accents is None else accents
+    accents = lowercase if settings.get("strip_accents") is None else settings["strip_accents"]
     tokenizer = WordPieceTokenizer(tokens, lowercase, accents, settings.get("tokenize_chinese_chars", True))
     if tokenizer.mask_id is None or tokenizer.unknown is None:
         raise Mistake(f"{folder}: vocab.txt has no [MASK] or no [UNK]")
