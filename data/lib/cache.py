@@ -2,13 +2,10 @@
 
 
 class Cache:
-    """Keeps what each layer computed for the first `length` positions of a window of W.
-
-    A pass reads the positions after them and adds those that are final: the blocks before position `final`, or in a
-    GPT, where no position reads a hole, every position.
-    """
+    """Keeps what each layer computed for the first `length` positions of a window of W."""
 
     def __init__(self, W):
+        # A pass adds the blocks before position `final`. In a GPT, where no position reads a hole, it adds everything.
         self.W, self.length, self.final, self.kept = W, 0, 0, {}
 
     def join(self, name, x, zeros=0):

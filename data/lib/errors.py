@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from data.lib.escape import inert
 
@@ -15,24 +15,19 @@ class Mistake(ValueError):
 
 @contextmanager
 def signals():
-    """Context whose list receives SIGINT and SIGTERM, so that a loop can finish its step before it stops.
-
-    A second signal ends the process at once, except under torchrun, where one Ctrl-C arrives twice.
-    """
+    """Context whose list receives SIGINT and SIGTERM, so that a loop can finish its step before it stops."""
     received = []
 
     def receive(number, _):
         received.append(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a second signal ends the process; torchrun sends each twice
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as old_handlers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old_handlers.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def command(main):

@@ -13,11 +13,7 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """How a canvas, a list of ids, filled. start: its tokens at first. tokens, kinds: now, as frame_after has them.
-
-    steps: the changes of each step, [position, text, probability]. The text is None if the token was masked again. The
-    probability is None if the token only looks different, because one set later completed its character.
-    """
+    """How a canvas, a list of ids, filled. steps: the changes of each step, [position, text, probability]."""
 
     def __init__(self, tokenizer, canvas, name=""):
         self.tokenizer, self.pixels, self.name, self.text = tokenizer, tokenizer.pixels, name, ""
@@ -32,8 +28,8 @@ class History:
         for i, token in enumerate(tokens_of(self.tokenizer, canvas)):
             is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # drawn again
             if is_new and canvas[i] == self.tokenizer.mask_id:
-                changes.append([i, None, None])
-            elif is_new or token != self.tokens[i]:
+                changes.append([i, None, None])  # masked again
+            elif is_new or token != self.tokens[i]:  # or it looks different: one set later completed its character
                 changes.append([i, token, round(probability[i], 3) if is_new else None])
         self.steps.append(changes)
         self.seconds.append(round(seconds, 3))
@@ -42,15 +38,13 @@ class History:
 
     def frames(self):
         """The (tokens, kinds) at the start and after every step."""
-        first = self.start, ["hole" if hole else "given" for hole in self.holes]
-        return itertools.accumulate(self.steps, frame_after, initial=first)
+        kinds = ["hole" if hole else "given" for hole in self.holes]
+        return itertools.accumulate(self.steps, frame_after, initial=(self.start, kinds))
 
 
 def frame_after(frame, changes):
     """The (tokens, kinds) after a step. kinds: given, hole, new for a token that this step set, "" for an older one."""
     tokens, kinds = list(frame[0]), ["" if kind == "new" else kind for kind in frame[1]]
     for i, token, p in changes:
-        tokens[i] = HOLE if token is None else token
-        if token is None or p is not None:
-            kinds[i] = "hole" if token is None else "new"
+        tokens[i], kinds[i] = (HOLE, "hole") if token is None else (token, kinds[i] if p is None else "new")
     return tokens, kinds

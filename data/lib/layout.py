@@ -8,9 +8,7 @@ from data.lib.escape import inert
 
 def columns(c):
     """How many columns a character takes in a terminal."""
-    if unicodedata.category(c) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+    return 0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
 
 
 def lines_of(tokens, kinds, width, room):

@@ -42,21 +42,18 @@ class Session:
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
         context = min((model.config.context for model, _, _ in loaded if not model.config.kinds), default=0)
         all_causal = all(model.config.block == 1 for model, _, _ in loaded)
-        by_path, by_order = len(loaded) > 1 or len(config.order) == 1, len(config.order) > 1
+        canvas_of_text = partial(make_canvas, suffix=config.suffix, length=config.length, context=context)
         self.writers, self.saved = [], []  # saved: for each text, its History by each writer
         for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
+            canvas_of = partial(canvas_of_text, tokenizer=tokenizer)
             if config.chat:
                 self.chat = Chat(checkpoint.get("chat"), tokenizer)
                 canvas_of = partial(self.chat.canvas, length=config.length or context)
-            else:
-                settings = {"suffix": config.suffix, "length": config.length, "context": context}
-                canvas_of = partial(make_canvas, tokenizer=tokenizer, **settings)
             for flags in flags_for(config, given, path, model, all_causal):
-                name = ", ".join([path] * by_path + [flags["order"]] * by_order)
-                self.writers.append(Writer(name, model, tokenizer, canvas_of, flags))
+                names = [path] * (len(loaded) > 1) + [flags["order"]] * (len(config.order) > 1)
+                self.writers.append(Writer(", ".join(names or [path]), model, tokenizer, canvas_of, flags))
 
     def run(self):
-        """Print a score, or write texts or the replies of a conversation."""
         with autocast(self.device, self.config.dtype):
             if self.config.score is not None:
                 self.print_score()
@@ -94,32 +91,30 @@ class Session:
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
         rows = [(History(tokenizer, ids, writer.name), ids, seed) for ids in canvases for seed in seeds]
-        hook = writer.model.register_forward_hook(lambda *_: passes.append(1))
-        for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
-            histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
-            canvas = torch.tensor(starts)
-            log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
-            steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
-            took, began = 0.0, time.perf_counter()
-            for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
-                took += time.perf_counter() - began  # without what it takes to record and show the step
-                if show or config.save is not None:
-                    for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
-                        history.add(ids, p, took)
-                if show:
-                    show(histories[0], len(histories))
-                began = time.perf_counter()
-            seconds += took
-            for history, start, ids in zip(histories, starts, canvas.tolist()):
-                shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
-                history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
-        hook.remove()
+        with writer.model.register_forward_hook(lambda *_: passes.append(1)):
+            for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
+                histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
+                canvas = torch.tensor(starts)
+                log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
+                steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
+                took, began = 0.0, time.perf_counter()
+                for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
+                    took += time.perf_counter() - began  # without what it takes to record and show the step
+                    if show or config.save is not None:
+                        for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
+                            history.add(ids, p, took)
+                    if show:
+                        show(histories[0], len(histories))
+                    began = time.perf_counter()
+                seconds += took
+                for history, start, ids in zip(histories, starts, canvas.tolist()):
+                    shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
+                    history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
         n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
         speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
         return [history for history, _, _ in rows], speed
 
     def print_score(self):
-        """Print how likely the text of a file is, under the steps that would write it."""
         (writer,), text = self.writers, read_text(self.config.score)
         tokenizer, order = writer.tokenizer, writer.flags["order"]
         if order in ("random", "remask"):
@@ -128,7 +123,7 @@ class Session:
         if not ids or tokenizer.canvas_len not in (0, len(ids)) or standing(ids, tokenizer) != ids:
             raise Mistake(f"--score {self.config.score}: it is empty, or not a whole canvas of a model of pictures")
         nats = nats_per_byte(writer.model, tokenizer, text, self.log_likelihood, **writer.flags)
-        per_token = nats * n_bytes(text, tokenizer) / len(ids)
+        per_token = nats * (tokenizer.canvas_len or len(text.encode())) / len(ids)
         print(f"{per_token:.4f} nats per token, {nats / math.log(2):.4f} bits per byte; {len(ids):,} tokens")
 
 
@@ -137,20 +132,14 @@ def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="co
     if tokenizer.bos_id is not None:
         raise Mistake("a model whose lines begin with a special token, such as [CLS], can't score or judge text")
     nats = -log_likelihood(model, torch.tensor(tokenizer.encode(text)), steps, order=order, **flags)
-    return nats / max(1, n_bytes(text, tokenizer))
-
-
-def n_bytes(text, tokenizer):
-    """The number of bytes of a text. On a canvas of letters and pixels each counts as one."""
-    return tokenizer.canvas_len or len(text.encode())
+    return nats / max(1, tokenizer.canvas_len or len(text.encode()))  # letters and pixels of a canvas count as bytes
 
 
 def check_flags(config, given, prompts):
     """Raise Mistake for flags that don't go together, whatever the model. given: the flags on the command line."""
     several = len(config.ckpt) > 1 or len(config.order) > 1
     if config.score is not None:
-        others = given.keys() - {"score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"}
-        if others:
+        if others := given.keys() - {"score", "ckpt", "order", "steps", "tau", "gamma", "block", "device", "dtype"}:
             raise Mistake(f"--score: not with --{', --'.join(sorted(others))}; it is at temperature 1")
         if several:
             raise Mistake("--score: it takes one --ckpt and one --order")

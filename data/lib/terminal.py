@@ -13,8 +13,7 @@ class Watch:
     """Draws on stderr, over and over in one place, with n_panes side by side."""
 
     def __init__(self, n_panes):
-        self.panes = [([], [], None, "")] * n_panes  # tokens, kinds, pixels and status of each
-        self.back = ""  # moves the cursor to the first line that was drawn
+        self.panes, self.back = [([], [], None, "")] * n_panes, ""  # back moves the cursor to the first line drawn
 
     def __enter__(self):
         print("\x1b[?25l\x1b[?7l", end="", file=sys.stderr)  # hide the cursor, and don't let the terminal wrap lines
@@ -43,10 +42,8 @@ class Watch:
 
 
 def draw_pane(tokens, kinds, pixels, status, width, height):
-    """The lines of a pane, the text above the picture, and its status."""
     text, picture = split_picture(tokens, pixels)
     picture, lines = half_blocks(picture, pixels, width)[: max(0, height - 3)], []
-    room = max(1, height - 2 - len(picture))  # the status and the cursor need a line each
-    for line in lines_of(text, kinds, width, room):
+    for line in lines_of(text, kinds, width, max(1, height - 2 - len(picture))):  # leaves the status and cursor a line
         lines.append("".join(f"{CODES[kind]}{run}\x1b[0m" if kind in CODES else run for run, kind in line))
     return [*lines, *picture], f"\x1b[7m{status[:width]}\x1b[0m"

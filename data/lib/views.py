@@ -11,6 +11,9 @@ from data.lib.escape import inert
 from data.lib.files import replacing
 from data.lib.layout import lines_of, shade, split_picture
 
+LETTER, LINE, MARGIN = 7.85, 17, 12  # width and height of a character, and the space beside the text
+SECONDS, REST = 0.16, 3.0  # how long a frame is shown, and the last one
+
 
 def save_histories(path, texts):
     """Write a page of all texts, each a list of histories side by side, or an animation of the first text."""
@@ -25,20 +28,17 @@ def save_histories(path, texts):
         file.write(content.encode())
 
 
-LETTER, LINE, MARGIN = 7.85, 17, 12  # width and height of a character, and the space beside the text
-SECONDS, REST = 0.16, 3.0  # how long a frame is shown, and the last one
-
-
 def animation(sides):
     """The SVG of a text, or of several side by side: a group for each frame, which CSS shows in turn."""
     columns = 72 if len(sides) == 1 else 48
     panel, height = 2 * MARGIN + round(LETTER * columns), 0
     frames = [list(history.frames()) for history in sides]
     n = min(39, max(len(history.steps) for history in sides))  # frames after the first
-    total, groups = SECONDS * n + REST, []
+    width, total, groups = panel * len(sides), SECONDS * n + REST, []
     for i in range(n + 1):
-        group = ""
-        for side, (history, step) in enumerate(zip(sides, steps_shown(sides, i / n))):
+        group, time = "", i / n * max(history.seconds[-1] for history in sides)  # several are shown at the same time
+        for side, history in enumerate(sides):
+            step = bisect.bisect_right(history.seconds, time) if len(sides) > 1 else round(i / n * len(history.steps))
             title = f"step {step} of {len(history.steps)}"
             if len(sides) > 1:
                 title = f"{history.name}: {title}, {[0, *history.seconds][step]:.2f} s"[-columns:]
@@ -46,19 +46,10 @@ def animation(sides):
             group += f'<text class="step" x="{MARGIN + side * panel}" y="22">{escape(inert(title))}</text>{drawing}'
             height = max(height, math.ceil(bottom) + MARGIN)
         groups.append(f'<g style="animation-delay: {SECONDS * i - total:.2f}s">{group}</g>')
-    width = panel * len(sides)
     sizes = {"width": width, "height": height, "inner_width": width - 1, "inner_height": height - 1}
     times = {"total": total, "first": 100 * SECONDS / total, "last": 100 * REST / total}
     template = Path(__file__).with_name("animation.svg").read_text(encoding="utf-8")
     return template.format(**sizes, **times, steps=len(sides[0].steps), frames="\n".join(groups))
-
-
-def steps_shown(sides, progress):
-    """After how many of its steps each text is shown: at the same time, or at this fraction if it is alone."""
-    if len(sides) == 1:
-        return [round(progress * len(sides[0].steps))]
-    time = progress * max(history.seconds[-1] for history in sides)
-    return [bisect.bisect_right(history.seconds, time) for history in sides]
 
 
 def draw_canvas(tokens, kinds, pixels, columns, x):

@@ -17,41 +17,32 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
     """
     config, T = model.config, canvas.shape[1]
     context, K = config.context, config.block or T + config.context  # without blocks, one that is larger than all
-    if block is None:
-        block = K if T <= context or K < context else max(1, context // 4)
-    block = min(block, context, K)
+    default = K if T <= context or K < context else max(1, context // 4)
+    block = min(default if block is None else block, context, K)
     if K < context and K % block:
         raise ValueError(f"block {block}: it does not divide the model's blocks of {K}")
-    holes, special = canvas == config.mask_id, torch.tensor([config.mask_id, *config.special_ids])
-    prompt = torch.isin(canvas, special, invert=True)  # (B, T)
+    holes = canvas == config.mask_id  # (B, T)
+    prompt = torch.isin(canvas, torch.tensor([config.mask_id, *config.special_ids]), invert=True)  # (B, T)
     n_holes = holes.sum(1, keepdim=True)  # (B, 1)
     steps = (n_holes // 2).clamp(min=128) if steps is None else torch.full_like(n_holes, steps)
-    n_before = F.pad(holes.cumsum(1), (1, 0))  # (B, T + 1): holes before each position
-    share = (n_before * steps / n_holes.clamp(min=1)).round().long()  # steps before each position
+    steps_before = (F.pad(holes.cumsum(1), (1, 0)) * steps / n_holes.clamp(min=1)).round().long()  # (B, T + 1)
     # A canvas model sees up to a quarter of the context after the part that it fills, and a model with blocks nothing
     # after its own block. Its window moves by about a quarter at a time, because each move empties the cache.
     jump, ahead = (max(1, context // 4 // K) * K, K) if K < context else (1, min(context // 4, (context - block) // 2))
     old_left = cache = None
-    for number, start in enumerate(range(0, T, block)):
-        part = slice(start, min(start + block, T))
-        if not holes[:, part].any():
-            continue
+    for start in [first for first in range(0, T, block) if holes[:, first : first + block].any()]:
+        number, part = start // block, slice(start, min(start + block, T))
         end = (start // K + 1) * K  # of the model's own block
         left = max(0, -((context - min(end, start + block + ahead)) // jump) * jump) if T > context else 0
         if left != old_left:  # the window moved, so every position in it changed
-            cache = Cache(min(T, context)) if K < context else None  # a canvas of one block has nothing final
-            old_left = left
+            old_left, cache = left, Cache(min(T, context)) if K < context else None  # one block has nothing final
         window = slice(left, min(left + context, T, end))
-        n_steps = (share[:, part.stop] - share[:, start]).clamp(min=1)[:, None]
+        n_steps = (steps_before[:, part.stop] - steps_before[:, start]).clamp(min=1)[:, None]
         yield number, part, n_steps, functools.partial(look, model, canvas, prompt, window, part, K, guidance, cache)
 
 
 def look(model, canvas, prompt, window, part, K, guidance, cache, where):
-    """Logits (N, V) at where (B, block), bool, for the canvas as it is now; minus infinity for special tokens.
-
-    With guidance w the logits are (1 + w) times the model's, minus w times those of a canvas whose prompt is masked,
-    too (2410.18514).
-    """
+    """Logits (N, V) at where (B, block), bool, for the canvas as it is now; minus infinity for special tokens."""
     config, device = model.config, device_of(model)
     if not where.any():
         return torch.zeros(0, config.vocab_size, device=device)
@@ -68,7 +59,7 @@ def look(model, canvas, prompt, window, part, K, guidance, cache, where):
         cache.length = min(cache.length, cache.final)
     text, place, not_text = send(device, text, place, torch.tensor([config.mask_id, *config.special_ids]))
     logits = model(text, where=place, cache=cache)
-    if guided:
+    if guided:  # (1 + w) times the model's logits, minus w times those with the prompt masked too (2410.18514)
         logits, blind = logits.float().chunk(2)
         logits = torch.where(logits > -torch.inf, logits + guidance * (logits - blind), logits)  # inf - inf is nan
     return logits.index_fill_(1, not_text, -torch.inf)
