@@ -46,8 +46,8 @@ def convert(folder):
         embedding = tensors["token_embedding.weight"]
         settings["tied"] = torch.equal(embedding, tensors.setdefault("head.weight", embedding))
     config = family.Network.Config(**settings)
-    if config.n_layer > len(tensors):
-        raise ValueError(f"{config.n_layer:,} layers, but {len(tensors):,} tensors")
+    if config.n_layer > len(tensors) or not 0 < config.n_head <= config.n_embd or not config.vocab_size:
+        raise ValueError(f"{config.n_layer:,} layers, {config.n_head:,} heads, width {config.n_embd:,} can't be")
     with torch.device("meta"):  # takes no memory
         model = family.Network(config).eval()
     model.load_state_dict(tensors, assign=True)  # RuntimeError if one is missing, left over or of another shape
