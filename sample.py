@@ -22,7 +22,7 @@ from data.lib.errors import Mistake, command
 from data.lib.flags import Dtype, flag, parse
 from data.lib.kernels import in_parts, rows_at_once
 from data.lib.machine import send
-from data.lib.sampling import Session
+from data.lib.session import Session
 from data.lib.window import blocks
 from model import load_checkpoint
 

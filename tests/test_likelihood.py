@@ -9,7 +9,7 @@ from toys import all_texts, tiny_model
 from world import sample_text
 
 import sample
-from data.lib.sampling import nats_per_byte
+from data.lib.session import nats_per_byte
 from model import load_checkpoint
 from sample import ORDERS, denoise
 from train import nelbo

@@ -17,7 +17,7 @@ from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
 
 from data.lib.errors import Mistake
 from data.lib.flags import parse
-from data.lib.sampling import SHIPPED
+from data.lib.session import SHIPPED
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from world import sample_text
 
-import data.lib.sampling
+import data.lib.session
 import sample
 from data.lib.checkpoint import save_checkpoint
 from data.lib.errors import Mistake
@@ -79,7 +79,7 @@ def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, t
     shipped = tmp_path / "data" / "shipped.pt"
     shipped.parent.mkdir()
     shipped.write_bytes((world / "blocks" / "ckpt.pt").read_bytes())
-    monkeypatch.setattr(data.lib.sampling, "SHIPPED", shipped)
+    monkeypatch.setattr(data.lib.session, "SHIPPED", shipped)
     monkeypatch.chdir(tmp_path)
     assert "data/shipped.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
     monkeypatch.chdir(world)

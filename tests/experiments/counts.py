@@ -9,7 +9,7 @@ import numpy as np
 from common import context_of, main, windows, write
 
 from data.lib.corpus import load_corpus
-from data.lib.sampling import SHIPPED
+from data.lib.session import SHIPPED
 from model import load_checkpoint
 
 WORD = re.compile(r"[^\W\d_]+")
