@@ -155,7 +155,7 @@ def test_the_bound_is_the_same_whatever_rates_and_weights_one_trains_with(levels
     assert nelbo(SurerWithMoreToSee(), x0, level=level(levels)) == before
 
 
-@pytest.mark.parametrize("prompt_len", [0, 1])
+@pytest.mark.parametrize("prompt_len", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_slanted_bound_is_an_integral_over_levels(prompt_len):
     """Slow sums over levels and over all sets of holes, with weight rate'/rate, give the same number."""
     model, slant, T = tiny_model(V=3, T=3), 0.7, 3
@@ -198,7 +198,7 @@ def test_the_slanted_bound_of_the_perfect_denoiser_is_the_entropy_and_its_end_is
     assert nelbo(model, text, **flags) == pytest.approx(chain, rel=0.03)
 
 
-@pytest.mark.parametrize("strata", [STRATA, 1])
+@pytest.mark.parametrize("strata", [STRATA, pytest.param(1, marks=pytest.mark.slow)])
 def test_standard_error_is_the_spread_over_seeds(strata):
     """It is not larger because some texts are harder than others."""
     x0 = (torch.arange(200)[:, None] % 3 == 0).long().expand(-1, 64)

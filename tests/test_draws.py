@@ -1,5 +1,7 @@
 """Draws: tokens follow the model's distribution exactly, and depend only on the seed."""
 
+import functools
+
 import pytest
 import torch
 from toys import Conditionals, all_texts, chi_square_p, tiny_model
@@ -19,8 +21,11 @@ def complete(*args, **flags):
     return list(denoise(*args, **flags))[-1]
 
 
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(0.5, 0, 1), (1, 0, 1), (2, 0, 1), (1, 9 + 25_000, 1), (2, 0, 0.7)]
+    ("temperature", "top_k", "top_p"), [(0.5, 0, 1), (1, 0, 1), (2, 0, 1), SLOW(1, 9 + 25_000, 1), SLOW(2, 0, 0.7)]
 )
 def test_draw_is_the_softmax_at_a_vocabulary_of_50000(temperature, top_k, top_p, device):
     """Nine tokens share 90%, and the other 50,000 share the rest, so a truncated tail would be noticed.

@@ -7,11 +7,14 @@ import pytest
 from world import ROOT
 
 EXPERIMENTS = ROOT / "tests" / "experiments"
+SLOW = {"changes": pytest.mark.slow}  # test_readme.py makes the same changes
 SCRIPTS = sorted(path for path in EXPERIMENTS.glob("*.py") if path.stem not in ("common", "hmm"))
 
 
 @pytest.mark.filterwarnings("default")  # of matplotlib and of transformers, which not everybody has
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", [pytest.param(path, marks=SLOW.get(path.stem, ())) for path in SCRIPTS], ids=lambda path: path.stem
+)
 def test_an_experiment_runs_and_leaves_nothing_behind(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--device", "cpu"])

@@ -73,7 +73,12 @@ def losses(folder):
 
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "more", ["--grad_accum 2 --eval_tokens 32", "--attention block:8 --level uniform --weight elbo"], ids=str
+    "more",
+    [
+        "--grad_accum 2 --eval_tokens 32",
+        pytest.param("--attention block:8 --level uniform --weight elbo", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_two_processes_have_the_losses_of_one(more, optimizer, world, tmp_path):
     """To 1e-5 over 20 steps, whether each keeps the whole model or pieces; and one model at the end. In one
@@ -113,7 +118,8 @@ def test_a_run_resumes_in_any_number_of_processes_sharded_or_not(world, tmp_path
     assert out == run(world, 1, f"--eval_only --init_from {folder}/last.pt --eval_tokens 512")[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_all_processes_stop_after_one_step_and_leave_one_checkpoint(number, world, tmp_path):
     """Whichever of them the signal comes to."""
     event = f"if len(steps) == 7: os.kill(os.getpid(), {int(number)})"
@@ -137,7 +143,10 @@ def test_torchrun_itself_stops_all_processes_after_a_step(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("event", "said"),
-    [("1 / (len(steps) - 4)", "ZeroDivisionError"), ("if len(steps) == 4: os.kill(os.getpid(), 9)", "SIGKILL")],
+    [
+        ("1 / (len(steps) - 4)", "ZeroDivisionError"),
+        pytest.param("if len(steps) == 4: os.kill(os.getpid(), 9)", "SIGKILL", marks=pytest.mark.slow),
+    ],
 )
 def test_when_one_process_dies_all_end_with_its_error(event, said, world, tmp_path):
     began = time.monotonic()
