@@ -7,7 +7,7 @@ import pytest
 from world import ROOT
 
 EXPERIMENTS = ROOT / "tests" / "experiments"
-SLOW = {"changes": pytest.mark.slow}  # test_readme.py makes the same changes
+SLOW = dict.fromkeys(("changes", "post", "speed"), pytest.mark.slow)  # each takes several seconds
 SCRIPTS = sorted(path for path in EXPERIMENTS.glob("*.py") if path.stem not in ("common", "hmm"))
 
 

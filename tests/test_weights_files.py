@@ -319,6 +319,7 @@ def test_writing_a_vocabulary_is_the_inverse_of_reading_it(vocabulary, tmp_path)
     assert same_vocabulary(tmp_path, vocabulary[0])
 
 
+@pytest.mark.slow
 def test_every_character_of_unicode_comes_back(vocabulary):
     tokenizer = read_vocabulary(*vocabulary)
     for start in range(0, 0x110000, 0x800):
