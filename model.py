@@ -60,8 +60,8 @@ class ModelConfig:
 #
 # A hole is predicted from the finished blocks before its own and from what its own block shows. In training every
 # block has holes, so a pass reads the text twice, [clean ; noisy], at the same positions. Each block, clean or noisy,
-# sees itself and the clean blocks before it. When writing, earlier blocks are finished, so the text is read once, and
-# a Cache keeps what the layers made of finished blocks.
+# sees itself and the clean blocks before it. When writing, earlier blocks are finished, so the text is read once, and a
+# Cache keeps what the layers computed for them.
 
 
 class Layout(NamedTuple):
@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 def who_sees(positions, n_clean, n_cached, K):
     """(S, n_cached + S) bool: a row for each position that sees, a column for each that is seen.
 
-    positions (S,): of this pass, with the n_clean of the clean copy first. The n_cached before them are clean, too.
+    positions (S,): those of this pass, first the n_clean of the clean copy. The n_cached before them are clean, too.
     """
     S, device = len(positions), positions.device
     noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # without a copy none counts as noisy
@@ -267,11 +267,11 @@ class Transformer(nn.Module):
         x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], tokens), 1), positions)  # (B, S, C)
         for layer in self.layers[:-1]:
             x = layer(x, layout)
-        if n_clean:  # of the last layer only the noisy copy is needed
+        if n_clean:  # from the last layer we only need the noisy copy
             layout = layout._replace(first=n_clean, sees=layout.sees[n_clean:])
         x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C), no extra position
         if cache:
-            cache.length = T if self.is_gpt else cache.final  # final, set by the caller: the unfinished block
+            cache.length = T if self.is_gpt else cache.final  # the caller sets final: the unfinished block
         positions = torch.arange(n_cached, T, device=idx.device)
         if where is None:
             return self.unembed(x, positions)

@@ -113,7 +113,7 @@ def denoise(
     """Fill the holes of canvas (B, T) int64, on any device, in `steps` steps; yield the canvas after each.
 
     A hole is where canvas is `model.config.mask_id`; all other tokens are prompt, and stay. After step k of n, k/n of
-    each row's holes are set, unless the order sets its own pace. By default n is as for --steps.
+    each row's holes are set, unless the order sets its own pace. steps: as --steps by default.
 
     order: a key of ORDERS, or "remask". tau, gamma: see `how_many`.
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
@@ -194,7 +194,7 @@ def how_many(scores, n, order, tau, gamma):
     """How many holes a step sets, (B, 1), given their scores (B, K): n, except for two orders, which set at least one.
 
     threshold: every hole with a confidence of at least tau (Fast-dLLM, 2505.22618).
-    entropy-bound: the most certain holes, while their entropies, without the largest, sum to at most gamma
+    entropy-bound: the most certain holes, as long as their entropies, excluding the largest, sum to at most gamma
     nats (EB-Sampler, 2505.24857).
     """
     if order == "threshold":
@@ -220,7 +220,7 @@ def score_holes(score, logits, holes, noise):
 
 
 def highest(scores, among, n):
-    """Of the positions `among` (B, K), mark each row's n (B, 1) highest-scoring: (B, K) bool."""
+    """Mark the n (B, 1) highest-scoring positions of each row, among those in `among` (B, K): (B, K) bool."""
     ranking = scores.masked_fill(~among, -torch.inf).argsort(descending=True, stable=True)
     return among & torch.zeros_like(among).scatter(1, ranking, torch.arange(scores.shape[1]) < n)
 
@@ -268,7 +268,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         if top_k or top_p < 1:
             weights, ids = weights.topk(min(top_k or V, V))  # largest first
         sums = weights.cumsum(-1, dtype=torch.float64)
-        kept = sums.gather(1, first_reaching(sums, top_p * sums[:, -1:]))  # what the nucleus adds up to
+        kept = sums.gather(1, first_reaching(sums, top_p * sums[:, -1:]))  # the total weight of the nucleus
         tokens = first_reaching(sums, u[:, None] * kept)  # u > 0, so a weight of 0 is never drawn
         return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
@@ -308,7 +308,7 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__.splitlines()[0])
-    Session(SampleConfig(**given), given, load_checkpoint, denoise, log_likelihood).run()  # makes canvases of prompts
+    Session(SampleConfig(**given), given, load_checkpoint, denoise, log_likelihood).run()  # turns prompts into canvases
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def draw_levels(level, B, n, generator):
     """
     t = 1 - (torch.rand(1, n, generator=generator) + torch.arange(B)[:, None] / B) % 1
     shuffled = t[:, 1:].gather(0, torch.rand(B, n - 1, generator=generator).argsort(0))
-    t = torch.cat((t[:, :1], shuffled), 1)  # the first stays in order: micro-batches, of every k-th text, cover all
+    t = torch.cat((t[:, :1], shuffled), 1)  # the first stays in order, so micro-batches (every k-th text) cover all
     if level.kind == "bell":  # logit-normal: more middle levels, where there is most to learn (2605.13026)
         return torch.sigmoid(level.value * torch.special.ndtri(t.clamp(max=1 - 1e-6)))
     if level.kind == "grid":  # 1/N, 2/N, .. 1: the N steps of D3PM (2107.03006)
@@ -127,7 +127,7 @@ def uniform_rates(t, x0):
 
 
 def corrupt(x0, rate, maskable, u, mask_id):
-    """Mask each maskable token of x0 with the probability `rate`: xt and holes, (B, T) each.
+    """Mask each maskable token of x0 with probability `rate`. Return xt and holes, (B, T) each.
 
     u (B, T): uniform random numbers in [0, 1). A token becomes a hole if its u is below its rate.
     """
@@ -156,15 +156,15 @@ def loss_of(model, x0, xt, holes, weights):
 
 
 def which_maskable(x0, prompt_len, special_ids):
-    """Mark the tokens of x0 (B, T) that may be masked: not the first prompt_len (B, 1), and no special ones."""
+    """Mark the tokens of x0 (B, T) that may be masked: all but the first prompt_len (B, 1) and the special ones."""
     special = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype))
     return ~special & (torch.arange(x0.shape[1]) >= prompt_len)
 
 
 def draw_batch(split, config, generator, model_config, level=None, rates=uniform_rates):
-    """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: by default config's.
+    """Draw windows from a split and corrupt them: x0, xt, holes and weights, (B, T) each. level: config's by default.
 
-    Each segment (a block, or else the text or each kind of token) has its own noise level. rates: as `uniform_rates`.
+    Each segment (a block, or else the text or each kind of token) has its own level. rates: like `uniform_rates`.
     """
     B, T, level = config.batch_size, config.context, level or config.level
     x0, own_prompt = corpus.random_windows(split, B, T, generator)  # (B, T); (B, 1): length of an example's own prompt
@@ -194,7 +194,7 @@ STRATA = 16
 def exact_holes(x0, maskable, t, generator, K):
     """Draw holes at levels t, and their weights, without the variance of 1/t (2502.09992, eq. 6).
 
-    Of the M maskable tokens of each block of K, k = ceil(tM) random ones are holes of weight M/k, for nats per text.
+    In each block of K with M maskable tokens, k = ceil(tM) random ones are holes of weight M/k, for nats per text.
     """
     M = maskable.unflatten(1, (-1, K)).sum(2).repeat_interleave(K, 1)  # (B, T)
     keys = torch.rand(x0.shape, generator=generator).masked_fill(~maskable, torch.inf)
@@ -212,7 +212,7 @@ def grid_holes(x0, maskable, t, generator, K):
 def sequence_bounds(
     model, tokens, prompt_len=0, draws=1, batch_size=None, seed=0, level=UNIFORM, rate=flags.Rate("t"), strata=STRATA
 ):
-    """Estimate the bound of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable, (N,).
+    """Estimate the bound of texts (N, T) int64 without bias: nats (draws, N), and how many tokens are maskable (N,).
 
     It estimates E_t [ sum over holes of rate'(t)/rate(t) * -log p(x_i | xt) ], t uniform in (0, 1] (2406.07524), or,
     for grid:N, D3PM's bound, with t in 1/N .. 1. The same seed gives the same numbers.
@@ -220,7 +220,7 @@ def sequence_bounds(
     (N, T), K = tokens.shape, model.config.block or tokens.shape[1]
     if T % K:
         raise ValueError(f"{T} tokens can't be cut into blocks of {K}; cut the text to a multiple")
-    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # slant has its own; spindle counts as t
+    draw_holes = noise.bound_holes(level, rate, exact_holes, grid_holes)  # slant has its own; spindle uses t
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in tokens.split(strata)] * draws
     # Shuffled, because neighbours in a text are alike, and should not have neighbouring levels.

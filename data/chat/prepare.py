@@ -2,7 +2,8 @@
 
     {"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]}
 
-Each line is a conversation like this, or only its list. Each reply is an example, prompted by everything before it.
+Each line is a conversation like this, or just its list of messages. Each reply is an example, prompted by everything
+before it.
 """
 
 import json
@@ -18,7 +19,7 @@ from data.lib.flags import argument, flag, script
 
 
 def conversations(path, chat):
-    """Yield the conversations of a file, each a list of messages. The Mistake for a bad one has its line number."""
+    """Yield the conversations of a file, each a list of messages. A bad one raises Mistake with its line number."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -1,7 +1,8 @@
-"""Handwritten digits with their words: a canvas has a caption and a picture in 17 greys.
+"""Handwritten digits with their names. A canvas is a caption followed by a picture in 17 greys.
 
-The digits are in the order of fourteen forms that people filled in. The last three forms validate, all by new hands.
-The others are there four times, as they are and changed a little. For MNIST, its test set validates.
+The digits are in the order of fourteen forms that people filled in. The last three forms, all by new writers, are the
+validation split. The training split has every other digit four times: once unchanged, and three slightly altered
+copies. MNIST's own test set is its validation split.
 """
 
 import gzip
@@ -20,11 +21,11 @@ from data.lib.flags import argument, flag, script
 from data.lib.tokenizer import PictureTokenizer
 
 WORDS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
-CAPTION, GREYS = 8, 17  # letters of a caption; greys of a pixel
+CAPTION, GREYS = 8, 17  # letters per caption; grey levels per pixel
 COPIES = 3  # changed copies of each digit to train on
 FORM = 1415  # the first digit of the twelfth form
 URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-FILES = {  # MNIST's pictures and digits, first to train and then to validate, with their sha256
+FILES = {  # MNIST's pictures and digits, first for training and then for validation, with their sha256
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
     "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
@@ -50,7 +51,7 @@ def read_digits():
 
 
 def read_mnist(folder):
-    """Yield MNIST's pictures (N, 28, 28) and digits (N,) to train, and then those to validate."""
+    """Yield MNIST's pictures (N, 28, 28) and digits (N,) for training, and then those for validation."""
     contents = []
     for name, sha256 in FILES.items():
         copy = folder and Path(folder, name)

@@ -15,11 +15,11 @@ from data.weights import hub
 from data.weights.gpt2 import START
 
 REPOSITORY = "datasets/kjj0/fineweb10B-gpt2"
-HEADER = 1024  # bytes, as 256 numbers of 32 bits. The third is the number of tokens, 100 million of 16 bits.
+HEADER = 1024  # bytes, which are 256 32-bit numbers. The third is the number of 16-bit tokens, 100 million.
 
 
 def gpt2_tokenizer():
-    """The tokenizer that a published GPT-2's checkpoint has, made from tiktoken's copy of it."""
+    """GPT-2's tokenizer as our published checkpoint has it, built from tiktoken's copy."""
     place = {token: i for i, token in enumerate(tokenizer_by_name("gpt2").state["tokens"])}
     tokens = [*map(chr, range(256)), *[*place][256:]]  # the 256 bytes come first in both, but sorted here
     special = {START: len(tokens), "<mask>": len(tokens) + 1}
@@ -27,7 +27,7 @@ def gpt2_tokenizer():
 
 
 def read_shard(path, tokenizer):
-    """Yield (ids, number of bytes of their text) for a part of the shard at a time. Mistake if it is no shard."""
+    """Yield (ids, number of bytes of their text), a part of the shard at a time. Raises Mistake if it isn't a shard."""
     special = tokenizer.special_ids
     lengths = np.array([0 if i in special else len(tokenizer.bytes_of[i]) for i in range(tokenizer.vocab_size)])
     n = (path.stat().st_size - HEADER) / 2

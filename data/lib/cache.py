@@ -9,7 +9,7 @@ class Cache:
         self.W, self.length, self.final, self.kept = W, 0, 0, {}
 
     def join(self, name, x, zeros=0):
-        """Append x (..., S, D) to what is kept under a name: (..., zeros + length + S, D), with zeros in front."""
+        """Append x (..., S, D) to the tensor kept under a name, with zeros in front: (..., zeros + length + S, D)."""
         if name not in self.kept:  # allocated once for the whole window, so nothing is copied later
             self.kept[name] = x.new_zeros(*x.shape[:-2], zeros + self.W, x.shape[-1])
         kept = self.kept[name][..., : zeros + self.length + x.shape[-2], :]

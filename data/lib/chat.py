@@ -1,7 +1,7 @@
-"""Turns a conversation into tokens by a template, three texts that a checkpoint and a corpus carry.
+"""Turns a conversation into tokens with a template: three strings that are stored in checkpoints and corpora.
 
 `opening` comes first. `turn` has {role}, {content}, and something that closes the turn. `end` is one token, which fills
-the canvas after a reply. A template has special tokens by name; in a message such a name is only text.
+the canvas after a reply. A template refers to special tokens by name; inside a message the same name is plain text.
 """
 
 import itertools
@@ -26,13 +26,13 @@ def template_for(tokenizer):
 
 
 class Chat:
-    """A template with its tokenizer. end_id fills the canvas after a reply; each of end_ids ends what is shown."""
+    """A template with its tokenizer. end_id fills the canvas after a reply; nothing after one of end_ids is shown."""
 
     def __init__(self, template, tokenizer):
         if template is None:
             raise Mistake("the model has no chat template; data/chat/prepare.py makes a corpus that teaches it one")
         self.tokenizer = tokenizer
-        names = sorted(tokenizer.special, key=len, reverse=True)  # where one begins like another, the longer
+        names = sorted(tokenizer.special, key=len, reverse=True)  # if one is a prefix of another, the longer matches
         self.special = re.compile(f"({'|'.join(map(re.escape, names))})")
         try:
             head, closing = template["turn"].split("{content}")
@@ -52,7 +52,7 @@ class Chat:
         return [self.tokenizer.special.get(part, part) for part in self.special.split(text) if part]
 
     def encode(self, parts):
-        """The ids of texts and ids. Texts side by side are encoded as one."""
+        """Encode a list of strings and ids as a list of ids. Texts side by side are encoded as one."""
         groups = itertools.groupby(parts, type)
         return [i for kind, group in groups for i in (self.tokenizer.encode("".join(group)) if kind is str else group)]
 
@@ -62,7 +62,7 @@ class Chat:
             for role, content in [(message["role"], message["content"]) for message in messages]:
                 if role not in ("system", "user", "assistant"):
                     raise ValueError(f"the role {role!r} is none of system, user, assistant")
-                content.encode()  # raises unless it is a text, without bytes that are not UTF-8
+                content.encode()  # raises unless it is a str that UTF-8 can encode
                 if reserved := self.reserved.intersection(content):
                     raise ValueError(f"the content has {min(reserved)!r}, which the template takes for itself")
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -80,7 +80,7 @@ class Chat:
         return self.encode([content.strip(), *self.closing])
 
     def canvas(self, messages, length):
-        """The canvas of the reply to messages, a list of `length` ids: the prompt, then holes."""
+        """Return the canvas for a reply to messages, `length` ids: the prompt's, then holes."""
         self.check(messages)
         ids = self.prompt(messages)
         if len(ids) >= length:

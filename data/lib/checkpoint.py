@@ -19,7 +19,7 @@ FAMILIES = "bert", "gpt2", "mdlm", "llada"  # published networks, each a module 
 def save_checkpoint(path, model, tokenizer, **more):
     """Write a checkpoint; `more` is for resuming. Rank 0 writes, but every process has to call it.
 
-    OSError if it can't be written, and then the file that was there stays.
+    Raises OSError if it can't be written; an existing file then stays as it was.
     """
     checkpoint = {
         "family": model.family,
@@ -34,7 +34,7 @@ def save_checkpoint(path, model, tokenizer, **more):
 
 
 def save(content, file):
-    """torch.save, but an OSError stays one, where torch raises a RuntimeError instead."""
+    """Like torch.save, but raises OSError where torch turns it into a RuntimeError."""
     try:
         torch.save(content, file)
     except RuntimeError as error:
@@ -44,7 +44,7 @@ def save(content, file):
 def read_checkpoint(path):
     """Read the dict that torch.save wrote to a file. Its tensors are mapped from the file, and nothing is executed.
 
-    Raises Mistake if it's damaged, which the CRC shows that torch writes for every tensor.
+    Raises Mistake if it's damaged, which shows in the CRC that torch writes for every tensor.
     """
     before = os.stat(path)
     try:
@@ -73,7 +73,7 @@ def published_network(family):
 
 @contextmanager
 def refused(path, said="not a checkpoint of setitem"):
-    """Context in which whatever a stranger's checkpoint causes becomes a Mistake that names the file."""
+    """Context manager that turns any error caused by a stranger's checkpoint into a Mistake that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -26,7 +26,7 @@ SCRIPT_FOLDERS = {"wikitext2": "wikitext", "wikitext103": "wikitext", "enwik8": 
 
 
 def check_name(name, own=None):
-    """Raise Mistake if data/ can't have a folder `name`, or (unless own is None) if another script is in it."""
+    """Raise Mistake if data/ can't have this folder, or (unless own is None) if it belongs to another script."""
     if name in ("", ".", "..") or Path(name).name != name:
         raise Mistake(f"--name {name}: a corpus is one folder of data/, so it needs a name, not a path")
     if own is not None and name != own and any((DATA / name).glob("*.py")):
@@ -36,7 +36,7 @@ def check_name(name, own=None):
 def write_corpus(name, pieces, tokenizer, source, encode=None):
     """Write data/NAME from (split, text) pairs, which are read one at a time. encode: the tokenizer's, by default."""
     encode = encode or tokenizer.encode
-    encoded = (  # where a special token stands for the newline, no byte is predicted for it
+    encoded = (  # if a special token replaces the newline, the newline's byte doesn't count
         (split, ids := encode(text), len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids))
         for split, text in pieces
     )
@@ -72,7 +72,7 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
 
 
 def split_at(pieces, cut):
-    """Turn pieces of text into (split, text) pairs. The first `cut` bytes train, but half a character never does."""
+    """Turn pieces of text into (split, text) pairs. The first `cut` bytes train, rounded to whole characters."""
     for text in pieces:
         data = text.encode("utf-8")
         head = data[: max(0, cut)].decode("utf-8", errors="ignore")
@@ -91,7 +91,7 @@ def read_pieces(path, size=1 << 20):
 
 
 def load_corpus(name, context=1):
-    """Load data/NAME as (train, val, tokenizer, meta). A split is memory-mapped ids, or Examples as long as context."""
+    """Load data/NAME as (train, val, tokenizer, meta). A split is an array of ids, or Examples of `context` tokens."""
     folder = DATA / name
     if name == "python" and not (folder / "meta.json").exists():
         print("data/python is not there yet: making it from this Python's standard library", flush=True)
@@ -111,7 +111,7 @@ def load_corpus(name, context=1):
     except Exception as error:
         raise Mistake(f"{folder}: not a whole corpus ({str(error)[:200]}); prepare it again") from None
     for split, tokens in zip(SPLITS, splits):
-        meta[split]["tokens"] = n = len(tokens)  # counts what fills up examples, too
+        meta[split]["tokens"] = n = len(tokens)  # includes the padding of examples
         if "chat" in meta and (longest := tokens.lengths.max()) > context:
             raise Mistake(f"--context {context}: an example of {longest} tokens needs --context {longest}")
         if n < context:
@@ -162,7 +162,7 @@ def n_windows(split, T):
 
 
 def windows_at(split, places, T):
-    """Read the windows with these numbers (B, 1): tokens (B, T), and lengths of their own prompts (B, 1), 0 in text."""
+    """Read windows by index (B, 1): tokens (B, T), and the lengths of their own prompts (B, 1), 0 for running text."""
     i = np.arange(T)
     if isinstance(split, Examples):
         tokens, prompts = split.tokens, split.prompts[places]
@@ -176,7 +176,7 @@ def windows_at(split, places, T):
 
 
 def random_windows(split, B, T, generator):
-    """Read B windows from random places, as windows_at does but into torch tensors."""
+    """Read B random windows, like windows_at but as torch tensors."""
     import torch  # takes a second to load, and preparing a corpus doesn't need it
 
     places = torch.randint(n_windows(split, T), (B, 1), generator=generator).numpy()
@@ -191,7 +191,7 @@ def spaced_windows(split, T, n_tokens):
 
 
 def tokenizer_by_name(name):
-    """The tokenizer called `bytes` or `gpt2` (tiktoken downloads that one once), or that of a checkpoint's path."""
+    """The tokenizer called `bytes` or `gpt2` (tiktoken downloads that one once), or the one in a checkpoint's file."""
     if name == "bytes":
         return ByteTokenizer()
     if name == "gpt2":

@@ -17,7 +17,7 @@ def check_sha256(path, sha256):
 
 
 def download(url, path, sha256=None, copy=None, instead="--file takes a copy of it", most=2**30):
-    """The path of the user's own copy, or else of a download of at most `most` bytes, resumed from NAME.part."""
+    """Return the path of the user's copy or, without one, download at most `most` bytes, resuming from NAME.part."""
     path, part = Path(copy or path), Path(f"{path}.part")
     if copy or path.exists():
         check_sha256(path, sha256)
@@ -30,7 +30,7 @@ def download(url, path, sha256=None, copy=None, instead="--file takes a copy of 
         with urllib.request.urlopen(request, timeout=60) as response:
             if not response.url.startswith(("https://", "http://127.0.0.1:")):  # the second is for the tests
                 raise Mistake(f"{url}: no download, because {response.url} is not https")
-            done = done if response.status == 206 else 0  # a server that knows no Range sends everything
+            done = done if response.status == 206 else 0  # a server that doesn't support Range sends everything
             total = response.length and done + response.length
             bar = tqdm.wrapattr(response, "read", total, initial=done, desc=path.name)
             with open(part, "ab" if done else "wb") as file, bar as body:

@@ -1,4 +1,4 @@
-"""How a command ends: a user's mistake in one sentence, Ctrl-C after the current step."""
+"""Ends a command cleanly: a user's mistake becomes one sentence, and Ctrl-C takes effect after the current step."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ class Mistake(ValueError):
 
 @contextmanager
 def signals():
-    """Context whose list receives SIGINT and SIGTERM, so that a loop can finish its step before it stops."""
+    """Collect SIGINT and SIGTERM in a list, so that a loop can finish its step before it stops."""
     received = []
 
     def receive(number, _):

@@ -28,7 +28,7 @@ def number(kind, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf
 
 
 class Choice(NamedTuple):
-    """One of the kinds that a subclass lists, each with None or the function that reads its number in `kind:number`."""
+    """A value written `kind` or `kind:number`. A subclass lists its kinds, each with its number's reader or None."""
 
     kind: str
     value: float | None = None
@@ -151,9 +151,10 @@ def from_plain(config_class, plain):
 
 
 def script(main):
-    """Decorate the main function of a script, whose parameters, with flags and arguments as defaults, are in sys.argv.
+    """Decorate a script's main function: its parameters, whose defaults are flags and arguments, are read from
+    sys.argv.
 
-    If the file is run as a script, main is called here, so it stands last.
+    If the file is run as a script, this calls main, so main has to be the last thing in the file.
     """
     fields = [(*hint, default) for hint, default in zip(get_type_hints(main).items(), main.__defaults__)]
     config_class = dataclasses.make_dataclass("Config", fields)

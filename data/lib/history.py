@@ -13,7 +13,7 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """How a canvas, a list of ids, filled. steps: the changes of each step, [position, text, probability]."""
+    """Records how one canvas, a list of ids, filled. steps: the changes of each step, [position, text, probability]."""
 
     def __init__(self, tokenizer, canvas, name=""):
         self.tokenizer, self.pixels, self.name, self.text = tokenizer, tokenizer.pixels, name, ""
@@ -29,7 +29,7 @@ class History:
             is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # drawn again
             if is_new and canvas[i] == self.tokenizer.mask_id:
                 changes.append([i, None, None])  # masked again
-            elif is_new or token != self.tokens[i]:  # or it looks different: one set later completed its character
+            elif is_new or token != self.tokens[i]:  # or a later token completed its character
                 changes.append([i, token, round(probability[i], 3) if is_new else None])
         self.steps.append(changes)
         self.seconds.append(round(seconds, 3))

@@ -1,4 +1,6 @@
-"""Attention, dropout and cross-entropy that are faster or smaller than torch's own, and logits a few rows at a time."""
+"""Attention, dropout and cross-entropy that are faster than torch's own or use less memory, and a way to compute logits
+a few rows at a time.
+"""
 
 import torch
 import torch.nn as nn
@@ -6,9 +8,10 @@ import torch.nn.functional as F
 
 
 def attend(q, k, v, dropout, sees=None, causal=False):
-    """softmax(q k^T / sqrt(D)) v of q (B, H, Q, D), k and v (B, H or fewer (2305.13245), S, D). sees: (Q, S) or all."""
+    """softmax(q k^T / sqrt(D)) v of q (B, H, Q, D), k, v (B, H or fewer (2305.13245), S, D). sees: (Q, S) or None."""
     p, (H, Q), S = dropout.p if dropout.training else 0.0, q.shape[1:3], k.shape[2]
-    # A CPU has no fused kernel with dropout, and its bfloat16 one is 2 to 5 times as slow while scores fit into caches.
+    # On a CPU, torch has no fused kernel with dropout, and its bfloat16 kernel takes 2 to 5 times as long as ours while
+    # the scores fit into the caches.
     if q.device.type != "cpu" or not (p or (q.dtype == torch.bfloat16 and Q * S <= 2**18)):
         return F.scaled_dot_product_attention(q, k, v, sees, p, is_causal=causal, enable_gqa=k.shape[1] < H)
     k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
@@ -20,7 +23,7 @@ def attend(q, k, v, dropout, sees=None, causal=False):
 
 
 class Dropout(nn.Dropout):
-    """Zero each value with probability p in training, and scale the others so that the mean stays."""
+    """Zero each value with probability p in training, and scale the others so that the mean doesn't change."""
 
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
@@ -34,7 +37,8 @@ class Dropout(nn.Dropout):
 def rows_at(where, first, T):
     """The number of positions in `where` (B, T), bool or indices, and their rows in a tensor (B * (T - first), C)."""
     b, t = where[:, first:].nonzero(as_tuple=True) if torch.is_tensor(where) else (where[0], where[1] - first)
-    # Padded with row 0 to a few sizes, because a CPU compiles and keeps kernels for each (2 MB per training step).
+    # Rows are padded with row 0 to a few sizes, because a CPU compiles and keeps kernels for each size (2 MB per
+    # training step).
     multiple = next((power for power in (1, 2, 4, 8, 16, 32, 64) if len(b) <= power), 128)
     return len(b), F.pad(b * (T - first) + t, (0, -len(b) % multiple))
 
@@ -57,7 +61,7 @@ def rows_at_a_time(logits):
 def in_parts(function, logits, *more):
     """function(logits (N, V), ..), (N,), computed a few rows at a time to save memory."""
     rows = rows_at_a_time(logits)
-    if len(logits) <= rows:  # the usual case when appending, where a copy would cost
+    if len(logits) <= rows:  # the usual case when appending, where a copy would be slow
         return function(logits, *more)
     return torch.cat([function(*part) for part in zip(*(tensor.split(rows) for tensor in (logits, *more)))])
 

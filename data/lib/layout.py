@@ -45,7 +45,7 @@ def shade(token, pixels, white, black):
 
 def half_blocks(rows, pixels, width=None):
     """Rows of a picture as lines of a terminal, two rows in each, cut after `width` columns."""
-    # In the terminal's 256 colours the greys end at 255 and 232, and 67 is a blue.
+    # In the terminal's 256 colours the greys run from 232 (black) to 255 (white), and 67 is a blue.
     colours, lines = [[shade(token, pixels, 255, 232) or 67 for token in row[:width]] for row in rows], []
     for upper, lower in itertools.zip_longest(colours[::2], colours[1::2]):
         cells = [f"38;5;{colour}" for colour in upper]

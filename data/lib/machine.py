@@ -32,7 +32,7 @@ def device_of(model):
 
 
 def send(device, *tensors):
-    """Copy CPU tensors to a device without synchronising. A bool tensor arrives as indices, which need no counting."""
+    """Copy CPU tensors to a device without synchronising. A bool tensor is sent as the indices of its True values."""
 
     def copy(x):
         return x.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -41,7 +41,7 @@ def send(device, *tensors):
 
 
 def autocast(device, dtype="auto"):
-    """Context in which matrix products run in dtype, its `fast_dtype`. auto: bfloat16 if that is fast, or float32."""
+    """Run matrix products in dtype, which is then `fast_dtype`. auto: bfloat16 if that is fast, or float32."""
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cpu":

@@ -6,7 +6,7 @@ import torch
 
 
 def segment_lengths(model_config, T, weight):
-    """Lengths of the segments of T tokens that have a noise level each: the blocks, the kinds, or the whole text."""
+    """Lengths of the segments that have a noise level of their own: the blocks, the kinds, or the whole text."""
     # A level for each kind lets the holes decide the task (2303.06555). The elbo weight needs one level for all.
     if model_config.kinds and not model_config.block and weight == "mean":
         return [n for n, _, _ in model_config.kinds]

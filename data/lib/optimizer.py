@@ -60,7 +60,7 @@ class Optimizers:
             part.step()
 
     def state(self):
-        """The state of each part's parameters, by number, in whole tensors. Every process has to call it."""
+        """The state of each optimizer, by parameter number, unsharded. Every process has to call it."""
         states = [part.state_dict()["state"].items() for part in self.parts]
         return [{i: {k: full_on_rank_0(x) for k, x in kept.items()} for i, kept in state} for state in states]
 

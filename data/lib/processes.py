@@ -1,4 +1,4 @@
-"""Several processes that train one model: rank and world size, rows and tensors that they share.
+"""Lets several processes train one model: they have a rank and a world size, and share rows and tensors.
 
 Each draws the whole batch from the same seed and computes some of its rows, so the result doesn't depend on world_size.
 """
@@ -10,7 +10,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before there is a group, which its default arguments would keep alive
+import torch.distributed.nn  # before there is a group, because its default arguments would keep it alive
 from torch.nn.parallel import DistributedDataParallel
 
 from data.lib import errors
@@ -53,11 +53,11 @@ def gather(tensor):
 
 
 def map_rows(function, *tensors):
-    """function(*tensors), (B, ..), of tensors with B rows each, where each process computes some of the rows."""
+    """Compute function(*tensors), (B, ..), for tensors with B rows, with each process doing some of the rows."""
     if not dist.is_initialized():
         return function(*tensors)
     B, n = len(tensors[0]), -(-len(tensors[0]) // world_size())
-    rows = torch.arange(rank() * n, (rank() + 1) * n, device=tensors[0].device) % B  # the last may repeat the first
+    rows = torch.arange(rank() * n, (rank() + 1) * n, device=tensors[0].device) % B  # the last process may repeat rows
     return gather(function(*(x[rows] for x in tensors)).contiguous()).flatten(0, 1)[:B]
 
 
@@ -67,7 +67,7 @@ def share_rows(loss_of, model, *tensors):
 
 
 def distribute(model, device, shard):
-    """Return what to call in place of the model to average gradients. shard: a process keeps a piece of each tensor."""
+    """Wrap the model so that processes average gradients. shard: each process keeps a piece of each tensor."""
     if shard:
         from torch.distributed.fsdp import fully_shard  # takes half a second
 
@@ -86,7 +86,7 @@ def full(tensor):
 
 
 def full_on_rank_0(tensor):
-    """The same, but only rank 0 gets a sharded tensor, on its CPU. The others get None."""
+    """Like `full`, but a sharded tensor is only returned on rank 0, on its CPU. The others get None."""
     if (whole := full(tensor)) is tensor:
         return tensor
     return None if rank() else whole.cpu()
@@ -96,4 +96,6 @@ def shard_like(tensor, like):
     """A whole tensor, sharded as `like` is if it has the same shape."""
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
-    return dist.tensor.distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # FSDP loads it
+    return dist.tensor.distribute_tensor(
+        tensor, like.device_mesh, like.placements, src_data_rank=None
+    )  # imported by FSDP

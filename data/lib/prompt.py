@@ -6,12 +6,12 @@ from pathlib import Path
 
 from data.lib.errors import Mistake
 
-MOST = 10**6  # tokens of a hole
+MOST = 10**6  # the most tokens in one hole
 MASK_TAG = re.compile(r"<mask(\*[^>]*)?>")
 
 
 def standing(ids, tokenizer):
-    """If a tokenizer has kinds, put holes before each token of ids up to the next place where it may stand."""
+    """If a tokenizer has kinds, insert holes before each id so that it lands on the next place that accepts it."""
     places, placed = [range(first, end) for n, first, end in tokenizer.kinds for _ in range(n)], []
     for i in ids:
         while i != tokenizer.mask_id and len(placed) < len(places) and i not in places[len(placed)]:
@@ -25,7 +25,8 @@ def standing(ids, tokenizer):
 def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
-    Without a length, holes fill the context, unless the prompt has its own. A text that may go on isn't closed.
+    Without a length, holes fill the context, unless the prompt has its own. If the text may go on after the canvas, it
+    gets no closing token.
     """
     if MASK_TAG.search(suffix):
         raise Mistake("--suffix: holes go into --prompt, which may have several")

@@ -40,7 +40,7 @@ class Report(AbstractContextManager):
         self.log.writerows([COLUMNS, *rows])
         layout, seconds = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10
         self.bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=seconds, disable=rank() > 0)
-        self.tokens, self.shown, self.since = 0, run.minutes, run.minutes  # speed is that of tokens since then
+        self.tokens, self.shown, self.since = 0, run.minutes, run.minutes  # for the speed since then
 
     def __exit__(self, *_):
         self.bar.close()
@@ -54,7 +54,10 @@ class Report(AbstractContextManager):
         logs = nats is not None or run.step % run.config.log_every == 0
         if not (logs or stopped or run.progress() >= 1 or run.minutes - self.shown > 1 / 120):
             return  # without reading the loss, which would synchronise
-        self.loss, norm = gather(loss).mean().item(), full(norm).item()  # each loss is of its rows, times world_size
+        self.loss, norm = (
+            gather(loss).mean().item(),
+            full(norm).item(),
+        )  # a rank scales the loss of its rows by world_size
         now = run.clock() if nats is None else run.paused
         speed = self.tokens / (now - self.since) / 60
         skipped = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips such a step in float16
@@ -117,7 +120,7 @@ def print_bound(run, sequence_bounds, val, meta):
 
 
 def bits_per_nat(tokens, own_prompt, special_ids, counts):
-    """Bits per byte of a split with these counts for each nat per token of its windows (N, T) with prompts (N, 1)."""
+    """From nats per token of windows (N, T) with prompts (N, 1) to bits per byte of a split with these counts."""
     special = torch.isin(tokens, torch.tensor(special_ids, dtype=tokens.dtype))
     fraction = (~special & (torch.arange(tokens.shape[1]) >= own_prompt)).float().mean().item()
     return fraction * counts["tokens"] / counts["bytes"] / math.log(2)  # extrapolated to the split

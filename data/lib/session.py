@@ -99,7 +99,7 @@ class Session:
                 steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
                 took, began = 0.0, time.perf_counter()
                 for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
-                    took += time.perf_counter() - began  # without what it takes to record and show the step
+                    took += time.perf_counter() - began  # excludes the time to record and show the step
                     if show or config.save is not None:
                         for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
                             history.add(ids, p, took)
@@ -128,7 +128,7 @@ class Session:
 
 
 def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="confidence", **flags):
-    """How likely `denoise` writes a text, by default setting the most certain token first, one a step."""
+    """How likely `denoise` is to write a text; by default it sets the most certain token first, one per step."""
     if tokenizer.bos_id is not None:
         raise Mistake("a model whose lines begin with a special token, such as [CLS], can't score or judge text")
     nats = -log_likelihood(model, torch.tensor(tokenizer.encode(text)), steps, order=order, **flags)
@@ -152,7 +152,7 @@ def check_flags(config, given, prompts):
 
 
 def flags_for(config, given, path, model, all_causal):
-    """The flags of denoise for each order. Mistake if the model can't follow them, and no other can."""
+    """The flags of denoise for each order. Raises Mistake if no model of this call can use them."""
     K, W = model.config.block, model.config.context
     if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
         raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")

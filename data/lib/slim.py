@@ -1,4 +1,4 @@
-"""Make a checkpoint small: its weights in bfloat16, and nothing that only resuming needs."""
+"""Make a checkpoint small: keep its weights, in bfloat16, and drop whatever is only needed to resume."""
 
 import sys
 from pathlib import Path

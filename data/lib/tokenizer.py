@@ -25,9 +25,9 @@ CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a70
 class Tokenizer:
     """What all tokenizers share. special: the ids that are not text, by name. bytes_of: the bytes of each other id."""
 
-    kinds = ()  # of a canvas whose places differ in the tokens they take: (n, first, end) for each stretch of n places
-    pixels = None  # of a picture: its first place, its columns, and its greys as shown
-    template = None  # of a checkpoint that chats
+    kinds = ()  # for a canvas whose places accept different tokens: (n, first, end) for each stretch of n places
+    pixels = None  # for a picture: its first place, its columns, and how its greys are shown
+    template = None  # for a checkpoint that chats
 
     def __init__(self, special, bytes_of):
         self.special, self.special_ids = special, tuple(sorted(special.values()))
@@ -40,7 +40,7 @@ class Tokenizer:
         self.canvas_len = sum(n for n, _, _ in self.kinds)  # 0 without kinds
 
     def first(self, *names):
-        """The id of the first of these special tokens that there is, or None."""
+        """The id of the first of these special tokens that the tokenizer has, or None."""
         return next((self.special[name] for name in names if name in self.special), None)
 
     def encode_line(self, line):
@@ -53,7 +53,7 @@ class Tokenizer:
         return "".join(self.pieces(ids))
 
     def pieces(self, ids):
-        """What each token adds to the text, list[str]. A character of several tokens comes with the last of them."""
+        """What each token adds to the text, list[str]. The last of several tokens adds the character that they make."""
         pieces, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
         for before, i, following in zip([None, *ids], ids, [*ids[1:], self.mask_id]):
             # A special token ends an unfinished character. Bytes that are not UTF-8 become U+FFFD.
@@ -94,14 +94,15 @@ class BPETokenizer(Tokenizer):
             return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
         except (KeyboardInterrupt, MemoryError):
             raise
-        except BaseException:  # tiktoken panics at a bad pattern, and a panic is no Exception
+        except BaseException:  # tiktoken panics at a bad pattern, and a panic isn't an Exception
             raise Mistake("the tokenizer's pattern does not cut this text into words") from None
 
 
 class PictureTokenizer(Tokenizer):
     """A canvas of two kinds of tokens: a caption of ASCII letters, padded with spaces, and the pixels of a picture.
 
-    caption: its number of letters. A pixel is a grey from 0 (white) to greys - 1, and one of GREYS in text.
+    caption: its number of letters. A pixel's value is a grey from 0 (white) to greys - 1; in text it is one of the
+    characters in GREYS.
     """
 
     def __init__(self, caption, width, height, greys):
@@ -162,7 +163,7 @@ class WordPieceTokenizer(Tokenizer):
         return [i for word in "".join(map(self.spaced, text)).split() for i in self.pieces_of(word)]
 
     def spaced(self, c):
-        """A character as it stands in words: with spaces around it if it is a word of its own, and "" if it is none."""
+        """How a character enters words: between spaces if it is a word of its own, and as "" if it is dropped."""
         kind = category(c)
         if c in "\t\n\r":
             return " "
@@ -196,7 +197,7 @@ class WordPieceTokenizer(Tokenizer):
 
 
 def tokenizer_from_state(state):
-    """Make the tokenizer that has this state. Raises an error of some kind if the dict is no such state."""
+    """Make the tokenizer that has this state. Raises some error if the dict is not such a state."""
     kinds = {"bytes": ByteTokenizer, "bpe": BPETokenizer, "wordpiece": WordPieceTokenizer, "picture": PictureTokenizer}
     tokenizer = kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
     if tokenizer.mask_id is None:

@@ -28,7 +28,7 @@ def attention_of(config):
 def attention_fields(attention, mask_id, old=None):
     """The fields that give a ModelConfig this Attention.
 
-    old: the config of a trained model that goes on with it. Its shift and position table stay.
+    old: the config of the trained model that is being trained further. Its shift and position table stay.
     """
     shift_id = old and old.shift_id
     if shift_id is None and attention.kind in ("causal", "shifted"):
@@ -40,10 +40,10 @@ def attention_fields(attention, mask_id, old=None):
 
 
 def settle(given, config_class, methods, load_checkpoint):
-    """Combine the flags given, the method's and the checkpoint's: (config, model, tokenizer, checkpoint).
+    """Combine the flags given, the method's and the checkpoint's. Return (config, model, tokenizer, checkpoint).
 
-    Flags win over the checkpoint, the checkpoint over the method, and the method over the defaults. A run from scratch
-    has no model, tokenizer and checkpoint.
+    Flags win over the checkpoint, the checkpoint over the method, and the method over the defaults. For a run from
+    scratch, model, tokenizer and checkpoint are None.
     """
     plain = methods[given.get("method", config_class.method)]
     config = dataclasses.replace(from_plain(config_class, plain), **given)
@@ -134,7 +134,7 @@ def check_training(config):
     in_use = any((folder / name).exists() for name in ("last.pt", "ckpt.pt")) and not (resume or config.eval_only)
     rows, heads = config.grad_accum * world_size(), 2 * config.n_head if scratch else 1
     needs_bound = config.eval_only or config.weight == "elbo"
-    # A fixed level gives no bound, and under a bell 1/t over its density has infinite variance.
+    # A fixed level gives no bound, and with bell levels the weight, 1/t over their density, has infinite variance.
     has_bound = level.kind == "uniform" or (level.kind == "grid" and rate.kind != "slant")
     needs = "the bound needs --level uniform, or grid:N with --rate t; to train without it, --weight mean"
     multiple = f"not a multiple of --grad_accum times the number of processes, {rows}"

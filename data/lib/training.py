@@ -55,11 +55,11 @@ class Run:
         self.start = time.perf_counter() - 60 * self.minutes
 
     def clock(self):
-        """The minutes of the run up to now. Its `minutes` are those up to the end of a step."""
+        """The minutes of the run up to now. `minutes` is only updated at the end of a step."""
         return (time.perf_counter() - self.start) / 60
 
     def tick(self, stopped=False):
-        """Read the clock, that of rank 0 in all processes. Returns whether any of them was told to stop."""
+        """Read the clock; every process gets rank 0's time. Returns whether any of them was told to stop."""
         said = gather(torch.tensor([self.clock(), stopped], dtype=torch.float64))  # (world_size, 2)
         self.minutes = said[0, 0].item()
         return bool(said[:, 1].any())
@@ -82,13 +82,15 @@ class Run:
                 self.network.set_requires_gradient_sync(i == n - 1)
             x0, xt, holes, weights = (tensor[i * world_size() + rank() :: n * world_size()] for tensor in batch)
             part = send(self.device, x0, xt, holes, weights * world_size())  # the average divides by it
-            if self.config.compile:  # once for all numbers of holes
+            if self.config.compile:  # compile once for any number of holes
                 for index in part[2]:
                     torch._dynamo.maybe_mark_dynamic(index, 0)
             yield part
 
     def compile_ahead(self, batch, loss_of, *more):
-        """Run what torch.compile compiles, before the clock starts: the loss of a batch, and more functions."""
+        """Call everything that torch.compile has to compile before the clock starts: the loss of a batch, and the
+        functions in `more`.
+        """
         for part in self.micro_batches(batch):
             with self.precision:
                 loss_of(self.network, *part).sum().backward()
@@ -114,7 +116,7 @@ class Run:
         self.evals_done = int(self.progress() * self.config.evals)
 
     def save(self, nats=math.inf):
-        """Write last.pt, and ckpt.pt if nats per token, the bound, is the lowest so far or there is none yet."""
+        """Write last.pt, and also ckpt.pt if this bound (nats per token) is the lowest so far or there is none yet."""
         last, best = (Path(self.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
         is_best, before, self.best = nats < self.best or not best.exists(), self.best, min(nats, self.best)
         state = {name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "corpus")}
@@ -139,7 +141,7 @@ class Run:
 
 
 def bound_name(config, model_config, meta):
-    """What the bound with the settings of this run is called. With a spindle, it is that of uniform rates."""
+    """The name of the bound under this run's settings. With a spindle, it is that of uniform rates."""
     settings = [f"level {config.level}"] if config.eval_only and config.level.kind != "uniform" else []
     settings += [f"rate {config.rate}"] if config.rate.kind == "slant" else []
     settings += [f"after a prompt of {config.prompt_len.low}"] if config.prompt_len.low else []
@@ -149,7 +151,7 @@ def bound_name(config, model_config, meta):
 
 @contextmanager
 def underway(run, checkpoint):
-    """Context in which a run trains, from the start or the checkpoint. Its list receives Ctrl-C and SIGTERM."""
+    """Context manager for a run, from scratch or resumed from the checkpoint. Its list receives Ctrl-C and SIGTERM."""
     if run.config.init_from == "resume":
         run.restore(checkpoint)
     with signals() as came, nullcontext() if rank() else alone_in(run.config.out_dir):

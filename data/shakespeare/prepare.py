@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, 1.1 MB of plays. The last 10% validates, as everywhere in the field."""
+"""Tiny Shakespeare, 1.1 MB of plays. The last 10% is for validation, as is usual in the field."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Questions with one right answer, drawn from a seed: sums with carries, and words to write backwards.
 
-No question comes twice, even with terms swapped or a word reversed, so the last tenth, which validates, is all new.
+No question comes twice, even with terms swapped or a word reversed, so none in the last tenth, the validation split,
+was trained on.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth validates."""
+"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth is the validation split."""
 
 import shlex
 import sys
@@ -11,7 +11,7 @@ from data.lib.flags import argument, flag, script
 
 
 def texts_in(folder):
-    """Yield the files below a folder, in order, but not hidden ones or, with a note on stderr, those without UTF-8."""
+    """Yield the files below a folder in order, without hidden ones and those that aren't UTF-8, which it reports."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         if not any(part.startswith(".") for part in file.relative_to(folder).parts):
             try:

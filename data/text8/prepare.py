@@ -1,6 +1,7 @@
 """text8 and enwik8: 100 million characters or bytes of Wikipedia, cut where all papers cut them.
 
-The first 90 million train, the next 5 validate, and papers report the last 5. With --test those validate instead.
+The first 90 million are for training and the next 5 for validation; papers report the last 5. With --test those are the
+validation split instead.
 """
 
 import sys
@@ -17,7 +18,7 @@ from data.lib.flags import argument, flag, script
 from data.lib.tokenizer import ByteTokenizer
 
 URL = "https://mattmahoney.net/dc/{}.zip"
-SHA256 = {  # of the zips
+SHA256 = {  # sha256 of each zip
     "text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
     "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
 }

@@ -21,7 +21,7 @@ BODY |= {f"attention.self.{name}": f"attention.{name}" for name in ("query", "ke
 BODY |= {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "attention_norm"}
 BODY |= {"intermediate.dense": "mlp.up", "output.dense": "mlp.down", "output.LayerNorm": "mlp_norm"}
 ROBERTA_HEAD = {"lm_head.dense": "transform", "lm_head.layer_norm": "transform_norm", "lm_head.decoder": "head"}
-ROBERTA_HEAD |= {"lm_head.bias": "copy_of_bias"}  # if it differs from the decoder's bias, that one is in use
+ROBERTA_HEAD |= {"lm_head.bias": "copy_of_bias"}  # if the file has both, the decoder's own bias is used
 BERT_HEAD = {"cls.predictions.transform.dense": "transform", "cls.predictions.decoder": "head"}
 BERT_HEAD |= {"cls.predictions.transform.LayerNorm": "transform_norm", "cls.predictions.bias": "copy_of_bias"}
 PREFIX, LAYERS, NAMES = r"roberta\.|bert\.", "encoder.layer", BODY | ROBERTA_HEAD | BERT_HEAD
@@ -75,7 +75,7 @@ def convert(folder, theirs, settings, tensors):
 
 
 def export(path, model, tokenizer):
-    """(config.json, other text files by name, tensors by our names, names as in NAMES, prefix of all but the head)."""
+    """config.json, other text files by name, tensors by our names, NAMES, and the prefix of all but the head."""
     config = model.config
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")

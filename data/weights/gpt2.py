@@ -29,7 +29,7 @@ class Network(Published):
 
 
 def read_tokenizer(folder, n_rows, opened=False):
-    """GPT-2's tokens, and `<mask>` as the last of n_rows or, if opened, as DiffuGPT has it."""
+    """GPT-2's tokens, with `<mask>` as the last of n_rows or, if opened, where DiffuGPT has it."""
     text, special = vocabulary.read_bpe(folder)
     if START not in special:
         raise Mistake(f"{folder}: its vocabulary has no {START}, which GPT-2 reads before a text")
@@ -51,7 +51,7 @@ def convert(folder, theirs, settings, tensors):
         settings["context"] -= 1  # the last token is read at a position of its own
     else:
         settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
-        # A GPT never reads the row of <mask>. Once it is opened, the mean favours no token.
+        # A GPT never reads the row of <mask>. Filled with the mean, it favours no token once the attention is opened.
         for name in TABLES & tensors.keys():
             mean = tensors[name].float().mean(0, keepdim=True)
             tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
@@ -64,7 +64,7 @@ def convert(folder, theirs, settings, tensors):
 
 
 def export(path, model, tokenizer):
-    """Like export in bert.py, of a GPT-2, which has no row of `<mask>`."""
+    """Like export in bert.py, but for a GPT-2, and without the row of `<mask>`."""
     config, tensors = model.config, model.state_dict()
     if config.block != 1:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a GPT-2 any more")

@@ -25,7 +25,7 @@ def byte_symbols():
 
 
 def fetch(repositories, folder):
-    """Download files, given as {repository: names}, unless they are in the folder, and the shards of an index."""
+    """Download {repository: names} that aren't in the folder yet, and the shards that an index lists."""
     for repository, names in repositories.items():
         for name in names:
             url = f"{HUB}/{repository}/resolve/main/{name}"
@@ -76,7 +76,7 @@ def read_tensors(path):
 
 
 def renamed(name, names, layers, new_layers):
-    """Rename a tensor by a table of modules or whole names, if it is there. `layers.2.` becomes `new_layers.2.`."""
+    """Rename a tensor if the table has its whole name or its module. `layers.2.` becomes `new_layers.2.`."""
     _, number, module, parameter = re.fullmatch(rf"({layers}\.(\d+)\.)?(?:(.*)\.)?(.*)", name).groups()
     prefix = f"{new_layers}.{number}." if number else ""
     return names.get(name) or (f"{prefix}{names[module]}.{parameter}" if module in names else name)

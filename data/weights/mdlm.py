@@ -1,7 +1,7 @@
 """MDLM and BD3-LM (2406.07524, 2503.09573): rotary positions, biases, a head with a bias.
 
 Their network (2212.09748) has an input for the noise level, which is always 0, because the holes show the level. So the
-shift, scale and gate that each layer makes of it are constants, which we multiply into the norms and matrices.
+shift, scale and gate that each layer computes from it are constants, which we fold into the norms and matrices.
 """
 
 import torch
@@ -27,7 +27,7 @@ class Network(Published):
 
 
 def fold_level(tensors, n_layer):
-    """Multiply what the network makes of level 0 into its norms and matrices."""
+    """Fold what the network computes from level 0 into its norms and matrices."""
 
     def linear(name, x):
         return F.linear(x, tensors.pop(f"{name}.weight").float(), tensors.pop(f"{name}.bias").float())

@@ -1,4 +1,4 @@
-"""A published model's weights and tokenizer as one checkpoint of ours, and back.
+"""Converts a published model's weights and tokenizer into one of our checkpoints, and back.
 
 python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, mdlm-owt, llada-8b-base, ..
 python data/weights/prepare.py FOLDER --out mine.pt    # files that you have, in the hub's layout
@@ -26,7 +26,7 @@ REPOSITORIES = {name: files for family in FAMILY.values() for name, files in fam
 
 
 def convert(folder):
-    """(model, tokenizer, names of tensors left out, dict of more for the checkpoint) of a folder's files."""
+    """Convert a folder: (model, tokenizer, names of tensors left out, dict of extra entries for the checkpoint)."""
     path = folder / "config.json"
     theirs = hub.read_json(path)
     family = FAMILY.get(str(theirs.get("model_type")))

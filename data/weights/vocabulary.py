@@ -9,7 +9,7 @@ from data.weights.hub import GPT2_PATTERN, byte_symbols, read_json
 
 
 def bpe_tokenizer(folder, text, special, n_rows, pattern=GPT2_PATTERN):
-    """A BPETokenizer of n_rows ids. text: ids of what merges make, by latin-1 bytes; special: the others, by name."""
+    """A BPETokenizer of n_rows ids. text: ids of merged tokens by their bytes as latin-1; special: others by name."""
     taken = {*text.values(), *special.values()}
     if not 0 <= n_rows - len(taken) <= 2**12:  # rows are often rounded up for speed
         raise Mistake(f"{folder}: its vocabulary has {len(taken):,} tokens, but the embedding {n_rows:,} rows")
@@ -18,7 +18,9 @@ def bpe_tokenizer(folder, text, special, n_rows, pattern=GPT2_PATTERN):
 
 
 def split_bpe(ids, merges):
-    """Split ids by name into those of text, in the order of the merges ("a b" or ["a", "b"]), and of special tokens."""
+    """Split a dict of ids by name into text tokens, in the order of the merges ("a b" or ["a", "b"]), and special
+    tokens.
+    """
     byte_of = {symbol: chr(byte) for byte, symbol in enumerate(byte_symbols())}
     names = dict.fromkeys([*byte_of, *("".join(pair).replace(" ", "") for pair in merges)])  # in order, each once
     text = {"".join(byte_of[symbol] for symbol in name): int(ids[name]) for name in names}
@@ -69,7 +71,7 @@ def read_tokenizer_json(folder):
 
 
 def read_wordpiece(folder, n_rows):
-    """The tokenizer of vocab.txt, cased or not as tokenizer_config.json says or as its words are."""
+    """The tokenizer of vocab.txt. tokenizer_config.json says whether it is cased; if it doesn't, the words do."""
     path = folder / "tokenizer_config.json"
     tokens = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     tokens += [f"[unused{i}]" for i in range(len(tokens), min(n_rows, len(tokens) + 128))]
