@@ -130,6 +130,7 @@ def test_all_processes_stop_after_one_step_and_leave_one_checkpoint(number, worl
     assert len(losses(tmp_path / "out")) == 20
 
 
+@pytest.mark.slow
 def test_torchrun_itself_stops_all_processes_after_a_step(world, tmp_path):
     event = "if len(steps) == 7: import time; open('there', 'w').close(); time.sleep(1)"
     process = start(world, 2, f"--out_dir {tmp_path}/out --max_iters 1000000", event)

@@ -12,7 +12,7 @@ import termios
 
 import pytest
 import torch
-from world import ROOT
+from world import ROOT, sample_text
 
 from data.lib.checkpoint import save_checkpoint
 from data.lib.escape import inert
@@ -134,12 +134,9 @@ def test_ctrl_c_gives_the_cursor_back(checkpoint):
     assert "Traceback" not in written
 
 
-def test_watch_and_save_change_nothing_without_a_terminal(checkpoint, tmp_path):
+def test_watch_and_save_change_nothing_without_a_terminal(checkpoint, tmp_path, monkeypatch, capsys):
     def run(*flags):
-        command = [sys.executable, ROOT / "sample.py", "--ckpt", checkpoint, "--steps", "5", "--length", "60"]
-        command += map(str, flags)
-        done = subprocess.run(command, capture_output=True, check=True)
-        return done.stdout, done.stderr.decode()
+        return sample_text(["--ckpt", checkpoint, "--steps", 5, "--length", 60, *flags], monkeypatch, capsys)
 
     text, _ = run()
     watched, said = run("--watch")
