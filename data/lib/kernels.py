@@ -10,8 +10,8 @@ import torch.nn.functional as F
 def attend(q, k, v, dropout, sees=None, causal=False):
     """softmax(q k^T / sqrt(D)) v of q (B, H, Q, D), k, v (B, H or fewer (2305.13245), S, D). sees: (Q, S) or None."""
     p, (H, Q), S = dropout.p if dropout.training else 0.0, q.shape[1:3], k.shape[2]
-    # On a CPU, torch has no fused kernel with dropout, and its bfloat16 kernel takes 2 to 5 times as long as ours from 64
-    # queries on, while the scores fit into the caches. For the few queries of appending it is faster.
+    # On a CPU, torch has no fused kernel with dropout, and from 64 queries on its bfloat16 kernel takes 2 to 5 times as
+    # long as ours, while the scores fit into the caches. For the few queries of appending it is faster.
     if q.device.type != "cpu" or not (p or (q.dtype == torch.bfloat16 and Q >= 64 and Q * S <= 2**18)):
         return F.scaled_dot_product_attention(q, k, v, sees, p, is_causal=causal, enable_gqa=k.shape[1] < H)
     k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
