@@ -7,7 +7,9 @@ import torch
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "experiments"), str(TESTS / "stress")]
+from digits_world import digits_world, in_digits_world  # noqa: E402, F401
 from model_files import data_folder, merges, mistake, mixed_lines, originals, roberta, run, use  # noqa: E402, F401
+from talks import squares, talk_folder  # noqa: E402, F401
 from world import in_world, world  # noqa: E402, F401  fixtures
 
 # A job in the background starts with Ctrl-C ignored, and so would the commands that the tests interrupt.

@@ -6,7 +6,7 @@ from itertools import permutations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import MASK, NETWORKS, SHAPES, all_texts, chi_square_p, dial, texts, tiny_model
+from toys import CAUSAL, KS, MASK, NETWORKS, all_texts, chi_square_p, dial, every_shape, texts, tiny_model
 
 from data.lib.flags import Attention, Level, Span
 from data.lib.tokenizer import ByteTokenizer
@@ -14,14 +14,6 @@ from data.lib.train_settings import attention_fields, attention_of, model_config
 from model import ModelConfig, Transformer
 from sample import denoise, log_likelihood
 from train import TrainConfig, corrupt, draw_batch, hole_weights, loss_of, nelbo, sequence_bounds
-
-KS = 1, 2, 3, 4, 8, None  # of T = 8; 3 does not divide it
-
-
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-CAUSAL = {"block": 1, "shift_id": MASK}
 
 
 @torch.no_grad()

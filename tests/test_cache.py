@@ -2,20 +2,12 @@
 
 import pytest
 import torch
-from toys import MASK, SHAPES, dial, texts, tiny_model
+from toys import CAUSAL, KS, MASK, SHAPES, dial, every_shape, texts, tiny_model
 
 import data.lib.corpus
 import data.lib.window
 from data.lib.cache import Cache
 from sample import denoise
-
-KS = 1, 2, 3, 4, 8, None  # of T = 8; 3 does not divide it
-
-
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-CAUSAL = {"block": 1, "shift_id": MASK}
 
 
 @torch.no_grad()

@@ -1,14 +1,12 @@
 """Prompts and answers: what a template makes of them, what is learned of them, and what is shown."""
 
-import io
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from talks import QUESTIONS, SMALL, call, said, write_jsonl
 from test_tokenizers import GPT2_PATTERN
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -17,7 +15,6 @@ import data.lib.corpus
 import data.sums.prepare
 import sample
 import train
-from data.chat.prepare import prepare
 from data.lib import slim
 from data.lib.chat import BYTES, Chat, converse, template_for
 from data.lib.checkpoint import read_checkpoint, save_checkpoint
@@ -32,7 +29,8 @@ LLADA = {
     "end": "<|endoftext|>",
 }
 NAMES = "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>", "<mask>"
-SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --context 48 --batch_size 4 --eval_tokens 512 --dtype float32"
+
+pytestmark = pytest.mark.usefixtures("talk_folder")
 
 
 def bpe(*names):
@@ -40,40 +38,6 @@ def bpe(*names):
     tokens = [*map(chr, range(256)), "\n\n", "He"]
     special = {name: len(tokens) + i for i, name in enumerate(names)}
     return BPETokenizer(tokens, GPT2_PATTERN, special=special)
-
-
-def said(*contents):
-    """A conversation, the user first."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-
-
-def write_jsonl(path, conversations):
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
-    return path
-
-
-QUESTIONS = [said(f"{'long ' * (i % 5)}{i}?", f"{i * i}") for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def data_folder(tmp_path, monkeypatch):
-    """Corpora are written to a folder of the test's own, in which it stands."""
-    for module in (data.lib.corpus, data.sums.prepare):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def squares(tmp_path):
-    """A corpus of questions with answers."""
-    prepare(write_jsonl(tmp_path / "q.jsonl", QUESTIONS), None, "squares", ByteTokenizer())
-
-
-def call(monkeypatch, main, flags, stdin=b""):
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
-    main()
 
 
 # In the shape of LLaDA's own.

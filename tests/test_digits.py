@@ -3,11 +3,11 @@
 import gzip
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from digits_world import SMALL, TOKENIZER
 from world import sample_text
 
 import data.digits.prepare as digits
@@ -16,30 +16,10 @@ import train
 from data.lib.corpus import load_corpus, windows_at, write_tokens
 from data.lib.download import check_sha256
 from data.lib.errors import Mistake
-from data.lib.tokenizer import PictureTokenizer
 
-SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
-TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
 SHA256 = "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"  # of digits.csv.gz
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with the corpus of digits and a model trained on it for two steps."""
-    folder = tmp_path_factory.mktemp("pictures")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.lib.corpus, "DATA", folder / "data")
-        patch.setattr(sys, "argv", ["prepare.py"])
-        digits.main()
-        patch.setattr(sys, "argv", f"train.py {SMALL} --max_iters 2 --out_dir {folder}/out".split())
-        train.main()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def in_world(world, monkeypatch):
-    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
-    monkeypatch.chdir(world)
+pytestmark = pytest.mark.usefixtures("in_digits_world")
 
 
 def test_the_file_of_digits_is_the_corpus_and_no_hand_is_in_both_splits():
@@ -122,11 +102,11 @@ def test_mnist_is_captioned_pictures_of_17_greys(small_mnist, run, monkeypatch, 
     assert [len(line) for line in lines[-28:]] == [28] * 28
 
 
-def test_other_files_than_mnist_s_are_refused_and_leave_nothing(small_mnist, mistake, world):
+def test_other_files_than_mnist_s_are_refused_and_leave_nothing(small_mnist, mistake, digits_world):
     folder, _ = small_mnist
     path = folder / [*digits.FILES][3]
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert "sha256" in mistake("mnist", "--dir", folder, "--name", "none", main=digits.main)
     path.unlink()
     assert "No such file" in mistake("mnist", "--dir", folder, "--name", "none", main=digits.main)
-    assert not (world / "data" / "none").exists()
+    assert not (digits_world / "data" / "none").exists()

@@ -1,14 +1,12 @@
 """Corpora of prompts with replies."""
 
-import io
 import json
 import math
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from talks import QUESTIONS, SMALL, call, said, write_jsonl
 from toys import tiny_model
 
 import data.chat.prepare
@@ -25,41 +23,7 @@ from data.lib.tokenizer import ByteTokenizer
 from model import ModelConfig, load_checkpoint
 from train import TrainConfig, draw_batch, nelbo, sequence_bounds
 
-SMALL = "--n_layer 1 --n_head 1 --n_embd 16 --context 48 --batch_size 4 --eval_tokens 512 --dtype float32"
-
-
-def said(*contents):
-    """A conversation, the user first."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-
-
-def write_jsonl(path, conversations):
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
-    return path
-
-
-QUESTIONS = [said(f"{'long ' * (i % 5)}{i}?", f"{i * i}") for i in range(60)]
-
-
-@pytest.fixture(autouse=True)
-def data_folder(tmp_path, monkeypatch):
-    """Corpora are written to a folder of the test's own, in which it stands."""
-    for module in (data.lib.corpus, data.sums.prepare):
-        monkeypatch.setattr(module, "DATA", tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def squares(tmp_path):
-    """A corpus of questions with answers."""
-    prepare(write_jsonl(tmp_path / "q.jsonl", QUESTIONS), None, "squares", ByteTokenizer())
-
-
-def call(monkeypatch, main, flags, stdin=b""):
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
-    main()
+pytestmark = pytest.mark.usefixtures("talk_folder")
 
 
 @pytest.mark.parametrize(
@@ -119,12 +83,12 @@ def test_a_file_to_validate_with_is_taken_whole(tmp_path):
     ],
     ids=str,
 )
-def test_a_malformed_line_is_named_and_nothing_is_written(line, reason, tmp_path, data_folder):
+def test_a_malformed_line_is_named_and_nothing_is_written(line, reason, tmp_path, talk_folder):
     path = write_jsonl(tmp_path / "x.jsonl", [said("1", "2")] * 20)
     path.write_bytes(path.read_bytes() + b"\n" + line)
     with pytest.raises(Mistake, match=rf"x.jsonl:22: .*{reason}"):
         prepare(path, None, "x", ByteTokenizer())
-    assert not (data_folder / "x").exists()
+    assert not (talk_folder / "x").exists()
 
 
 def test_a_block_that_is_too_small_is_told_what_would_do(squares):
@@ -136,8 +100,8 @@ def test_a_block_that_is_too_small_is_told_what_would_do(squares):
         load_corpus("squares", least - 1)
 
 
-def test_an_index_that_does_not_fit_its_tokens_is_refused(squares, data_folder):
-    path = data_folder / "squares" / "train.rows"
+def test_an_index_that_does_not_fit_its_tokens_is_refused(squares, talk_folder):
+    path = talk_folder / "squares" / "train.rows"
     good = np.fromfile(path, np.int64)
 
     def refused(rows):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from digits_world import SMALL, TOKENIZER
 from world import assert_same, run_train, sample_text
 
 import data.digits.prepare as digits
@@ -31,31 +32,12 @@ from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import TrainConfig, draw_batch, loss_of
 
-SMALL = "--data digits --n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --eval_tokens 288 --dtype float32"
 CAUSAL = "--attention causal"
-TOKENIZER = PictureTokenizer(4, 3, 2, 5)  # a caption of 4 letters, and 3 x 2 pixels of 5 greys
 T = 10
 CANVASES = np.arange(0, 1000 * T, T)[:, None] * (1, 0)  # where each begins, and no prompt
 GPT = {"block": 1, "shift_id": 256}
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with the corpus of digits and a model trained on it for two steps."""
-    folder = tmp_path_factory.mktemp("pictures")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.lib.corpus, "DATA", folder / "data")
-        patch.setattr(sys, "argv", ["prepare.py"])
-        digits.main()
-        patch.setattr(sys, "argv", f"train.py {SMALL} --max_iters 2 --out_dir {folder}/out".split())
-        train.main()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def in_world(world, monkeypatch):
-    monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
-    monkeypatch.chdir(world)
+pytestmark = pytest.mark.usefixtures("in_digits_world")
 
 
 def make_model(device="cpu", **config):
@@ -278,30 +260,30 @@ def pixels_of(text):
     return "".join(text.splitlines()[1:])
 
 
-def test_holes_decide_the_task(world, monkeypatch, capsys):
+def test_holes_decide_the_task(digits_world, monkeypatch, capsys):
     """A word draws, a picture is named, half of one is completed, nothing invents both; as printed, and read
     again.
     """
-    flags = ["--ckpt", world / "out" / "last.pt", "--steps", 4]
+    flags = ["--ckpt", digits_world / "out" / "last.pt", "--steps", 4]
     drawn = sample_text([*flags, "--prompt", "three"], monkeypatch, capsys).out
     assert drawn.startswith("three")
     assert [len(line) for line in drawn.splitlines()] == [8] * 9
     assert set(pixels_of(drawn)) <= set(GREYS[:17])
     half = pixels_of(drawn)[:32]
-    (world / "half.txt").write_text(half)
-    completed = sample_text([*flags, "--prompt_file", world / "half.txt"], monkeypatch, capsys).out
+    (digits_world / "half.txt").write_text(half)
+    completed = sample_text([*flags, "--prompt_file", digits_world / "half.txt"], monkeypatch, capsys).out
     assert pixels_of(completed)[:32] == half
-    (world / "picture.txt").write_text(pixels_of(drawn))
-    named = sample_text([*flags, "--prompt_file", world / "picture.txt"], monkeypatch, capsys).out
+    (digits_world / "picture.txt").write_text(pixels_of(drawn))
+    named = sample_text([*flags, "--prompt_file", digits_world / "picture.txt"], monkeypatch, capsys).out
     assert pixels_of(named) == pixels_of(drawn)
     numbers = " ".join(str(16 - GREYS.index(c)) for c in pixels_of(drawn))
-    (world / "picture.pgm").write_text(f"P2 8 8 16 {numbers}\n")
-    assert sample_text([*flags, "--prompt_file", world / "picture.pgm"], monkeypatch, capsys).out == named
+    (digits_world / "picture.pgm").write_text(f"P2 8 8 16 {numbers}\n")
+    assert sample_text([*flags, "--prompt_file", digits_world / "picture.pgm"], monkeypatch, capsys).out == named
     suffix = [*flags, "--suffix", half]
     assert pixels_of(sample_text(suffix, monkeypatch, capsys).out)[32:] == half
     assert len(pixels_of(sample_text(flags, monkeypatch, capsys).out)) == 64
-    (world / "whole.txt").write_text(f"three   {pixels_of(drawn)}")
-    score = ["--ckpt", world / "out" / "last.pt", "--score", world / "whole.txt", "--order", "left"]
+    (digits_world / "whole.txt").write_text(f"three   {pixels_of(drawn)}")
+    score = ["--ckpt", digits_world / "out" / "last.pt", "--score", digits_world / "whole.txt", "--order", "left"]
     assert "72 tokens" in sample_text(score, monkeypatch, capsys).out
 
 
@@ -325,7 +307,7 @@ def test_a_run_on_pictures_needs_no_flags_and_resumes_to_the_bit(more, prompt_le
         assert all(float(row["val_nats_per_token"]) < 5.5 for row in csv.DictReader(file))
 
 
-def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, mistake):
+def test_mistakes_with_pictures_end_in_a_sentence(digits_world, tmp_path, monkeypatch, mistake):
     out = f"--out_dir {tmp_path}/none"
     words = mistake(*f"{SMALL} --context 64 {out}".split(), main=train.main)
     assert "--context 64: a canvas of --data digits has 72 tokens" in words
@@ -333,9 +315,9 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
     assert "K must divide --context 72" in words  # and 9 does, which does not divide the default's 256
     run_train(monkeypatch, f"{SMALL} --attention block:9 --max_iters 1 --out_dir {tmp_path}/nine")
     assert not (tmp_path / "none").exists()
-    ckpt = world / "out" / "last.pt"
-    (world / "data" / "ours").mkdir()
-    (world / "data" / "ours" / "prepare.py").touch()
+    ckpt = digits_world / "out" / "last.pt"
+    (digits_world / "data" / "ours").mkdir()
+    (digits_world / "data" / "ours" / "prepare.py").touch()
     words = mistake("--name", "ours", main=digits.main)
     assert "this project's own folder" in words
     words = mistake(tmp_path / "text.txt", "--tokenizer", ckpt, main=data.text.prepare.main)
@@ -348,8 +330,8 @@ def test_mistakes_with_pictures_end_in_a_sentence(world, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("kinds", [((8, 0, 256),), ((72, 0, 274),), (), ((8, 32, 256), (64, 257, 999))])
-def test_a_checkpoint_whose_kinds_are_not_its_tokenizers_is_refused(kinds, world, tmp_path):
-    content = torch.load(world / "out" / "last.pt", weights_only=True)
+def test_a_checkpoint_whose_kinds_are_not_its_tokenizers_is_refused(kinds, digits_world, tmp_path):
+    content = torch.load(digits_world / "out" / "last.pt", weights_only=True)
     content["config"]["kinds"] = kinds
     torch.save(content, tmp_path / "odd.pt")
     with pytest.raises(Mistake):

@@ -33,6 +33,9 @@ SHAPES = {  # the networks, each with and without a shift
     for name, network in NETWORKS.items()
 }
 ATTENTIONS = [{}, {"shift_id": 8}, {"block": 4}, {"block": 1, "shift_id": 8}]  # of models with V = 8
+KS = 1, 2, 3, 4, 8, None  # of T = 8; 3 does not divide it
+CAUSAL = {"block": 1, "shift_id": MASK}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def rng(seed=0):
