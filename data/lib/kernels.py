@@ -1,6 +1,4 @@
-"""Attention, dropout and cross-entropy that are faster than torch's own or use less memory, and a way to compute logits
-a few rows at a time.
-"""
+"""Faster or smaller than torch's own: attention, dropout, cross-entropy, and logits handled a few rows at a time."""
 
 import torch
 import torch.nn as nn
