@@ -45,6 +45,7 @@ class ModelConfig:
     kinds: tuple[tuple[int, int, int], ...] = ()  # (n, first, end): the next n places hold ids in [first, end); (): any
     block: int | None = None  # tokens; None: the canvas is one block
     shift_id: int | None = None  # read before the first token; None: each position reads its own token
+    draft_len: int | None = None  # a GPT also drafts this many tokens at once; None: it only appends
     conv: int = 5  # taps of each layer's convolution; 0: no convolution
     conv_right: int | None = None  # how many of them look to the right; None: half, but within the block
 
@@ -59,47 +60,48 @@ class ModelConfig:
 # --- who sees whom -------------------------------------------------------------------------------
 #
 # A hole is predicted from the finished blocks before its own and from what its own block shows. In training every
-# block has holes, so a pass reads the text twice, [clean ; noisy], at the same positions. Each block, clean or noisy,
-# sees itself and the clean blocks before it. When writing, earlier blocks are finished, so the text is read once, and a
-# Cache keeps what the layers computed for them.
+# block has holes, so a pass reads the text twice: first the text without holes, and then groups of holes, each with the
+# text before its start. When writing, earlier blocks are finished, so the text is read once, and a Cache keeps what the
+# layers computed for them. Drafts are groups, too, after any token of a text that is read as a GPT reads it.
 
 
 class Layout(NamedTuple):
-    """What the layers need to know about a pass over S positions, those of the clean copy first."""
+    """What the layers need to know about a pass over S positions: n of the text, and then M in groups."""
 
-    angles: tuple  # cos and sin of the rotary embedding, (S, D/2) each
-    sees: torch.Tensor | None  # (S, cached + S) bool; None: all see all, unless `causal`
+    angles: tuple  # cos and sin of the rotary embedding, (S, D/2) each, or (B, S, D/2)
+    sees: torch.Tensor | None  # (S, cached + S) bool, or (B, 1, S, cached + S); None: all see all, unless `causal`
     causal: bool  # every position sees itself and those before it
-    n_clean: int  # positions of the clean copy
-    strip: int  # positions that a convolution takes as one row: a block, or all
+    n: int
+    strip: int  # positions of the text that a convolution takes as one row: a block, or all
+    starts: torch.Tensor  # (M,): the start of each one's group, counted from the end of the cache
+    group: int  # positions in a group
     cache: Cache | None
     first: int = 0  # positions before this one are seen, but not computed
 
 
-def who_sees(positions, n_clean, n_cached, K):
-    """(S, n_cached + S) bool: a row for each position that sees, a column for each that is seen.
+def who_sees(n, K, starts):
+    """(S, S) bool: a row for each position that sees, a column for each that is seen. All see what is in the cache.
 
-    positions (S,): those of this pass, first the n_clean of the clean copy. The n_cached before them are clean, too.
+    First come n tokens of the text, in blocks of K; each sees its own block and those before it. Then come M tokens in
+    groups, with the starts of their groups (M,); each sees its group, and the text before the start.
     """
-    S, device = len(positions), positions.device
-    noisy = (torch.arange(S, device=device) >= n_clean) & (n_clean > 0)  # without a copy none counts as noisy
-    key_block = torch.cat((torch.arange(n_cached, device=device), positions)) // K
-    key_noisy, query_block = F.pad(noisy, (n_cached, 0)), (positions // K)[:, None]
-    same_copy = ~(key_noisy ^ noisy[:, None])  # torch.compile fails on bool ==
-    return (key_block < query_block) & ~key_noisy | (key_block == query_block) & same_copy
+    place = torch.arange(n, device=starts.device)
+    ends = torch.cat(((place // K + 1) * K, starts))  # (S,)
+    group = torch.cat((torch.full_like(place, -1), starts))  # (S,); -1: the text
+    return torch.cat((place < ends[:, None], starts == group[:, None]), 1)
 
 
 def rotary_angles(positions, D, base=10000.0):
-    """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions (S,), each (S, D/2)."""
+    """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions (.., S), each (.., S, D/2)."""
     frequency = base ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
-    angle = positions[:, None] * frequency  # (S, D/2)
+    angle = positions[..., None] * frequency  # (.., S, D/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """Rotate channels i and i + D/2 of x (B, S, H, D) together, by the angle of the position."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].type_as(x), sin[:, None].type_as(x)  # (S, 1, D/2)
+    cos, sin = cos.unsqueeze(-2).type_as(x), sin.unsqueeze(-2).type_as(x)  # (.., S, 1, D/2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
@@ -119,7 +121,7 @@ class Attention(nn.Module):
     def place(self, q, k, layout):
         """Rotate queries and keys (B, S, H, D) by their positions."""
         cos, sin = layout.angles
-        return rotate(q, cos[layout.first :], sin[layout.first :]), rotate(k, cos, sin)
+        return rotate(q, cos[..., layout.first :, :], sin[..., layout.first :, :]), rotate(k, cos, sin)
 
     def forward(self, x, layout):
         q, k, v = self.query(x[:, layout.first :]), self.key(x), self.value(x)
@@ -156,21 +158,24 @@ class Convolution(nn.Module):
         self.right = config.within_block(config.conv_right)  # fewer, if a canvas model is fine-tuned with blocks
 
     def forward(self, x, layout):
-        (B, S, C), K, left, right = x.shape, layout.strip, self.left, self.right
-        if layout.cache is None:
-            before = F.pad(x, (0, 0, left, 0))  # (B, left + S, C)
-        else:
-            before = layout.cache.join(self, x, left)[:, layout.cache.length :]  # join puts `left` zeros first
-        blocks, n = F.pad(x, (0, 0, 0, -S % K)).view(B, -1, K, C), layout.n_clean // K
-        before = before.unfold(1, left, K).transpose(2, 3)  # (B, S // K + 1, left, C)
-        # Before noisy block i come the same clean tokens as before clean block i; after each block, zeros.
-        before = torch.cat((before[:, :n], before[:, : blocks.shape[1] - n]), 1)
-        after = x.new_zeros(B, blocks.shape[1], right, C)
-        rows = torch.cat((before, blocks, after), 2)  # (B, blocks, left + K + right, C)
-        # An image with one block per row, in channels-last layout, so that nothing is copied.
-        weight = self.weight.flatten(1)[:, None, None, : left + 1 + right]
-        mixed = F.conv2d(rows.permute(0, 3, 1, 2), weight, groups=C)
-        return x + mixed.permute(0, 2, 3, 1).flatten(1, 2)[:, :S]  # (B, S, C)
+        n, K, left = layout.n, layout.strip, self.left
+        text, cache = x[:, :n], layout.cache
+        before = F.pad(text, (0, 0, left, 0)) if cache is None else cache.recent(self, text, left)  # (B, left + n, C)
+        strips = F.pad(text, (0, 0, 0, -n % K)).unflatten(1, (-1, K))  # (B, n / K, K, C)
+        mixed = [self.mix(before.unfold(1, left, K)[:, : strips.shape[1]].transpose(2, 3), strips)[:, :n]]
+        if n < x.shape[1]:
+            rows = layout.starts[:: layout.group, None] + torch.arange(left, device=x.device)  # the text before each group
+            groups = F.pad(x[:, n:], (0, 0, 0, -len(layout.starts) % layout.group)).unflatten(1, (len(rows), -1))
+            mixed.append(self.mix(before[:, rows], groups)[:, : len(layout.starts)])
+        return x + torch.cat(mixed, 1)  # (B, S, C)
+
+    def mix(self, before, x):
+        """The weighted sums (B, N * K, C) for rows x (B, N, K, C), given the text before each (B, N, left, C)."""
+        after = x.new_zeros(*x.shape[:2], self.right, x.shape[3])
+        rows = torch.cat((before, x, after), 2)  # (B, N, left + K + right, C)
+        # An image with one row per block, in channels-last layout, so that nothing is copied.
+        weight = self.weight.flatten(1)[:, None, None, : self.left + 1 + self.right]
+        return F.conv2d(rows.permute(0, 3, 1, 2), weight, groups=x.shape[3]).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class Layer(nn.Module):
@@ -188,6 +193,26 @@ class Layer(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+class Drafter(nn.Module):
+    """What drafting adds to a GPT: a vector that marks a mask, and a look at the token before each drafted one.
+
+    All masks of a group are read at once, so their vectors don't know the tokens drafted before them. With one small
+    matrix per token, the draft is a Markov chain instead of independent guesses.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.mark = nn.Parameter(torch.zeros(C))
+        self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, C, bias=False)
+        self.before, self.out = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, before):
+        """Vectors like x (.., C), given the embeddings of the tokens before them, (.., C)."""
+        return x + self.out(F.gelu(self.mix(self.norm(x)) + self.before(before)))
+
+
 class Transformer(nn.Module):
     family, Config, Layer = "setitem", ModelConfig, Layer  # a published model has others
 
@@ -201,6 +226,7 @@ class Transformer(nn.Module):
         self.final_norm = nn.LayerNorm(config.n_embd, bias=False)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self.init_weights)
+        self.drafter = Drafter(config) if config.draft_len else None
 
     def init_weights(self, module):  # embeddings keep torch's N(0, 1)
         if isinstance(module, nn.Linear):
@@ -236,19 +262,36 @@ class Transformer(nn.Module):
         allowed = allowed_tokens(self.config.kinds, len(bias), x.device)  # (T, V)
         return logits.masked_fill(~allowed[positions], -torch.inf)
 
-    def plan(self, n_clean, n, cache, device):
-        """Layout and positions (S,) of a pass: n_clean of the clean copy, then n after the cache."""
-        n_cached, K = cache.length if cache else 0, self.config.block or n
-        positions = torch.arange(n_cached, n_cached + n, device=device)
-        positions = torch.cat((positions[:n_clean], positions))  # (S,); a clean copy excludes a cache
-        causal = K == 1 and n > 1 and not (n_clean or n_cached)
-        # n <= K is one block, because caches end where a block begins.
-        sees = None if n <= K or causal else who_sees(positions, n_clean, n_cached, K)
-        # One-token blocks only look left, so without a clean copy one row holds them all.
-        strip = n if K == 1 and not n_clean else min(K, n)
-        return Layout(self.angles(positions), sees, causal, n_clean, strip, cache), positions
+    def plan(self, n, places, group, cache=None):
+        """Layout and positions (S,) of a pass over n tokens of the text after the cache, and M tokens in groups.
 
-    def forward(self, idx, where=None, clean=None, cache=None):
+        places (M,): their positions, counted from the end of the cache. Each group has `group` neighbours.
+        """
+        K, starts = self.config.block or n, places[::group].repeat_interleave(group)[: len(places)]
+        places = torch.cat((torch.arange(n, device=places.device), places))  # (S,)
+        positions = cache.positions(places) if cache else places
+        causal = K == 1 and n > 1 and not (len(starts) or (cache and cache.length))
+        # n <= K is one block, because caches end where a block begins.
+        sees = None if causal or (n <= K and not len(starts)) else who_sees(n, K, starts)
+        if cache and sees is not None:
+            sees = cache.sees(sees)
+        strip = n if K == 1 else min(K, n)  # one-token blocks only look left, so one row holds them all
+        return Layout(self.angles(positions), sees, causal, n, strip, starts, group, cache), positions
+
+    def run(self, text, groups, places, K, cache=None, first=0):
+        """Vectors (B, S - first, C) of the text (B, n) after the cache and of groups (B, M); for places, see `plan`."""
+        n = text.shape[1]
+        layout, positions = self.plan(n, places, K, cache)
+        x = self.embed(torch.cat((text, groups), 1), positions)  # (B, S, C)
+        if self.drafter is not None:
+            x = torch.cat((x[:, :n], x[:, n:] + self.drafter.mark), 1)
+        for layer in self.layers[:-1]:
+            x = layer(x, layout)
+        if first:  # from the last layer we need no others
+            layout = layout._replace(first=first, sees=layout.sees[first:])
+        return self.layers[-1](x, layout)
+
+    def forward(self, idx, where=None, clean=None, cache=None, drafts_from=None):
         """Logits (B, T, V) of the token that belongs at each position of idx (B, T) int64.
 
         where: (B, T) bool, or its nonzero indices: only compute the logits of these N positions, (N, V). A loss
@@ -256,20 +299,18 @@ class Transformer(nn.Module):
         clean: (B, T), the text without holes, where each block sees those before it. By default idx, which is right
             if only the last block has holes.
         cache: a Cache. Only positions from its `length` on are read and get logits; `where` is ignored elsewhere.
+        drafts_from: also draft in groups from this position on; return two (N, V), the second nonsense where none is.
         """
-        T, n_cached = idx.shape[1], cache.length if cache else 0
-        # The copy omits the last block, which no other sees. A canvas (one block) and a GPT (reads no hole) have none.
-        K = self.config.block or T
-        n_clean = 0 if clean is None or self.is_gpt else (T - 1) // K * K
-        clean = idx if clean is None else clean
-        tokens = self.read(idx, clean)[:, n_cached:]  # (B, n)
-        layout, positions = self.plan(n_clean, tokens.shape[1], cache, idx.device)
-        x = self.embed(torch.cat((self.read(clean, clean)[:, :n_clean], tokens), 1), positions)  # (B, S, C)
-        for layer in self.layers[:-1]:
-            x = layer(x, layout)
-        if n_clean:  # from the last layer we only need the noisy copy
-            layout = layout._replace(first=n_clean, sees=layout.sees[n_clean:])
-        x = self.layers[-1](x, layout)[:, : T - n_cached]  # (B, T - n_cached, C), no extra position
+        if drafts_from is not None:
+            return self.append_and_draft(clean, where, drafts_from)
+        T, n_cached, K = idx.shape[1], cache.length if cache else 0, self.config.block or idx.shape[1]
+        tokens = self.read(idx, idx if clean is None else clean)[:, n_cached:]  # (B, n)
+        if clean is None or self.is_gpt or T <= K:  # a GPT reads no holes; a canvas has no blocks before it
+            x = self.run(tokens, tokens[:, :0], torch.arange(0, device=idx.device), K, cache)
+        else:
+            text = self.read(clean, clean)[:, : (T - 1) // K * K]  # no block sees the last
+            x = self.run(text, tokens, torch.arange(T, device=idx.device), K, cache, first=text.shape[1])
+        x = x[:, : T - n_cached]  # (B, T - n_cached, C), no extra position
         if cache:
             cache.length = T if self.is_gpt else cache.final  # the caller sets final: the unfinished block
         positions = torch.arange(n_cached, T, device=idx.device)
@@ -277,6 +318,15 @@ class Transformer(nn.Module):
             return self.unembed(x, positions)
         n, rows = rows_at(where, n_cached, T)  # padded to a few sizes, so a CPU reuses kernels
         return self.unembed(x.flatten(0, 1).index_select(0, rows), positions[rows % (T - n_cached)])[:n]
+
+    def append_and_draft(self, x0, where, first):
+        (B, T), K = x0.shape, self.config.draft_len
+        text, places = self.read(x0, x0), torch.arange(first, first + (T - first) // K * K, device=x0.device)  # (M,)
+        x = self.run(text, x0.new_full((B, len(places)), self.config.mask_id), places, K)  # (B, T + M, C)
+        row, place = where
+        drafted = x[row, T + (place - first).clamp(0, len(places) - 1)]  # (N, C)
+        drafted = self.drafter(drafted, self.token_embedding(text[where]))
+        return self.unembed(x[where], place), self.unembed(drafted, place)
 
 
 def load_checkpoint(path, device="cpu", keep=None, **changes):
@@ -293,7 +343,10 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
         check_config(config, tokenizer, checkpoint)
         with torch.device("meta"):  # takes no memory, and draws no random weights
             model = network(config)
-        model.load_state_dict(checkpoint["model"], assign=True)
+        weights = {name: x for name, x in checkpoint["model"].items() if config.draft_len or "drafter." not in name}
+        if config.draft_len and "drafter.mark" not in weights:  # a GPT that learns to draft
+            weights |= {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()}
+        model.load_state_dict(weights, assign=True)
     matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}
     dtype = keep if matrices == {keep} else torch.float32
     return model.to(device, dtype).eval(), tokenizer, checkpoint

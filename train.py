@@ -155,6 +155,19 @@ def loss_of(model, x0, xt, holes, weights):
     return loss.sum(1)
 
 
+def loss_with_drafts(model, x0, xt, holes, weights, K):
+    """The mean of two losses of each text, (B,): of the tokens that a GPT appends, and of those that it drafts."""
+    T = x0.shape[1]
+    first = torch.randint(K, ()).item()  # so that every position comes first in a group
+    n_drafted = (T - first) // K * K
+    is_drafted = (holes[1] >= first) & (holes[1] < first + n_drafted)  # (N,)
+    append, draft = model(xt, where=holes, clean=x0, drafts_from=first)  # (N, V) each
+    loss = torch.zeros_like(weights)  # (B, T)
+    nats = kernels.cross_entropy(append, x0[holes]), kernels.cross_entropy(draft, x0[holes])
+    loss[holes] = weights[holes] * (nats[0] + nats[1] * is_drafted * (T / n_drafted)) / 2
+    return loss.sum(1)
+
+
 def which_maskable(x0, prompt_len, special_ids):
     """Mark the tokens of x0 (B, T) that may be masked: all but the first prompt_len (B, 1) and the special ones."""
     special = torch.isin(x0, torch.tensor(special_ids, dtype=x0.dtype))
@@ -271,7 +284,8 @@ def update(run, batch):
     loss, lr = 0.0, learning_rate(run.config, run.progress())
     for x0, xt, holes, weights in run.micro_batches(batch):  # normalised over the batch, so parts just add
         with run.precision:
-            part = loss_of(run.network, x0, xt, holes, weights).sum()
+            K = run.model.config.draft_len
+            part = loss_with_drafts(run.network, x0, xt, holes, weights, K).sum() if K else loss_of(run.network, x0, xt, holes, weights).sum()
         run.scaler.scale(part).backward()
         loss = loss + part.detach()
     for group in run.optimizer.param_groups:

@@ -84,7 +84,7 @@ def test_attention_is_softmax_of_scaled_products(network):
         q, k = (rotate(y, *rotary_angles(torch.arange(8), 8)) for y in (q, k))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(8)
     mixed = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(3, 8, 16)
-    torch.testing.assert_close(attention(x, model.plan(0, 8, None, "cpu")[0]), attention.out(mixed))
+    torch.testing.assert_close(attention(x, model.plan(8, torch.arange(0), 1)[0]), attention.out(mixed))
 
 
 @pytest.mark.parametrize("conv", [1, 4, 5])
@@ -102,11 +102,11 @@ def test_convolution_is_a_weighted_sum_of_the_neighbours_that_are_seen(K, conv):
             j = i + tap - (conv - 1 - right)
             if 0 <= j < 7 and j // K <= i // K:
                 expected[:, i] += w[:, tap] * x[:, j]
-    torch.testing.assert_close(layer(x, model.plan(0, 7, None, "cpu")[0]), expected)
+    torch.testing.assert_close(layer(x, model.plan(7, torch.arange(0), 1)[0]), expected)
 
 
 def test_only_bert_normalises_what_a_layer_writes():
     for network in (Transformer, gpt2.Network, mdlm.Network, bert.Network):
         model = with_unit_norms(tiny_model(V=5, T=8, network=network))
-        out = model.layers[0](torch.randn(1, 8, 16), model.plan(0, 8, None, "cpu")[0])
+        out = model.layers[0](torch.randn(1, 8, 16), model.plan(8, torch.arange(0), 1)[0])
         assert torch.allclose(out, F.layer_norm(out, (16,)), atol=1e-3) == (network is bert.Network)

@@ -67,12 +67,12 @@ class Rate(Choice):
 class Attention(Choice):
     """Who sees whom. model.py says what the kinds mean."""
 
-    kinds = {"canvas": None, "shifted": None, "causal": None, "block": number(int, least=1)}
-    wanted = "canvas, shifted, causal, or block:K for blocks of K tokens"
+    kinds = {"canvas": None, "shifted": None, "causal": None, "block": number(int, least=1), "draft": number(int, least=1)}
+    wanted = "canvas, shifted, causal, block:K for blocks of K tokens, or draft:K for a GPT that drafts K tokens"
 
     @property
     def K(self):
-        return 1 if self.kind == "causal" else self.value
+        return 1 if self.kind in ("causal", "draft") else self.value
 
 
 class Span(NamedTuple):

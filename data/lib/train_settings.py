@@ -21,6 +21,8 @@ def attention_of(config):
     """The Attention of a ModelConfig."""
     if config.block is None:
         return Attention("canvas" if config.shift_id is None else "shifted")
+    if config.draft_len:
+        return Attention("draft", config.draft_len)
     causal = config.block == 1 and config.shift_id is not None
     return Attention("causal") if causal else Attention("block", config.block)
 
@@ -31,9 +33,10 @@ def attention_fields(attention, mask_id, old=None):
     old: the config of the trained model that is being trained further. Its shift and position table stay.
     """
     shift_id = old and old.shift_id
-    if shift_id is None and attention.kind in ("causal", "shifted"):
+    if shift_id is None and attention.kind in ("causal", "draft", "shifted"):
         shift_id = mask_id
-    fields = {"block": attention.K, "shift_id": shift_id}
+    drafts = attention.value if attention.kind == "draft" else None
+    fields = {"block": attention.K, "shift_id": shift_id, "draft_len": drafts}
     if old and old.learned_positions:  # a shifted canvas reads one position more than its context
         fields["context"] = old.context + old.n_more - dataclasses.replace(old, **fields).n_more
     return fields

@@ -87,7 +87,7 @@ class Gauss(Transformer):
         alpha, sigma = scales(levels)
         waves = torch.cos(torch.pi * levels[..., None] * torch.arange(WIDTH, device=z.device))
         x = self.read_in(torch.cat((z, guess, waves), 2))  # (B, T, C)
-        layout, positions = self.plan(0, z.shape[1], None, z.device)
+        layout, positions = self.plan(z.shape[1], torch.arange(0, device=z.device), 1)
         for layer in self.layers:
             x = layer(x, layout)
         # Add what z itself says about its token, log N(z; alpha e, sigma^2) up to a constant, so that the network only
