@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.lib.errors import Mistake, command
@@ -23,7 +24,7 @@ from data.lib.flags import Dtype, flag, parse
 from data.lib.kernels import in_parts, rows_at_once
 from data.lib.machine import send
 from data.lib.session import Session
-from data.lib.window import blocks
+from data.lib.window import Ahead, blocks
 from model import load_checkpoint
 
 
@@ -100,6 +101,31 @@ def rewrite(canvas, n_steps, look, take, draws, mask_id):
         yield
 
 
+def append(canvas, K, look, draw_at, mask_id):
+    """Order `draft`: write a GPT's canvas (B, T) from left to right, in place, with K drafts; yield `ends` each time.
+
+    What stands before ends (B,) is certain. Each pass reads the drafts after it and so verifies them (2511.08923): they
+    are right up to the first that differs from what the GPT draws there. Without drafts, a pass appends one token.
+
+    look: an Ahead. draw_at(logits (B, n, V), places (B, n)) -> tokens, the same for the same logits.
+    """
+    T, ahead = canvas.shape[1], torch.arange(K + 1)
+    text = F.pad(canvas, (0, K + 1), value=mask_id)  # what is certain, then drafts, then holes
+    ends = (text == mask_id).int().argmax(1)
+    while (ends < T).any():
+        places = ends[:, None] + ahead  # (B, K + 1)
+        logits, most = look(text, ends)  # (B, K + 1, V); most (B,): how many places the window holds
+        drafts, drawn = text.gather(1, places), draw_at(logits, places)
+        n = (1 + (drawn == drafts)[:, :K].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
+        text.scatter_(1, places, drawn.where(ahead < n[:, None], mask_id))
+        ends = ends + n
+        for i in range(K):  # draft, each token after the one before it
+            place = ends[:, None] + i
+            text.scatter_(1, place, draw_at(look.guess(text, ends, n, place), place))
+        canvas[:] = text[:, :T]
+        yield ends
+
+
 def due(step, n_steps, n_holes):
     """How many of the holes are set after a step, (B, 1): the fraction step/n_steps, rounded."""
     return (n_holes * step / n_steps).round().long().minimum(n_holes)
@@ -108,7 +134,7 @@ def due(step, n_steps, n_holes):
 @torch.no_grad()
 def denoise(
     model, canvas, steps=None, order="random", temperature=1.0, top_k=0, top_p=1.0, *, seeds=None,
-    tau=0.9, gamma=0.5, block=None, guidance=0.0, text=None, log_p=None,
+    tau=0.9, gamma=0.5, block=None, guidance=0.0, draft_len=None, text=None, log_p=None, drafts=None,
 ):  # fmt: skip
     """Fill the holes of canvas (B, T) int64, on any device, in `steps` steps; yield the canvas after each.
 
@@ -124,6 +150,17 @@ def denoise(
     log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
     """
     device, canvas = canvas.device, canvas.to("cpu", copy=True)
+    seeds = range(len(canvas)) if seeds is None else seeds
+    if model.is_gpt:
+        K = model.config.draft_len if draft_len is None else draft_len
+        K = 0 if order == "left" or text is not None else K or 0
+        draw_at = functools.partial(draw_in_place, F.pad(canvas, (0, 2 * K + 1), value=model.config.mask_id), model.config.mask_id, gumbels(seeds, K), temperature, top_k, top_p, text, log_p)
+        holes = canvas == model.config.mask_id
+        for ends in append(canvas, K, Ahead(model, canvas.shape[1], K), draw_at, model.config.mask_id):
+            if drafts is not None:
+                drafts[:] = holes & (torch.arange(canvas.shape[1]) >= ends[:, None]) & (canvas != model.config.mask_id)
+            yield canvas.to(device, copy=True)
+        return
     count = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
     loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], count=count)
     if not (canvas == model.config.mask_id).any():
@@ -142,7 +179,7 @@ def denoise(
                 log_p[:, part][where] = log_probability(logits, tokens)
             return tokens.cpu()
 
-        draws = uniforms(range(len(canvas)) if seeds is None else seeds, number, part.stop - part.start)
+        draws = uniforms(seeds, number, part.stop - part.start)
         for _ in loop(canvas[:, part], n_steps, look, take, draws, model.config.mask_id):  # writes into the view
             yield canvas.to(device, copy=True)
 
@@ -243,6 +280,57 @@ def uniforms(seeds, number, K):
     while True:
         noise, u = torch.from_numpy(np.stack([row.random((K, 2)) for row in rows])).unbind(-1)
         yield noise.float(), 1 - u
+
+
+def gumbels(seeds, K):
+    """A function noise(places (B, n), V) -> Gumbel noise (B, n, V) float64 that depends on a row's seed and the place."""
+
+    @functools.lru_cache(4 * len(seeds) * (K + 1))
+    def noise_at(seed, place, V):
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
+        return torch.from_numpy(-np.log(generator.standard_exponential(V)))
+
+    def noise(places, V):
+        rows = [noise_at(seed, place, V) for seed, row in zip(seeds, places.tolist()) for place in row]
+        return torch.stack(rows).view(*places.shape, V)
+
+    return noise
+
+
+def draw_in_place(start, mask_id, noise, temperature, top_k, top_p, text, log_p, logits, places):
+    flat = logits.flatten(0, 1)
+    if text is None:
+        (g,) = send(logits.device, noise(places, logits.shape[2]).flatten(0, 1))
+        tokens = draw_by_gumbel(flat, g, temperature, top_k, top_p)
+    else:
+        (tokens,) = send(logits.device, F.pad(text, (0, 1)).gather(1, places).flatten())
+    given = start.gather(1, places)
+    is_hole = given == mask_id
+    if log_p is not None:
+        T = log_p.shape[1]
+        lp = log_probability(flat, tokens).view(places.shape)
+        inside = is_hole & (places < T)
+        rows = torch.arange(len(places))[:, None].expand(places.shape)
+        log_p[rows[inside], places[inside]] = lp[inside]
+    return tokens.cpu().view(places.shape).where(is_hole, given)
+
+
+def draw_by_gumbel(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
+    if temperature < 1e-6:
+        return logits.argmax(-1)
+    if top_k or top_p < 1:
+        weights, ids = weigh(logits, temperature, top_k, top_p)
+        return ids.gather(1, (weights.double().log() + noise.gather(1, ids)).argmax(1, keepdim=True)).squeeze(1)
+    return (logits.double() / temperature + noise).argmax(-1)
+
+
+def weigh(logits, temperature, top_k, top_p):
+    """Weights (N, n) of the tokens that may be drawn, the largest first, and the tokens (N, n)."""
+    weights = ((logits.float() - logits.float().amax(-1, keepdim=True)) / temperature).exp()
+    weights, ids = weights.topk(min(top_k or logits.shape[1], logits.shape[1]))
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    last = first_reaching(sums, top_p * sums[:, -1:])
+    return weights.masked_fill(torch.arange(weights.shape[1], device=weights.device) > last, 0), ids
 
 
 def first_reaching(sums, x):

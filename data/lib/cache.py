@@ -52,3 +52,8 @@ class Cache:
         place = torch.arange(int(self.length.max()) + S, device=pattern.device) - self.length  # (B, .. + S)
         pattern = F.pad(F.pad(pattern, (1, 0), value=True), (0, 1), value=False)
         return pattern[:, place.clamp(-1, S) + 1].transpose(0, 1)[:, None]
+
+    def put(self, rows, cache):
+        """Take these rows (B,) bool from another cache."""
+        for name, kept in cache.kept.items():
+            self.kept[name][rows] = kept

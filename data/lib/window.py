@@ -67,3 +67,63 @@ def look(model, canvas, prompt, window, part, K, guidance, cache, where):
         logits, blind = logits.float().chunk(2)
         logits = torch.where(logits > -torch.inf, logits + guidance * (logits - blind), logits)  # inf - inf is nan
     return logits.index_fill_(1, not_text, -torch.inf)
+
+
+class Ahead:
+    """What a GPT sees while each row of a text goes on at a place of its own: a window, with a cache.
+
+    It reads K drafts at a time and, after each place at which the text may turn out to go on, a group of K masks.
+    """
+
+    def __init__(self, model, T, K):
+        self.model, self.T, self.K, self.lefts, self.cache = model, T, K, None, None
+        config, device = model.config, device_of(model)
+        self.W = min(T, config.context) + (K + 1) ** 2
+        self.masks = torch.full((1, (K + 1) * K), config.mask_id, device=device)
+        self.places = torch.arange(1, K + 2)[:, None] + torch.arange(K)  # of the masks, counted from the first draft
+        self.places, self.not_text = send(device, self.places.flatten(), torch.tensor([config.mask_id, *config.special_ids]))
+
+    def __call__(self, text, ends):
+        """The GPT's logits (B, K + 1, V) at the places from ends (B,) on; how many places (B,) belong to the window.
+
+        text (B, more than T + K): before `ends` it is certain, and then come drafts.
+        """
+        context, n = self.model.config.context, self.K + 1
+        jump = max(1, context // 4)
+        lefts = -((context - ends.clamp(max=self.T - 1) - 1).clamp(max=0) // jump) * jump  # (B,)
+        read = F.pad(text, (1, 0), value=self.model.config.shift_id)
+        if self.lefts is None or not lefts.equal(self.lefts):
+            self.move(read, ends, lefts)
+        lengths = ends - lefts
+        first = lengths[0].item()
+        self.cache.length = first if (lengths == first).all() else lengths[:, None].to(self.masks.device)
+        (tokens,) = send(self.masks.device, read.gather(1, ends[:, None] + torch.arange(n)))
+        x = self.model.run(tokens, self.masks.expand(len(text), -1), self.places, self.K or 1, self.cache)
+        self.vectors = x[:, n:].unflatten(1, (n, self.K)) if self.K else None
+        return self.unembed(x[:, :n], ends[:, None] + torch.arange(n)), (lefts + context).clamp(max=self.T) - ends
+
+    def unembed(self, x, places):
+        (places,) = send(x.device, places.clamp(max=self.T - 1))
+        return self.model.unembed(x, places).index_fill_(-1, self.not_text, -torch.inf)
+
+    def guess(self, text, ends, n, place):
+        """The logits (B, 1, V) of the draft at place (B, 1), after the pass that made n (B,) places before ends certain."""
+        device, rows = self.masks.device, torch.arange(len(n))
+        x = self.vectors[rows, (n - 1).clamp(min=0), (place.squeeze(1) - ends)]
+        before = F.pad(text, (1, 0), value=self.model.config.shift_id).gather(1, place).squeeze(1)
+        return self.unembed(self.model.drafter(x, self.model.token_embedding(before.to(device)))[:, None], place)
+
+    def move(self, read, ends, lefts):
+        """Read the rows whose window moved again."""
+        rows = torch.ones_like(ends, dtype=torch.bool) if self.lefts is None else lefts != self.lefts
+        cache, n = Cache(self.W), (ends - lefts)[rows].max().item()
+        if n:
+            tokens = read[rows].gather(1, lefts[rows, None] + torch.arange(n))
+            tokens[:, 0] = self.model.config.shift_id
+            (tokens,) = send(self.masks.device, tokens)
+            self.model.run(tokens, tokens[:, :0], self.places[:0], 1, cache)
+        if rows.all():
+            self.cache = cache
+        else:
+            self.cache.put(rows, cache)
+        self.lefts = lefts
