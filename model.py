@@ -194,22 +194,25 @@ class Layer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """What drafting adds to a GPT: a vector that marks a mask, and a look at the token before each drafted one.
+    """What drafting adds to a GPT: an adapter for the masks before each layer, and a look at the token before a draft.
 
-    All masks of a group are read at once, so their vectors don't know the tokens drafted before them. With one small
-    matrix per token, the draft is a Markov chain instead of independent guesses.
+    All masks of a group are read at once, so their vectors don't know the tokens that are drafted before them. With a
+    small matrix per token the drafts are a Markov chain instead of independent guesses.
     """
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        self.mark = nn.Parameter(torch.zeros(C))
+        C, r = config.n_embd, max(1, config.n_embd // 8)
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.GELU(), nn.Linear(r, C)) for _ in range(config.n_layer)
+        )
         self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, C, bias=False)
         self.before, self.out = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
-        nn.init.zeros_(self.out.weight)
+        for last in (self.out, *(adapter[-1] for adapter in self.adapters)):  # at first it changes nothing
+            nn.init.zeros_(last.weight)
 
     def forward(self, x, before):
-        """Vectors like x (.., C), given the embeddings of the tokens before them, (.., C)."""
+        """Vectors of drafts like x (.., C), given the embeddings of the tokens before them, (.., C)."""
         return x + self.out(F.gelu(self.mix(self.norm(x)) + self.before(before)))
 
 
@@ -283,13 +286,13 @@ class Transformer(nn.Module):
         n = text.shape[1]
         layout, positions = self.plan(n, places, K, cache)
         x = self.embed(torch.cat((text, groups), 1), positions)  # (B, S, C)
-        if self.drafter is not None:
-            x = torch.cat((x[:, :n], x[:, n:] + self.drafter.mark), 1)
-        for layer in self.layers[:-1]:
+        for i, layer in enumerate(self.layers):
+            if self.drafter is not None and n < x.shape[1]:  # the groups are masks
+                x = torch.cat((x[:, :n], x[:, n:] + self.drafter.adapters[i](x[:, n:])), 1)
+            if first and layer is self.layers[-1]:  # from the last layer we need no others
+                layout = layout._replace(first=first, sees=layout.sees[first:])
             x = layer(x, layout)
-        if first:  # from the last layer we need no others
-            layout = layout._replace(first=first, sees=layout.sees[first:])
-        return self.layers[-1](x, layout)
+        return x
 
     def forward(self, idx, where=None, clean=None, cache=None, drafts_from=None):
         """Logits (B, T, V) of the token that belongs at each position of idx (B, T) int64.
@@ -344,7 +347,7 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
         with torch.device("meta"):  # takes no memory, and draws no random weights
             model = network(config)
         weights = {name: x for name, x in checkpoint["model"].items() if config.draft_len or "drafter." not in name}
-        if config.draft_len and "drafter.mark" not in weights:  # a GPT that learns to draft
+        if config.draft_len and "drafter.norm.weight" not in weights:  # a GPT that learns to draft
             weights |= {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()}
         model.load_state_dict(weights, assign=True)
     matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}

@@ -17,6 +17,7 @@ t for each block. In a GPT a block is one token and t = 1, so every token is a h
     python train.py --eval_only --init_from out/ckpt.pt
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,7 +69,7 @@ class TrainConfig:
     prompt_len: flags.Span = flag(
         flags.Span(0, 16), "leading tokens that are never masked: N, or M to N at random (M:N)"
     )
-    attention: flags.Attention = flag(flags.Attention("canvas"), "canvas, shifted, block:K, or causal (GPT)")
+    attention: flags.Attention = flag(flags.Attention("canvas"), "canvas, shifted, block:K, causal (GPT), or draft:K")
     # model
     n_layer: int = flag(4, "layers", least=1)
     n_head: int = flag(2, "attention heads", least=1)
@@ -76,6 +77,7 @@ class TrainConfig:
     context: int = flag(256, "tokens in a training window", least=1)
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "taps of each layer's convolution; 0 for none", least=0)
+    freeze: bool = flag(False, "with draft:K, train only what drafting adds to the GPT in --init_from")
     # optimisation
     batch_size: int = flag(8, "windows per step", least=1)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", least=1)
@@ -156,7 +158,10 @@ def loss_of(model, x0, xt, holes, weights):
 
 
 def loss_with_drafts(model, x0, xt, holes, weights, K):
-    """The mean of two losses of each text, (B,): of the tokens that a GPT appends, and of those that it drafts."""
+    """The mean of two losses of each text, (B,): of the tokens that a GPT appends, and of its drafts, in groups of K.
+
+    With --freeze only the drafts learn. Parameters as in loss_of.
+    """
     T = x0.shape[1]
     first = torch.randint(K, ()).item()  # so that every position comes first in a group
     n_drafted = (T - first) // K * K
@@ -166,6 +171,12 @@ def loss_with_drafts(model, x0, xt, holes, weights, K):
     nats = kernels.cross_entropy(append, x0[holes]), kernels.cross_entropy(draft, x0[holes])
     loss[holes] = weights[holes] * (nats[0] + nats[1] * is_drafted * (T / n_drafted)) / 2
     return loss.sum(1)
+
+
+def loss_for(model):
+    """The loss to train a model with."""
+    K = model.config.draft_len
+    return functools.partial(loss_with_drafts, K=K) if K else loss_of
 
 
 def which_maskable(x0, prompt_len, special_ids):
@@ -284,8 +295,7 @@ def update(run, batch):
     loss, lr = 0.0, learning_rate(run.config, run.progress())
     for x0, xt, holes, weights in run.micro_batches(batch):  # normalised over the batch, so parts just add
         with run.precision:
-            K = run.model.config.draft_len
-            part = loss_with_drafts(run.network, x0, xt, holes, weights, K).sum() if K else loss_of(run.network, x0, xt, holes, weights).sum()
+            part = loss_for(run.model)(run.network, x0, xt, holes, weights).sum()
         run.scaler.scale(part).backward()
         loss = loss + part.detach()
     for group in run.optimizer.param_groups:
@@ -340,7 +350,7 @@ def main():
     with training.underway(run, checkpoint) as signals, report.Report(run, denoise, val, meta) as log:
         if config.compile:
             batch = draw_batch(train_split, config, torch.Generator(), model.config)
-            run.compile_ahead(batch, loss_of, lambda: evaluate(run, *val), log.sample)
+            run.compile_ahead(batch, loss_for(model), lambda: evaluate(run, *val), log.sample)
         train(run, train_split, val, log, rates, signals)
 
 

@@ -136,6 +136,7 @@ def check_training(config):
     scratch, resume, folder = config.init_from == "scratch", config.init_from == "resume", Path(config.out_dir)
     in_use = any((folder / name).exists() for name in ("last.pt", "ckpt.pt")) and not (resume or config.eval_only)
     rows, heads = config.grad_accum * world_size(), 2 * config.n_head if scratch else 1
+    wrong_freeze = config.freeze and (scratch or config.attention.kind != "draft")
     needs_bound = config.eval_only or config.weight == "elbo"
     # A fixed level gives no bound, and with bell levels the weight, 1/t over their density, has infinite variance.
     has_bound = level.kind == "uniform" or (level.kind == "grid" and rate.kind != "slant")
@@ -150,6 +151,7 @@ def check_training(config):
         f"--prompt_len {span}: must be below --context {config.context}": span.high >= config.context,
         f"--attention {config.attention}: K must divide --context {config.context}": K and config.context % K,
         f"--batch_size {config.batch_size}: {multiple}": config.batch_size % rows,
+        "--freeze: goes with --attention draft:K and the checkpoint of a GPT in --init_from": wrong_freeze,
         "--shard: is for the processes that torchrun starts": config.shard and not dist.is_initialized(),
         f"--n_embd {config.n_embd}: must be a multiple of twice --n_head {config.n_head}": config.n_embd % heads,
         f"--out_dir {folder}: there is a run in it; name another, or --init_from resume": in_use,

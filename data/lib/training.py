@@ -29,6 +29,8 @@ class Run:
     def __init__(self, config, model, device=None, meta=None, tokenizer=None, template=None):
         self.device = device = device or pick_device(config.device)
         self.config, self.model, self.tokenizer, self.template = config, model, tokenizer, template
+        if config.freeze:
+            model.requires_grad_(False).drafter.requires_grad_(True)
         if config.grad_checkpoint:
             for layer in model.layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
