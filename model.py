@@ -164,7 +164,9 @@ class Convolution(nn.Module):
         strips = F.pad(text, (0, 0, 0, -n % K)).unflatten(1, (-1, K))  # (B, n / K, K, C)
         mixed = [self.mix(before.unfold(1, left, K)[:, : strips.shape[1]].transpose(2, 3), strips)[:, :n]]
         if n < x.shape[1]:
-            rows = layout.starts[:: layout.group, None] + torch.arange(left, device=x.device)  # the text before each group
+            rows = layout.starts[:: layout.group, None] + torch.arange(
+                left, device=x.device
+            )  # the text before each group
             groups = F.pad(x[:, n:], (0, 0, 0, -len(layout.starts) % layout.group)).unflatten(1, (len(rows), -1))
             mixed.append(self.mix(before[:, rows], groups)[:, : len(layout.starts)])
         return x + torch.cat(mixed, 1)  # (B, S, C)

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.lib.ahead import Ahead, gumbel_noise
 from data.lib.errors import Mistake, command
 from data.lib.flags import Dtype, flag, parse
 from data.lib.kernels import in_parts, rows_at_once
 from data.lib.machine import send
 from data.lib.session import Session
-from data.lib.window import Ahead, blocks
+from data.lib.window import blocks
 from model import load_checkpoint
 
 
@@ -101,27 +102,26 @@ def rewrite(canvas, n_steps, look, take, draws, mask_id):
         yield
 
 
-def append(canvas, K, look, draw_at, mask_id):
-    """Order `draft`: write a GPT's canvas (B, T) from left to right, in place, with K drafts; yield `ends` each time.
+def append(canvas, K, ahead, draw_at, mask_id):
+    """Write a GPT's canvas (B, T) from left to right, in place; yield `ends` (B,), before which it is certain.
 
-    What stands before ends (B,) is certain. Each pass reads the drafts after it and so verifies them (2511.08923): they
-    are right up to the first that differs from what the GPT draws there. Without drafts, a pass appends one token.
+    A pass reads the K drafts of the pass before, and so verifies them: they are right up to the first that is not what
+    the GPT draws there (order `draft`, after TiDAR, 2511.08923). Without drafts it appends a token (order `left`).
 
-    look: an Ahead. draw_at(logits (B, n, V), places (B, n)) -> tokens, the same for the same logits.
+    ahead: an Ahead. draw_at(logits (B, n, V), places (B, n)) -> tokens, by a noise that each place keeps.
     """
-    T, ahead = canvas.shape[1], torch.arange(K + 1)
+    T, near = canvas.shape[1], torch.arange(K + 1)
     text = F.pad(canvas, (0, K + 1), value=mask_id)  # what is certain, then drafts, then holes
     ends = (text == mask_id).int().argmax(1)
     while (ends < T).any():
-        places = ends[:, None] + ahead  # (B, K + 1)
-        logits, most = look(text, ends)  # (B, K + 1, V); most (B,): how many places the window holds
+        places = ends[:, None] + near  # (B, K + 1)
+        logits, most = ahead.look(text, ends)  # (B, K + 1, V), (B,)
         drafts, drawn = text.gather(1, places), draw_at(logits, places)
         n = (1 + (drawn == drafts)[:, :K].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
-        text.scatter_(1, places, drawn.where(ahead < n[:, None], mask_id))
+        text.scatter_(1, places, drawn.where(near < n[:, None], mask_id))  # .append
         ends = ends + n
-        for i in range(K):  # draft, each token after the one before it
-            place = ends[:, None] + i
-            text.scatter_(1, place, draw_at(look.guess(text, ends, n, place), place))
+        for i in range(K):  # draft the next, each after the one before it
+            text.scatter_(1, ends[:, None] + i, draw_at(ahead.guess(text, n, ends, i), ends[:, None] + i))
         canvas[:] = text[:, :T]
         yield ends
 
@@ -152,14 +152,11 @@ def denoise(
     device, canvas = canvas.device, canvas.to("cpu", copy=True)
     seeds = range(len(canvas)) if seeds is None else seeds
     if model.is_gpt:
-        K = model.config.draft_len if draft_len is None else draft_len
-        K = 0 if order == "left" or text is not None else K or 0
-        draw_at = functools.partial(draw_in_place, F.pad(canvas, (0, 2 * K + 1), value=model.config.mask_id), model.config.mask_id, gumbels(seeds, K), temperature, top_k, top_p, text, log_p)
-        holes = canvas == model.config.mask_id
-        for ends in append(canvas, K, Ahead(model, canvas.shape[1], K), draw_at, model.config.mask_id):
-            if drafts is not None:
-                drafts[:] = holes & (torch.arange(canvas.shape[1]) >= ends[:, None]) & (canvas != model.config.mask_id)
-            yield canvas.to(device, copy=True)
+        K = 0 if order == "left" or text is not None else draft_len or model.config.draft_len or 0
+        yield from (
+            x.to(device, copy=True)
+            for x in append_or_draft(model, canvas, K, seeds, temperature, top_k, top_p, text, log_p, drafts)
+        )
         return
     count = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
     loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], count=count)
@@ -182,6 +179,33 @@ def denoise(
         draws = uniforms(seeds, number, part.stop - part.start)
         for _ in loop(canvas[:, part], n_steps, look, take, draws, model.config.mask_id):  # writes into the view
             yield canvas.to(device, copy=True)
+
+
+def append_or_draft(model, canvas, K, seeds, temperature, top_k, top_p, text, log_p, drafts):
+    """`denoise` for a GPT, on the CPU: yield its canvas, the same one, after each pass."""
+    (B, T), mask_id = canvas.shape, model.config.mask_id
+    noise = gumbel_noise(seeds, K, model.config.vocab_size)
+    start, forced, kept = (
+        F.pad(x, (0, 2 * K + 1), value=mask_id) for x in (canvas, canvas if text is None else text, torch.zeros(B, T))
+    )
+
+    def draw_at(logits, places):
+        flat, given = logits.flatten(0, 1), start.gather(1, places)  # (B * n, V), (B, n)
+        if text is None:
+            (gumbel,) = send(logits.device, noise(places))
+            tokens = draw_with_noise(flat, gumbel, temperature, top_k, top_p)
+        else:
+            (tokens,) = send(logits.device, forced.gather(1, places).flatten())
+        if log_p is not None:
+            kept.scatter_(1, places, log_probability(flat, tokens).view(places.shape).where(given == mask_id, 0.0))
+        return tokens.cpu().view(places.shape).where(given == mask_id, given)
+
+    for ends in append(canvas, K, Ahead(model, T, K), draw_at, mask_id):
+        if log_p is not None:
+            log_p[:] = kept[:, :T]
+        if drafts is not None:
+            drafts[:] = (start[:, :T] == mask_id) & (canvas != mask_id) & (torch.arange(T) >= ends[:, None])
+        yield canvas
 
 
 # --- orders: which holes are set next ------------------------------------------------------------
@@ -282,85 +306,53 @@ def uniforms(seeds, number, K):
         yield noise.float(), 1 - u
 
 
-def gumbels(seeds, K):
-    """A function noise(places (B, n), V) -> Gumbel noise (B, n, V) float64 that depends on a row's seed and the place."""
-
-    @functools.lru_cache(4 * len(seeds) * (K + 1))
-    def noise_at(seed, place, V):
-        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
-        return torch.from_numpy(-np.log(generator.standard_exponential(V)))
-
-    def noise(places, V):
-        rows = [noise_at(seed, place, V) for seed, row in zip(seeds, places.tolist()) for place in row]
-        return torch.stack(rows).view(*places.shape, V)
-
-    return noise
-
-
-def draw_in_place(start, mask_id, noise, temperature, top_k, top_p, text, log_p, logits, places):
-    flat = logits.flatten(0, 1)
-    if text is None:
-        (g,) = send(logits.device, noise(places, logits.shape[2]).flatten(0, 1))
-        tokens = draw_by_gumbel(flat, g, temperature, top_k, top_p)
-    else:
-        (tokens,) = send(logits.device, F.pad(text, (0, 1)).gather(1, places).flatten())
-    given = start.gather(1, places)
-    is_hole = given == mask_id
-    if log_p is not None:
-        T = log_p.shape[1]
-        lp = log_probability(flat, tokens).view(places.shape)
-        inside = is_hole & (places < T)
-        rows = torch.arange(len(places))[:, None].expand(places.shape)
-        log_p[rows[inside], places[inside]] = lp[inside]
-    return tokens.cpu().view(places.shape).where(is_hole, given)
-
-
-def draw_by_gumbel(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
-    if temperature < 1e-6:
-        return logits.argmax(-1)
-    if top_k or top_p < 1:
-        weights, ids = weigh(logits, temperature, top_k, top_p)
-        return ids.gather(1, (weights.double().log() + noise.gather(1, ids)).argmax(1, keepdim=True)).squeeze(1)
-    return (logits.double() / temperature + noise).argmax(-1)
-
-
-def weigh(logits, temperature, top_k, top_p):
-    """Weights (N, n) of the tokens that may be drawn, the largest first, and the tokens (N, n)."""
-    weights = ((logits.float() - logits.float().amax(-1, keepdim=True)) / temperature).exp()
-    weights, ids = weights.topk(min(top_k or logits.shape[1], logits.shape[1]))
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    last = first_reaching(sums, top_p * sums[:, -1:])
-    return weights.masked_fill(torch.arange(weights.shape[1], device=weights.device) > last, 0), ids
-
-
 def first_reaching(sums, x):
     """Index at which each row of rising sums (N, V) first reaches x (N, 1): (N, 1). The last one if they are nan."""
     return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)
 
 
-def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw a token from each row of logits (N, V), selected by u (N,), uniform in (0, 1]: (N,).
+def weigh(logits, temperature, top_k=0, top_p=1.0):
+    """Weights of the tokens that may be drawn from each row of logits (N, V), and these tokens, or None if it's all.
 
-    top_k: only from the k most likely. top_p: only from the most likely that add up to it (1904.09751).
+    top_k: only the k most likely. top_p: only the most likely that add up to it (1904.09751); others weigh 0.
     """
-    V = logits.shape[1]
+    logits = logits.float()
+    weights, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp(), None  # none overflows
+    if top_k or top_p < 1:
+        weights, ids = weights.topk(min(top_k or logits.shape[1], logits.shape[1]))  # largest first
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        last = first_reaching(sums, top_p * sums[:, -1:])
+        weights = weights.masked_fill(torch.arange(weights.shape[1], device=weights.device) > last, 0)
+    return weights, ids
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw a token from each row of logits (N, V), selected by u (N,), uniform in (0, 1]: (N,). See `weigh`."""
     if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.cpu() if logits.device.type == "mps" else logits  # mps has no float64
     (u,) = send(logits.device, u)
 
     def draw_part(logits, u):
-        logits = logits.float()
-        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()  # none overflows
-        ids = None
-        if top_k or top_p < 1:
-            weights, ids = weights.topk(min(top_k or V, V))  # largest first
+        weights, ids = weigh(logits, temperature, top_k, top_p)
         sums = weights.cumsum(-1, dtype=torch.float64)
-        kept = sums.gather(1, first_reaching(sums, top_p * sums[:, -1:]))  # the total weight of the nucleus
-        tokens = first_reaching(sums, u[:, None] * kept)  # u > 0, so a weight of 0 is never drawn
+        tokens = first_reaching(sums, u[:, None] * sums[:, -1:])  # u > 0, so a weight of 0 is never drawn
         return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
     return in_parts(draw_part, logits, u)
+
+
+def draw_with_noise(logits, gumbel, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw a token from each row of logits (N, V): the highest after adding Gumbel noise (N, V) to log probabilities.
+
+    From two similar distributions the same noise mostly draws the same token (2408.07978), so drafts come true.
+    """
+    if temperature < 1e-6:
+        return logits.argmax(-1)
+    weights, ids = weigh(logits, temperature, top_k, top_p)
+    weights = weights.to(gumbel.device, torch.float64)
+    tokens = (weights.log() + (gumbel if ids is None else gumbel.gather(1, ids))).argmax(-1, keepdim=True)
+    return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
 
 
 # --- likelihood ----------------------------------------------------------------------------------

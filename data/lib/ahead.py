@@ -1,0 +1,80 @@
+"""What a GPT sees while it appends and drafts: each row's window, with a cache; and the noise of each place."""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.lib.cache import Cache
+from data.lib.machine import device_of, send
+
+
+class Ahead:
+    """Reads K drafts of each row of a text and, after each place where the text may go on, a group of K masks.
+
+    T: tokens of the text. Rows advance at their own pace, so each has a window and a length of the cache of its own.
+    """
+
+    def __init__(self, model, T, K):
+        self.model, self.T, self.K, self.device = model, T, K, device_of(model)
+        self.lefts, self.cache = None, None  # lefts (B,): where each row's window begins
+        places = (torch.arange(1, K + 2)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
+        not_text = torch.tensor([model.config.mask_id, *model.config.special_ids])
+        self.places, self.not_text = send(self.device, places, not_text)
+
+    def look(self, text, ends):
+        """Logits (B, K + 1, V) at the places from ends (B,) on, and how many places (B,) each window still holds.
+
+        text (B, T + K + 1): it is certain before `ends`, and then come drafts.
+        """
+        config, places = self.model.config, ends[:, None] + torch.arange(self.K + 1)  # (B, K + 1)
+        jump = max(1, config.context // 4)  # each move of a window empties its cache
+        lefts = -((config.context - 1 - ends.clamp(max=self.T - 1)).clamp(max=0) // jump) * jump
+        self.before = F.pad(text, (1, 0), value=config.shift_id)  # the token before each place
+        if self.lefts is None or not lefts.equal(self.lefts):
+            self.move(ends, lefts)
+        lengths = (ends - lefts)[:, None]
+        self.cache.length = lengths[0].item() if (lengths == lengths[0]).all() else lengths.to(self.device)
+        (tokens,) = send(self.device, self.before.gather(1, places))
+        masks = tokens.new_full((len(text), len(self.places)), config.mask_id)
+        x = self.model.run(tokens, masks, self.places, max(1, self.K), self.cache)
+        self.vectors = x[:, self.K + 1 :].unflatten(1, (self.K + 1, self.K)) if self.K else None
+        return self.unembed(x[:, : self.K + 1], places), (lefts + config.context).clamp(max=self.T) - ends
+
+    def move(self, ends, lefts):
+        """Move windows to lefts (B,), and read the text before `ends` again in the rows whose window moved."""
+        moved = lefts != -1 if self.lefts is None else lefts != self.lefts
+        cache = Cache(min(self.T, self.model.config.context) + (self.K + 1) ** 2)
+        n, self.lefts = (ends - lefts)[moved].max().item(), lefts
+        if n:
+            tokens = self.before[moved].gather(1, lefts[moved, None] + torch.arange(n))
+            tokens[:, 0] = self.model.config.shift_id
+            (tokens,) = send(self.device, tokens)
+            self.model.run(tokens, tokens[:, :0], self.places[:0], 1, cache)
+        if moved.all():
+            self.cache = cache
+        else:
+            self.cache.put(moved.to(self.device), cache)
+
+    def guess(self, text, n, ends, i):
+        """Logits (B, 1, V) of draft i after ends (B,), which `look` moved on by n (B,), given the token before it."""
+        place = ends[:, None] + i
+        (before,) = send(self.device, F.pad(text, (1, 0), value=self.model.config.shift_id).gather(1, place))
+        x = self.vectors[torch.arange(len(n)), (n - 1).clamp(min=0), i][:, None]  # (B, 1, C)
+        return self.unembed(self.model.drafter(x, self.model.token_embedding(before)), place)
+
+    def unembed(self, x, places):
+        (places,) = send(self.device, places.clamp(max=self.T - 1))
+        return self.model.unembed(x, places).index_fill_(-1, self.not_text, -torch.inf)
+
+
+def gumbel_noise(seeds, K, V):
+    """noise(places (B, n)) -> Gumbel noise (B * n, V) float64, which depends on a row's seed and the place alone."""
+
+    @functools.lru_cache(4 * len(seeds) * (K + 1))
+    def noise_at(seed, place):
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
+        return torch.from_numpy(-np.log(generator.standard_exponential(V)))
+
+    return lambda places: torch.stack([noise_at(seed, i) for seed, row in zip(seeds, places.tolist()) for i in row])
