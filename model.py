@@ -53,6 +53,10 @@ class ModelConfig:
         if self.conv_right is None:
             self.conv_right = self.within_block(max(0, (self.conv - 1) // 2))
 
+    @property
+    def is_gpt(self):  # no position reads a hole, and a text is appended to
+        return self.block == 1 and self.shift_id is not None
+
     def within_block(self, n):
         return n if self.block is None else min(n, self.block - 1)
 
@@ -224,7 +228,6 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.is_gpt = config.block == 1 and config.shift_id is not None  # no position reads a hole
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(self.Layer(config) for _ in range(config.n_layer))
@@ -275,9 +278,10 @@ class Transformer(nn.Module):
         K, starts = self.config.block or n, places[::group].repeat_interleave(group)[: len(places)]
         places = torch.cat((torch.arange(n, device=places.device), places))  # (S,)
         positions = cache.positions(places) if cache else places
-        causal = K == 1 and n > 1 and not (len(starts) or (cache and cache.length))
-        # n <= K is one block, because caches end where a block begins.
-        sees = None if causal or (n <= K and not len(starts)) else who_sees(n, K, starts)
+        # One block sees all before it, as caches end where a block begins. (A pattern hides what shorter rows lack.)
+        one_block = n <= K and not (len(starts) or (cache and cache.is_ragged))
+        causal = K == 1 and n > 1 and not (len(starts) or (cache and (cache.is_ragged or cache.length)))
+        sees = None if one_block or causal else who_sees(n, K, starts)
         if cache and sees is not None:
             sees = cache.sees(sees)
         strip = n if K == 1 else min(K, n)  # one-token blocks only look left, so one row holds them all
@@ -310,14 +314,14 @@ class Transformer(nn.Module):
             return self.append_and_draft(clean, where, drafts_from)
         T, n_cached, K = idx.shape[1], cache.length if cache else 0, self.config.block or idx.shape[1]
         tokens = self.read(idx, idx if clean is None else clean)[:, n_cached:]  # (B, n)
-        if clean is None or self.is_gpt or T <= K:  # a GPT reads no holes; a canvas has no blocks before it
+        if clean is None or self.config.is_gpt or T <= K:  # a GPT reads no holes; a canvas has no blocks before it
             x = self.run(tokens, tokens[:, :0], torch.arange(0, device=idx.device), K, cache)
         else:
             text = self.read(clean, clean)[:, : (T - 1) // K * K]  # no block sees the last
             x = self.run(text, tokens, torch.arange(T, device=idx.device), K, cache, first=text.shape[1])
         x = x[:, : T - n_cached]  # (B, T - n_cached, C), no extra position
         if cache:
-            cache.length = T if self.is_gpt else cache.final  # the caller sets final: the unfinished block
+            cache.length = T if self.config.is_gpt else cache.final  # the caller sets final: the unfinished block
         positions = torch.arange(n_cached, T, device=idx.device)
         if where is None:
             return self.unembed(x, positions)

@@ -41,10 +41,11 @@ class SampleConfig:
     )
     steps: int | None = flag(None, "denoising steps (the larger of 128 and half the holes)", least=1, most=10**6)
     order: list[
-        Literal["random", "left", "confidence", "margin", "entropy", "threshold", "entropy-bound", "remask"]
+        Literal["random", "left", "confidence", "margin", "entropy", "threshold", "entropy-bound", "remask", "draft"]
     ] = flag(("random",), "which holes are set first; several orders are compared")
     tau: float = flag(0.9, "threshold: set every hole that is at least this confident", least=0, most=1)
     gamma: float = flag(0.5, "entropy-bound: limit of the summed entropy, in nats", least=0)
+    draft_len: int | None = flag(None, "draft: tokens drafted in each pass (as in training)", least=1, most=64)
     block: int | None = flag(None, "fill the canvas from left to right in blocks of this many tokens", least=1)
     guidance: float = flag(0.0, "strength of classifier-free guidance by the prompt", least=0, most=1e3)
     temperature: float = flag(0.7, "divides the logits; 0 takes the most likely token", least=0, most=1e6)
@@ -141,17 +142,19 @@ def denoise(
     A hole is where canvas is `model.config.mask_id`; all other tokens are prompt, and stay. After step k of n, k/n of
     each row's holes are set, unless the order sets its own pace. steps: as --steps by default.
 
-    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`.
+    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`. A GPT writes from left to right whatever the order,
+        and unless it is "left", one that was trained to draft drafts draft_len tokens in each pass (default: as then).
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
         2502.09992). Default: the model's own blocks; else the whole canvas if it fits the context; else quarters of
         the context, in a sliding window. ValueError if K does not divide the model's blocks.
     guidance: strength of classifier-free guidance by the prompt (2410.18514). seeds: one for each row (0, 1, ..).
     text (B, T), on the CPU: set the tokens of this text instead of drawing them.
     log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
+    drafts (B, T) bool, on the CPU: receives which tokens are drafts, which the next pass may replace.
     """
     device, canvas = canvas.device, canvas.to("cpu", copy=True)
     seeds = range(len(canvas)) if seeds is None else seeds
-    if model.is_gpt:
+    if model.config.is_gpt:
         K = 0 if order == "left" or text is not None else draft_len or model.config.draft_len or 0
         yield from (
             x.to(device, copy=True)

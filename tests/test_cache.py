@@ -39,7 +39,7 @@ def test_a_pass_reads_only_what_the_cache_does_not_know():
         ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
         ({"block": 1}, [1] + [2] * 7),
         # A longer canvas slides by a quarter of the context, or by a block, and all in sight is read again.
-        (CAUSAL, [1] * 8 + [7, 1] * 6),
+        (CAUSAL, [1] * 8 + [6, 1, 1] * 6),
         ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
     ):
         model, read = tiny_model(V=5, T=8, **shape), []

@@ -44,7 +44,7 @@ class Posterior(nn.Module):
         super().__init__()
         (V, T), self.log_joint = (joint.shape[0], joint.ndim), joint.log().flatten()  # (V^T,)
         self.texts, self.sharpness = all_texts(V, T), sharpness
-        self.config = SimpleNamespace(vocab_size=V + 1, mask_id=V, context=T, special_ids=())
+        self.config = SimpleNamespace(vocab_size=V + 1, mask_id=V, context=T, special_ids=(), is_gpt=False)
         self.anchor = nn.Parameter(torch.zeros(1))  # says which device the model is on
 
     def vectors(self):

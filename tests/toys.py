@@ -70,7 +70,9 @@ class Conditionals(nn.Module):
         super().__init__()
         self.joint = joint / joint.sum()
         self.T, self.V = joint.ndim, joint.shape[0]
-        self.config = SimpleNamespace(vocab_size=self.V + 1, mask_id=self.V, context=self.T, special_ids=(), block=None)
+        self.config = SimpleNamespace(
+            vocab_size=self.V + 1, mask_id=self.V, context=self.T, special_ids=(), block=None, is_gpt=False
+        )
         self.anchor = nn.Parameter(torch.zeros(1))  # says which device the model is on
         self.calls = 0
 

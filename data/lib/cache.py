@@ -14,6 +14,10 @@ class Cache:
         # A pass adds the blocks before position `final`. In a GPT, where no position reads a hole, it adds everything.
         self.W, self.length, self.final, self.kept = W, 0, 0, {}
 
+    @property
+    def is_ragged(self):
+        return torch.is_tensor(self.length)
+
     def positions(self, places):
         """The positions (S,) or (B, S) in the window of places (S,), which count from the end of the cache."""
         return self.length + places
@@ -26,7 +30,7 @@ class Cache:
         if name not in self.kept:  # allocated once for the whole window, so nothing is copied later
             self.kept[name] = x.new_zeros(*x.shape[:-2], zeros + self.W, x.shape[-1])
         kept, S = self.kept[name], x.shape[-2]
-        if torch.is_tensor(self.length):
+        if self.is_ragged:
             rows, slots = torch.arange(len(x), device=x.device)[:, None], self.slots(zeros, S)
             kept.movedim(-2, 1)[rows, slots] = x.movedim(-2, 1)
             return kept[..., : zeros + int(self.length.max()) + S, :]
@@ -40,13 +44,13 @@ class Cache:
     def recent(self, name, x, n):
         """Append x (B, S, D) to the tensor kept under a name and return its last n + S rows, (B, n + S, D)."""
         kept = self.join(name, x, n)
-        if torch.is_tensor(self.length):
+        if self.is_ragged:
             return kept[torch.arange(len(x), device=x.device)[:, None], self.slots(0, n + x.shape[1])]
         return kept[:, self.length :]
 
     def sees(self, pattern):
         """Who sees whom (S, S), widened by the cache, which all see: (S, length + S), or (B, 1, S, .. + S)."""
-        if not torch.is_tensor(self.length):
+        if not self.is_ragged:
             return F.pad(pattern, (self.length, 0), value=True)
         S = len(pattern)
         place = torch.arange(int(self.length.max()) + S, device=pattern.device) - self.length  # (B, .. + S)

@@ -91,7 +91,7 @@ class Session:
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
         rows = [(History(tokenizer, ids, writer.name), ids, seed) for ids in canvases for seed in seeds]
-        with writer.model.register_forward_hook(lambda *_: passes.append(1)):
+        with writer.model.layers[0].register_forward_hook(lambda *_: passes.append(1)):
             for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
                 histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
                 canvas = torch.tensor(starts)
@@ -157,11 +157,19 @@ def flags_for(config, given, path, model, all_causal):
     if config.suffix and K:  # in a prompt, a GPT may fill a hole without seeing what stands after it
         raise Mistake(f"--suffix: the model in {path} fills holes without seeing what stands after them")
     flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
+    drafts = model.config.draft_len is not None
+    if ("draft" in config.order or config.draft_len) and not drafts:
+        raise Mistake(
+            f"--order draft: the model in {path} doesn't draft; train.py --attention draft:8 makes one that does"
+        )
     if K == 1:
-        wrong = [f"--{name}" for name in ("order", *flags) if given.get(name, 0) not in (["left"], 0)]
+        orders = [order for order in config.order if order in ("left", "draft")]
+        wrong = ["--order"] * ("order" in given and orders != config.order) + [
+            f"--{name}" for name in flags if name in given
+        ]
         if wrong and all_causal:
             raise Mistake(f"{', '.join(wrong)}: the model in {path} is causal and writes from the left")
-        return [{"order": "left"}]
+        return [{"order": order, "draft_len": config.draft_len} for order in orders or ["draft" if drafts else "left"]]
     if K and K % (config.block or 1):
         raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
     if (config.block or 0) >= W:
