@@ -8,17 +8,16 @@ a prefix of the drafts can be accepted or corrected as in speculative sampling (
 """
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import OWN_PACE, bound, main, pair_entropy, train_model, windows
+from common import bound, main, pair_entropy, train_model, windows
 
 from data.lib import kernels
 from data.lib.corpus import load_corpus
 from data.lib.flags import from_plain
-from data.lib.machine import autocast, device_of
+from data.lib.machine import autocast
 from data.lib.training import Run
 from model import MLP, Attention, Transformer, load_checkpoint, rotary_angles, rotate
 from sample import denoise
@@ -221,6 +220,42 @@ def passes(config, device):
     path = train_model(config, "out-passes", "--max_iters 1500")
     plain, _, _ = load_checkpoint(path, device)
     judge, _, _ = load_checkpoint(train_model(config, "out-passes-judge", "--max_iters 2250 --seed 1"), device)
-    causal, T = train_causal(config, path, device), plain.config.context
-    drafts = SelfSpeculative(plain.config).eval()
-    drafts.drafter = plain
+    causal, n, T = train_causal(config, path, device), config.texts, plain.config.context
+    drafter = SelfSpeculative(plain.config).to(device).eval()  # never asked to verify
+    drafter.drafter = plain
+    rows = {  # a function that writes, its model, and its settings for about 8, 16, 32 and 64 passes
+        "`random`": (in_order, plain, [{"order": "random", "steps": steps} for steps in PASSES]),
+        "`random`, cosine steps": (speculate, drafter, [{"steps": steps, "loops": 0} for steps in PASSES]),
+        "`confidence`": (in_order, plain, [{"order": "confidence", "steps": steps} for steps in PASSES]),
+        "`entropy-bound`": (in_order, plain, [{"order": "entropy-bound", "gamma": gamma} for gamma in (85, 40, 17, 7)]),
+        "self-speculative": (speculate, causal, [{"steps": steps, "loops": T} for steps in PASSES]),
+        "the same, one reading per pass": (speculate, causal, [{"steps": 32, "loops": 1}]),
+        "the same, drafts alone": (speculate, causal, [{"steps": steps, "loops": 0} for steps in PASSES]),
+    }
+    for kind, eta in ("cap", 0.04), ("rescale", 0.05), ("loop", 0.02):  # the values of ReMDM's own code
+        settings = [{"steps": steps, "kind": kind, "eta": eta} for steps in PASSES]
+        rows[f"ReMDM {kind}, eta {eta}"] = (remask, plain, settings)
+
+    def cell(texts, counts):
+        """The judge's nats with their standard deviation over the seeds, bits per pair, and passes (+ readings)."""
+        nats = torch.tensor([bound(judge, text, draws=16) for text in texts])
+        bits = sum(map(pair_entropy, texts)) / len(texts)
+        counts = " + ".join(f"{count:.0f}" for count in torch.tensor(counts).mean(0) if count)
+        print(f" {nats.mean():.2f} ({nats.std(correction=0):.2f}), {bits:.1f}, {counts} |", end="", flush=True)
+
+    print("| text of the corpus |", end="")
+    cell(windows("python", T, config.seeds * n * T).split(n), [[]])
+    for name, (function, model, settings) in rows.items():
+        print(f"\n| {name} |", end="")
+        for flags in settings:
+            results = []
+            for seed in range(config.seeds):
+                with autocast(device):
+                    texts, *counts = function(model, torch.full((n, T), plain.config.mask_id), seed=seed, **flags)
+                results.append((texts, [count.mean() for count in counts]))
+            cell(*zip(*results))
+    print()
+
+
+if __name__ == "__main__":
+    main(passes, texts=32, seeds=3)
