@@ -277,7 +277,8 @@ class Transformer(nn.Module):
         """
         K, starts = self.config.block or n, places[::group].repeat_interleave(group)[: len(places)]
         places = torch.cat((torch.arange(n, device=places.device), places))  # (S,)
-        positions = cache.positions(places) if cache else places
+        # What a draft reads beyond the context is never kept, but a table of positions would end there.
+        positions = (cache.length + places).clamp(max=self.config.context - 1) if cache else places
         # One block sees all before it, as caches end where a block begins. (A pattern hides what shorter rows lack.)
         one_block = n <= K and not (len(starts) or (cache and cache.is_ragged))
         causal = K == 1 and n > 1 and not (len(starts) or (cache and (cache.is_ragged or cache.length)))

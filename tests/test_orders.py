@@ -29,7 +29,7 @@ def complete(*args, **flags):
 
 def test_every_order_is_offered():
     (choices,) = get_args(get_type_hints(SampleConfig)["order"])
-    assert sorted(get_args(choices)) == sorted([*ORDERS, "remask"])
+    assert sorted(get_args(choices)) == sorted([*ORDERS, "remask", "draft"])
 
 
 @pytest.mark.parametrize("order", ALL)

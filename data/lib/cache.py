@@ -18,10 +18,6 @@ class Cache:
     def is_ragged(self):
         return torch.is_tensor(self.length)
 
-    def positions(self, places):
-        """The positions (S,) or (B, S) in the window of places (S,), which count from the end of the cache."""
-        return self.length + places
-
     def join(self, name, x, zeros=0):
         """Append x (B, .., S, D) to the tensor kept under a name, with zeros in front: (B, .., zeros + length + S, D).
 

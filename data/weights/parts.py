@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch.nn as nn
-import torch.nn.functional as F
 
 from model import MLP, Attention, Layer, ModelConfig, Transformer, rotary_angles
 
@@ -88,8 +87,7 @@ class Published(Transformer):
     def embed(self, tokens, positions):
         x = self.token_embedding(tokens)
         if self.config.learned_positions:
-            table = self.position_embedding.weight  # a draft may lie beyond its end, and is never kept
-            x = x + F.embedding((self.config.first_position + positions).clamp(max=len(table) - 1), table)
+            x = x + self.position_embedding(self.config.first_position + positions)
         return self.dropout(x)
 
     def angles(self, positions):
