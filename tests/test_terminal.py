@@ -144,7 +144,7 @@ def test_watch_shows_drafts_and_counts_only_what_is_certain(monkeypatch, capfd):
         return f"\x1b[{code}m{text}\x1b[0m"
 
     first = shown(b">abc", [1.0] * 5, 0.5, [False, True, True, True, False])
-    assert first == [">" + coloured(35, "abc") + coloured(2, HOLE), coloured(7, "step 1, 0% filled, 0 tokens/s")]
+    assert first == [">" + coloured("4;35", "abc") + coloured(2, HOLE), coloured(7, "step 1, 0% filled, 0 tokens/s")]
     second = shown(b">ax", [1.0] * 5, 1.0)
     assert second == [
         ">" + coloured("1;32", "ax") + coloured(2, HOLE * 2),
@@ -152,7 +152,7 @@ def test_watch_shows_drafts_and_counts_only_what_is_certain(monkeypatch, capfd):
     ]
     third = shown(b">axyz", [1.0] * 5, 2.0, [False, False, False, False, True])
     assert third == [
-        ">ax" + coloured("1;32", "y") + coloured(35, "z"),
+        ">ax" + coloured("1;32", "y") + coloured("4;35", "z"),
         coloured(7, "step 3, 75% filled, 2 tokens/s"),
     ]
 

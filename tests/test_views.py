@@ -72,6 +72,12 @@ def test_lines_keep_to_the_width(tokens, width):
     assert shown.replace(" ", "") == re.sub(r"[\s]", "", "".join(tokens))
 
 
+@pytest.mark.parametrize("kind", ["new", "draft"])
+def test_the_lines_shown_are_around_the_newest_token(kind):
+    kinds = [""] * 50 + [kind] + ["hole"] * 49
+    assert lines_of("ab" * 50, kinds, 2, 5)[2] == [("a", kind), ("b", "hole")]
+
+
 def run_of(start, steps=8, order="random", **flags):
     """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
     model = tiny_model(V=256, T=len(start))

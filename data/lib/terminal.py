@@ -6,7 +6,7 @@ import sys
 
 from data.lib.layout import half_blocks, lines_of, split_picture
 
-CODES = {"hole": "\x1b[2m", "draft": "\x1b[35m", "new": "\x1b[1;32m"}
+CODES = {"hole": "\x1b[2m", "draft": "\x1b[4;35m", "new": "\x1b[1;32m"}
 
 
 class Watch:
