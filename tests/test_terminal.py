@@ -1,6 +1,7 @@
 """The terminal while a canvas fills (`--watch`)."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -16,7 +17,9 @@ from world import ROOT, sample_text
 
 from data.lib.checkpoint import save_checkpoint
 from data.lib.escape import inert
+from data.lib.history import HOLE, History
 from data.lib.layout import columns
+from data.lib.terminal import Watch
 from data.lib.tokenizer import ByteTokenizer
 from model import ModelConfig, Transformer
 
@@ -125,6 +128,53 @@ def test_two_models_fill_a_pane_each(checkpoint):
     assert left[2][:-1] == left[5][: len(left[2]) - 1]  # and the first stays
     assert "step 3, 100% filled" in left[5][-1]
     assert "step 3, 100% filled" in panes[5][-1].partition("|")[2]
+
+
+def test_watch_shows_drafts_and_counts_only_what_is_certain(monkeypatch, capfd):
+    """Of two drafts, one becomes certain and one is replaced; a third becomes a hole again."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((60, 10)))
+    history, watch = History(ByteTokenizer(), [*b">", *[256] * 4]), Watch(1)
+
+    def shown(canvas, *row):
+        history.add([*canvas, *[256] * (5 - len(canvas))], *row)
+        watch.show(0, history, 1)
+        return re.findall("\x1b\\[K(.*)\n", capfd.readouterr().err)  # the canvas and the status
+
+    def coloured(code, text):
+        return f"\x1b[{code}m{text}\x1b[0m"
+
+    first = shown(b">abc", [1.0] * 5, 0.5, [False, True, True, True, False])
+    assert first == [">" + coloured("4;35", "abc") + coloured(2, HOLE), coloured(7, "step 1, 0% filled, 0 tokens/s")]
+    second = shown(b">ax", [1.0] * 5, 1.0)
+    assert second == [
+        ">" + coloured("1;32", "ax") + coloured(2, HOLE * 2),
+        coloured(7, "step 2, 50% filled, 2 tokens/s"),
+    ]
+    third = shown(b">axyz", [1.0] * 5, 2.0, [False, False, False, False, True])
+    assert third == [
+        ">ax" + coloured("1;32", "y") + coloured("4;35", "z"),
+        coloured(7, "step 3, 75% filled, 2 tokens/s"),
+    ]
+
+
+def test_each_text_has_its_own_drafts(checkpoint, tmp_path, monkeypatch, capsys):
+    """With a sampler that drafts one letter in the second of two texts."""
+
+    def denoise(model, canvas, log_p, drafts, **_):
+        canvas[1, 2] = ord("b")
+        drafts[1, 2] = True
+        yield canvas
+        canvas[:], log_p[:], drafts[:] = ord("c"), -0.5, False
+        yield canvas
+
+    monkeypatch.setattr("sample.denoise", denoise)
+    flags = "--ckpt", checkpoint, "--prompt", "<mask*4>", "--num_samples", 2, "--save", tmp_path / "run.html"
+    text, _ = sample_text(flags, monkeypatch, capsys)
+    assert text == "cccc\ncccc\n"
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    certain = [[i, "c", 0.607] for i in range(4)]
+    steps = [run["steps"] for (run,) in json.loads(page.partition(' id="data">')[2].partition("</script>")[0])]
+    assert steps == [[[], certain], [[[2, "b", "draft"]], certain]]
 
 
 def test_ctrl_c_gives_the_cursor_back(checkpoint):

@@ -19,7 +19,7 @@ from toys import tiny_model
 from world import ROOT
 
 from data.lib.escape import inert
-from data.lib.history import HOLE, History, tokens_of
+from data.lib.history import HOLE, History, frame_after, tokens_of
 from data.lib.layout import columns, lines_of
 from data.lib.tokenizer import BPETokenizer, ByteTokenizer, WordPieceTokenizer
 from data.lib.views import save_histories
@@ -72,6 +72,12 @@ def test_lines_keep_to_the_width(tokens, width):
     assert shown.replace(" ", "") == re.sub(r"[\s]", "", "".join(tokens))
 
 
+@pytest.mark.parametrize("kind", ["new", "draft"])
+def test_the_lines_shown_are_around_the_newest_token(kind):
+    kinds = [""] * 50 + [kind] + ["hole"] * 49
+    assert lines_of("ab" * 50, kinds, 2, 5)[2] == [("a", kind), ("b", "hole")]
+
+
 def run_of(start, steps=8, order="random", **flags):
     """The History of a denoising run of a random model, and its canvases, each with its probabilities."""
     model = tiny_model(V=256, T=len(start))
@@ -101,6 +107,52 @@ def test_history_replays_the_canvases(order):
         assert kinds[:2] == ["given", "given"]
         assert order != "remask" or kinds.count("") == 0
     assert run.kinds == kinds
+
+
+def test_a_draft_becomes_certain_is_replaced_or_becomes_a_hole_again():
+    run = History(BYTES, [*b">", *[256] * 4])
+    run.add([*b">abcd"], [1.0] * 5, 0.1, [False, True, True, True, True])
+    run.add([*b">ax", 256, *b"d"], [1.0, 1.0, 0.25, 1.0, 1.0], 0.2, [False, False, False, False, True])
+    run.add([*b">axyd"], [1.0, 1.0, 0.25, 0.5, 0.75], 0.3)
+    assert run.steps[0] == [[i, token, "draft"] for i, token in enumerate("abcd", 1)]
+    assert run.steps[1] == [[1, "a", 1.0], [2, "x", 0.25], [3, None, None]]  # the last draft waits
+    assert run.steps[2] == [[3, "y", 0.5], [4, "d", 0.75]]
+    assert [kinds for _, kinds in run.frames()] == [
+        ["given", "hole", "hole", "hole", "hole"],
+        ["given", "draft", "draft", "draft", "draft"],
+        ["given", "new", "new", "hole", "draft"],
+        ["given", "", "", "new", "new"],
+    ]
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from([*"aé".encode(), 256]), st.booleans()), min_size=4, max_size=4)))
+def test_the_steps_in_the_page_reproduce_every_frame(canvases):
+    """Also where a draft ends a character of several tokens, or a token becomes a draft again."""
+    run, frames = History(BYTES, [256] * 4), []
+    for canvas in canvases:
+        ids, is_draft = zip(*((i, is_draft and i != 256) for i, is_draft in canvas))
+        run.add(ids, [0.5] * 4, 0.0, is_draft)
+        frames.append((run.tokens, run.kinds))
+        assert run.tokens == tokens_of(BYTES, ids)
+        assert [kind == "draft" for kind in run.kinds] == [*is_draft]
+        assert [kind == "hole" for kind in run.kinds] == [i == 256 for i in ids]
+    frame, replayed = next(run.frames()), []
+    for changes in json.loads(json.dumps(run.steps)):
+        replayed.append(frame := frame_after(frame, changes))
+    assert replayed == frames
+
+
+def append_and_draft(text, K=3):
+    """The Histories of a text appended letter by letter, and with K drafts per pass, of which the last is wrong."""
+    n = len(text)
+    append, draft = History(BYTES, [256] * n, "append.pt"), History(BYTES, [256] * n, "draft.pt")
+    for end in range(1, n + 1):
+        append.add([*text[:end], *[256] * (n - end)], [0.5] * end + [1.0] * (n - end), 0.1 * end - 0.05)
+    for step, end in enumerate(range(1, n + 1, K), 1):
+        canvas = [*text[: end + K - 1], *b"?", *[256] * n][:n] if end < n else [*text]
+        is_draft = [end <= i < end + K for i in range(n)]
+        draft.add(canvas, [0.5] * end + [1.0] * (n - end), 0.125 * step, is_draft)
+    return append, draft
 
 
 def data_of(page):
@@ -151,6 +203,23 @@ def test_a_picture_of_two_models_has_two_panels(tmp_path):
     assert titles[0] == ["set.pt: step 0 of 8, 0.00 s", "append.pt: step 0 of 30, 0.00 s"]
     assert titles[10] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 10 of 30, 2.00 s"]
     assert titles[-1] == ["set.pt: step 8 of 8, 0.80 s", "append.pt: step 30 of 30, 6.00 s"]
+
+
+def test_a_picture_of_append_and_draft_plays_each_at_its_speed(tmp_path):
+    """28 letters in 28 passes and in 10, a third of them; whichever is done stays as it is."""
+    text = "What is drafted is verified."
+    save_histories(tmp_path / "run.svg", [append_and_draft(text.encode())])
+    frames, drafts = [], []  # the lines of each: a title and a text by append, a title and a text with drafts
+    for group in ElementTree.parse(tmp_path / "run.svg").getroot().findall("{*}g"):
+        frames.append(["".join(line.itertext()) for line in group])
+        drafts.append([span.text for span in group.iterfind(".//{*}tspan[@class='draft']")])
+    assert frames[0] == ["append.pt: step 0 of 28, 0.00 s", HOLE * 28, "draft.pt: step 0 of 10, 0.00 s", HOLE * 28]
+    assert frames[4][:2] == ["append.pt: step 4 of 28, 0.35 s", "What" + HOLE * 24]
+    assert frames[4][2:] == ["draft.pt: step 3 of 10, 0.38 s", "What is d?" + HOLE * 18]
+    assert drafts[4] == [" d?"]
+    done = ["draft.pt: step 10 of 10, 1.25 s", text]
+    assert [frame[2:] == done for frame in frames] == [False] * 13 + [True] * 16
+    assert frames[-1] == ["append.pt: step 28 of 28, 2.75 s", text, *done]
 
 
 @contextmanager
@@ -294,6 +363,37 @@ def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
             assert texts.split("|")[1] == "".join(tokens_of(BYTES, canvases[steps[1]][0]))
         boxes = evaluate("[...document.querySelectorAll('.canvas')].map(e => e.getBoundingClientRect().top).join()")
         assert len(set(boxes.split(","))) == 1  # beside each other
+
+
+def test_the_page_shows_drafts_in_a_browser(tmp_path):
+    """Every frame is the history's, stepping forwards and back; a draft isn't counted as filled; the legend says it."""
+    _, run = append_and_draft(b"What is drafted is verified.")
+    save_histories(tmp_path / "run.html", [[run], [run_of([256] * 8)[0]]])
+    frames = [[*map(list, frame)] for frame in run.frames()]
+    with browser_page(tmp_path / "run.html") as call:
+        evaluate = evaluator(call)
+        evaluate("choose(0)")
+        for k in (*range(11), *range(9, -1, -1)):
+            evaluate(f"go({k})")
+            spans = "[...document.querySelector('.canvas').children]"
+            assert evaluate(f"{spans}.map(e => e.textContent)") == frames[k][0]
+            assert evaluate(f"{spans}.map(e => e.className)") == frames[k][1]
+            n_set = max(0, min(28, 3 * k - 2))
+            assert evaluate("status.textContent") == f"step {k} of 10, {100 * n_set / 28:.0f}% filled"
+        evaluate("go(1)")
+        assert evaluate(f"{spans}[1].title") == "position 1, a draft that isn't certain yet"
+        assert evaluate("set.lastChild.textContent") == '3"?"draft'
+        styles = f"{spans}.slice(0, 5).map(e => getComputedStyle(e).color + getComputedStyle(e).backgroundColor)"
+        set_now, draft, _, _, hole = evaluate(styles)
+        assert len({set_now, draft, hole}) == 3
+        assert evaluate("getComputedStyle(at('drafts')).color") in draft
+        assert evaluate("at('drafts').offsetWidth") > 0
+
+
+def test_a_page_without_drafts_does_not_explain_them(tmp_path):
+    save_histories(tmp_path / "run.html", [[run_of([256] * 8)[0]]])
+    with browser_page(tmp_path / "run.html") as call:
+        assert evaluator(call)("at('drafts').offsetWidth") == 0
 
 
 def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):

@@ -13,27 +13,31 @@ def tokens_of(tokenizer, ids):
 
 
 class History:
-    """Records how one canvas, a list of ids, filled. steps: the changes of each step, [position, text, probability]."""
+    """Records how one canvas, a list of ids, filled. steps: the changes of each step, [position, text, probability].
+
+    The probability of a draft is "draft". A change with a number follows when it becomes certain or is replaced.
+    """
 
     def __init__(self, tokenizer, canvas, name=""):
         self.tokenizer, self.pixels, self.name, self.text = tokenizer, tokenizer.pixels, name, ""
-        self.canvas, self.probability = canvas, [1.0] * len(canvas)
+        self.canvas, self.probability, self.drafts = canvas, [1.0] * len(canvas), [False] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
         self.start, self.steps, self.seconds = tokens_of(tokenizer, canvas), [], []  # seconds: when a step was done
         self.tokens, self.kinds = next(self.frames())
 
-    def add(self, canvas, probability, seconds):
-        """Record the canvas after one more step, and the probability with which each of its tokens was set."""
-        changes = []
+    def add(self, canvas, probability, seconds, drafts=None):
+        """Record the canvas after a step, the probability with which each token was set, and which are still drafts."""
+        changes, drafts = [], drafts or [False] * len(canvas)
         for i, token in enumerate(tokens_of(self.tokenizer, canvas)):
             is_new = canvas[i] != self.canvas[i] or probability[i] != self.probability[i]  # drawn again
+            is_new |= drafts[i] != self.drafts[i]  # or a draft became certain
             if is_new and canvas[i] == self.tokenizer.mask_id:
                 changes.append([i, None, None])  # masked again
             elif is_new or token != self.tokens[i]:  # or a later token completed its character
-                changes.append([i, token, round(probability[i], 3) if is_new else None])
+                changes.append([i, token, "draft" if drafts[i] else round(probability[i], 3) if is_new else None])
         self.steps.append(changes)
         self.seconds.append(round(seconds, 3))
-        self.canvas, self.probability = canvas, probability
+        self.canvas, self.probability, self.drafts = canvas, probability, drafts
         self.tokens, self.kinds = frame_after((self.tokens, self.kinds), changes)
 
     def frames(self):
@@ -43,8 +47,10 @@ class History:
 
 
 def frame_after(frame, changes):
-    """The (tokens, kinds) after a step. kinds: given, hole, new for a token that this step set, "" for an older one."""
+    """The (tokens, kinds) after a step. kinds: given, hole, draft, new if this step set it, "" if an older one did."""
     tokens, kinds = list(frame[0]), ["" if kind == "new" else kind for kind in frame[1]]
     for i, token, p in changes:
-        tokens[i], kinds[i] = (HOLE, "hole") if token is None else (token, kinds[i] if p is None else "new")
+        if p is not None:
+            kinds[i] = "draft" if p == "draft" else "new"
+        tokens[i], kinds[i] = (HOLE, "hole") if token is None else (token, kinds[i])
     return tokens, kinds

@@ -12,7 +12,7 @@ def columns(c):
 
 
 def lines_of(tokens, kinds, width, room):
-    """Wrap tokens after `width` columns: at most `room` lines of (text, kind) runs, around the last new token."""
+    """Wrap tokens after `width` columns: at most `room` lines of (text, kind) runs, around the newest token."""
     lines, used, newest = [[]], 0, 0
     for c, kind in ((c, kind) for token, kind in zip(tokens, kinds) for c in token):
         c = " " * min(8 - used % 8, width) if c == "\t" else c
@@ -24,7 +24,7 @@ def lines_of(tokens, kinds, width, room):
             used += size
             before = lines[-1].pop()[0] if lines[-1] and lines[-1][-1][1] == kind else ""
             lines[-1].append((before + c, kind))
-            newest = len(lines) - 1 if kind == "new" else newest
+            newest = len(lines) - 1 if kind in ("new", "draft") else newest
     first = max(0, min(newest - room // 2, len(lines) - room))
     return lines[first : first + room]
 

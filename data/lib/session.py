@@ -96,13 +96,15 @@ class Session:
                 histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
                 canvas = torch.tensor(starts)
                 log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
-                steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, **how)
+                drafts = torch.zeros(canvas.shape, dtype=torch.bool)  # tokens on the canvas that aren't certain yet
+                steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, drafts=drafts, **how)
                 took, began = 0.0, time.perf_counter()
                 for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
                     took += time.perf_counter() - began  # excludes the time to record and show the step
                     if show or config.save is not None:
-                        for history, ids, p in zip(histories, canvas.tolist(), log_p.exp().tolist()):
-                            history.add(ids, p, took)
+                        columns = canvas.tolist(), log_p.exp().tolist(), drafts.tolist()
+                        for history, ids, p, is_draft in zip(histories, *columns):
+                            history.add(ids, p, took, is_draft)
                     if show:
                         show(histories[0], len(histories))
                     began = time.perf_counter()

@@ -6,7 +6,7 @@ import sys
 
 from data.lib.layout import half_blocks, lines_of, split_picture
 
-CODES = {"hole": "\x1b[2m", "new": "\x1b[1;32m"}
+CODES = {"hole": "\x1b[2m", "draft": "\x1b[4;35m", "new": "\x1b[1;32m"}
 
 
 class Watch:
@@ -25,7 +25,7 @@ class Watch:
     def show(self, pane, history, n_canvases):
         """Draw the canvas after its newest step in a pane; it is the first of n_canvases."""
         n_holes = sum(history.holes)
-        n_set = n_holes - history.kinds.count("hole")
+        n_set = n_holes - history.kinds.count("hole") - history.kinds.count("draft")
         speed = n_set / max(1e-3, history.seconds[-1])
         status = f"step {len(history.steps)}, {n_set / max(1, n_holes):.0%} filled, {speed:,.0f} tokens/s"
         status += f" (the first of {n_canvases})" if n_canvases > 1 else ""
