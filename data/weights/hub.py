@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import torch
 
-from data.lib.checkpoint import read_checkpoint
+from data.lib.checkpoint import read_checkpoint, refused
 from data.lib.download import download
 from data.lib.errors import Mistake
 from data.lib.tokenizer import BPETokenizer, WordPieceTokenizer
@@ -33,10 +33,8 @@ def fetch(repositories, folder):
 
 
 def read_json(path):
-    try:
+    with refused(path, "truncated, or not a JSON object"):
         return dict(json.loads(path.read_bytes()).items())
-    except (AttributeError, RecursionError, ValueError) as error:
-        raise Mistake(f"{path}: truncated, or not a JSON object ({str(error)[:200]})") from None
 
 
 def read_weights(folder, prefix, names, layers, ignored):
