@@ -317,7 +317,7 @@ def wordpieces(tmp_path_factory):
 def read_wordpiece(folder):
     """The tokenizer of a folder's vocab.txt, without unused tokens."""
     n_rows = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines())
-    return data.weights.vocabulary.read_wordpiece(folder, n_rows)
+    return data.weights.hub.read_wordpiece(folder, n_rows)
 
 
 def stable(c):

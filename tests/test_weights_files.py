@@ -34,7 +34,7 @@ from data.lib.checkpoint import FAMILIES, published_network, save_checkpoint
 from data.lib.errors import Mistake
 from data.lib.tokenizer import ByteTokenizer
 from data.weights import hub, prepare
-from data.weights.vocabulary import bpe_texts, bpe_tokenizer, read_bpe
+from data.weights.hub import bpe_texts, bpe_tokenizer, read_bpe
 from model import Transformer, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("data_folder")

@@ -29,16 +29,16 @@ def save_checkpoint(path, model, tokenizer, **more):
         **more,
     }
     if rank() == 0:
-        with replacing(path) as file:
-            save(checkpoint, file)
+        save(path, checkpoint)
 
 
-def save(content, file):
-    """Like torch.save, but raises OSError where torch turns it into a RuntimeError."""
-    try:
-        torch.save(content, file)
-    except RuntimeError as error:
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+def save(path, content):
+    """Like torch.save, but whole or not at all, and with an OSError where torch turns it into a RuntimeError."""
+    with replacing(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def read_checkpoint(path):
@@ -73,7 +73,7 @@ def published_network(family):
 
 @contextmanager
 def refused(path, said="not a checkpoint of setitem"):
-    """Context manager that turns any error caused by a stranger's checkpoint into a Mistake that names the file."""
+    """Context manager that turns any error caused by a stranger's file into a Mistake that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -96,6 +96,5 @@ def shard_like(tensor, like):
     """A whole tensor, sharded as `like` is if it has the same shape."""
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
-    return dist.tensor.distribute_tensor(
-        tensor, like.device_mesh, like.placements, src_data_rank=None
-    )  # imported by FSDP
+    # FSDP has imported dist.tensor.
+    return dist.tensor.distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -54,10 +54,8 @@ class Report(AbstractContextManager):
         logs = nats is not None or run.step % run.config.log_every == 0
         if not (logs or stopped or run.progress() >= 1 or run.minutes - self.shown > 1 / 120):
             return  # without reading the loss, which would synchronise
-        self.loss, norm = (
-            gather(loss).mean().item(),
-            full(norm).item(),
-        )  # a rank scales the loss of its rows by world_size
+        self.loss = gather(loss).mean().item()  # a rank scales the loss of its rows by world_size
+        norm = full(norm).item()
         now = run.clock() if nats is None else run.paused
         speed = self.tokens / (now - self.since) / 60
         skipped = run.scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips such a step in float16

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from data.lib.errors import Mistake
-from data.weights import vocabulary
+from data.weights import hub
 from data.weights.parts import ACTIVATIONS, PositionsConfig, Published, PublishedLayer
 
 FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
@@ -63,10 +63,10 @@ def convert(folder, theirs, settings, tensors):
         tensors[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensors.pop(name)
     tensors.setdefault("head.bias", tensors.pop("copy_of_bias", None))
     if theirs["model_type"] == "roberta":
-        tokenizer = vocabulary.bpe_tokenizer(folder, *vocabulary.read_bpe(folder), theirs["vocab_size"])
+        tokenizer = hub.bpe_tokenizer(folder, *hub.read_bpe(folder), theirs["vocab_size"])
         settings["first_position"] = theirs["pad_token_id"] + 1
     else:
-        tokenizer = vocabulary.read_wordpiece(folder, theirs["vocab_size"])
+        tokenizer = hub.read_wordpiece(folder, theirs["vocab_size"])
         settings["head_activation"] = settings["activation"]
     settings |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
     settings["context"] = theirs["max_position_embeddings"] - settings.get("first_position", 0)
@@ -80,9 +80,9 @@ def export(path, model, tokenizer):
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")
     if tokenizer.state["kind"] == "bpe":
-        kind, head, texts, pad_id = "roberta", ROBERTA_HEAD, vocabulary.bpe_texts(tokenizer), config.first_position - 1
+        kind, head, texts, pad_id = "roberta", ROBERTA_HEAD, hub.bpe_texts(tokenizer), config.first_position - 1
     else:
-        kind, head, texts, pad_id = "bert", BERT_HEAD, vocabulary.wordpiece_texts(tokenizer), tokenizer.first("[PAD]")
+        kind, head, texts, pad_id = "bert", BERT_HEAD, hub.wordpiece_texts(tokenizer), tokenizer.first("[PAD]")
     theirs = {"model_type": kind, "architectures": [f"{kind.capitalize()}ForMaskedLM"]}
     theirs |= {"tie_word_embeddings": config.tied, "attention_probs_dropout_prob": config.dropout}
     theirs |= {"max_position_embeddings": config.first_position + config.context, "pad_token_id": pad_id}

@@ -3,7 +3,7 @@
 import torch
 
 from data.lib.errors import Mistake
-from data.weights import vocabulary
+from data.weights import hub
 from data.weights.parts import PositionsConfig, Published
 
 FILES = "config.json", "vocab.json", "merges.txt", "pytorch_model.bin"
@@ -30,7 +30,7 @@ class Network(Published):
 
 def read_tokenizer(folder, n_rows, opened=False):
     """GPT-2's tokens, with `<mask>` as the last of n_rows or, if opened, where DiffuGPT has it."""
-    text, special = vocabulary.read_bpe(folder)
+    text, special = hub.read_bpe(folder)
     if START not in special:
         raise Mistake(f"{folder}: its vocabulary has no {START}, which GPT-2 reads before a text")
     mask_id = n_rows - 1
@@ -38,7 +38,7 @@ def read_tokenizer(folder, n_rows, opened=False):
         special = {START: special[START]}
         mask_id = len(text) + 1 if n_rows > len(text) + 1 else SMALL_MASK
         text = {token: i for token, i in text.items() if i != mask_id}  # so shorter tokens encode it
-    return vocabulary.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows)
+    return hub.bpe_tokenizer(folder, text, special | {"<mask>": mask_id}, n_rows)
 
 
 def convert(folder, theirs, settings, tensors):
@@ -78,4 +78,4 @@ def export(path, model, tokenizer):
         parts = [tensors.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         tensors[name.replace("query", "all")] = torch.cat(parts)
     tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
-    return theirs, vocabulary.bpe_texts(tokenizer, ["<mask>"]), tensors, NAMES, "transformer"
+    return theirs, hub.bpe_texts(tokenizer, ["<mask>"]), tensors, NAMES, "transformer"

@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from data.weights import vocabulary
+from data.weights import hub
 from data.weights.parts import Published, PublishedLayer, PublishedMLP
 
 FILES = "config.json", "tokenizer.json", "model.safetensors.index.json"
@@ -41,10 +41,10 @@ class Network(Published):
 
 
 def convert(folder, theirs, settings, tensors):
-    text, special, pattern = vocabulary.read_tokenizer_json(folder)
+    text, special, pattern = hub.read_tokenizer_json(folder)
     special = {name: i for name, i in special.items() if i != settings["mask_id"]} | {"<mask>": settings["mask_id"]}
     special = {name.replace("[CLS]", "<|CLS|>"): i for name, i in special.items()}  # here it doesn't open lines
-    tokenizer = vocabulary.bpe_tokenizer(folder, text, special, settings["vocab_size"], pattern)
+    tokenizer = hub.bpe_tokenizer(folder, text, special, settings["vocab_size"], pattern)
     ends = [special[name] for name in ("<|endoftext|>", "<|eot_id|>") if name in special]  # it learned to write them
     settings |= {"special_ids": tuple(i for i in tokenizer.special_ids if i not in ends), "end_ids": tuple(ends)}
     settings["tied"] = theirs.get("weight_tying", False)

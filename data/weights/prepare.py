@@ -16,7 +16,6 @@ import torch
 from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake
-from data.lib.files import replacing
 from data.lib.flags import argument, flag, script
 from data.weights import bert, gpt2, hub, llada, mdlm
 from model import load_checkpoint
@@ -70,8 +69,7 @@ def write_model(path, folder):
     for name, tensor in ours.items():
         their = hub.renamed(name, names, "layers", family.LAYERS)
         tensors[their if their.startswith(("lm_head.", "cls.")) else f"{prefix}.{their}"] = tensor
-    with replacing(folder / "pytorch_model.bin") as file:
-        save(tensors, file)
+    save(folder / "pytorch_model.bin", tensors)
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
     print(f"{folder}: pytorch_model.bin, {', '.join(texts)}")
