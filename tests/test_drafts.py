@@ -118,7 +118,7 @@ def test_gumbel_noise_draws_from_the_transformed_distribution():
 @torch.no_grad()
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_draft_sees_its_anchor_or_later_and_no_clean_position_sees_a_mask(name):
-    """A draft of the group from s on sees the tokens up to s - 2, and the one before it. A GPT doesn't see the masks."""
+    """A draft of the group from s on sees the tokens up to s - 2, and the one before it. A GPT sees no mask."""
     K, T, first = 3, 10, 1
     model = drafter(K, T=T, **NETWORKS[name])
     x0 = texts(B=1, T=T)[0]

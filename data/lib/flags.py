@@ -67,13 +67,7 @@ class Rate(Choice):
 class Attention(Choice):
     """Who sees whom. model.py says what the kinds mean."""
 
-    kinds = {
-        "canvas": None,
-        "shifted": None,
-        "causal": None,
-        "block": number(int, least=1),
-        "draft": number(int, least=1),
-    }
+    kinds = dict.fromkeys(("canvas", "shifted", "causal")) | dict.fromkeys(("block", "draft"), number(int, least=1))
     wanted = "canvas, shifted, causal, block:K for blocks of K tokens, or draft:K for a GPT that drafts K tokens"
 
     @property

@@ -46,10 +46,9 @@ class Optimizers:
     """Muon for the layers' matrices and AdamW for the rest, or AdamW for everything."""
 
     def __init__(self, model, config, dtype):
-        matrices = [
-            p for p in model.layers.parameters() if p.requires_grad and p.ndim == 2 and config.optimizer == "muon"
-        ]
-        rest = [p for p in model.parameters() if p.requires_grad and not any(p is matrix for matrix in matrices)]
+        trained, in_layers = [p for p in model.parameters() if p.requires_grad], {*model.layers.parameters()}
+        matrices = [p for p in trained if p in in_layers and p.ndim == 2 and config.optimizer == "muon"]
+        rest = [p for p in trained if not any(p is matrix for matrix in matrices)]
         decayed, biases = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
         self.parts = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)]
