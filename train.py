@@ -158,13 +158,12 @@ def loss_of(model, x0, xt, holes, weights):
     return loss.sum(1)
 
 
-def loss_with_drafts(model, x0, xt, holes, weights, K):
-    """The mean of two losses of each text, (B,): of the tokens that a GPT appends, and of its drafts, in groups of K.
+def loss_with_drafts(model, x0, xt, holes, weights, K, first):
+    """The mean of two losses of each text, (B,): of what a GPT appends, and of its drafts, in groups of K from `first`.
 
-    With --freeze only the drafts learn. Parameters as in loss_of.
+    With --freeze only the drafts learn. The other parameters are those of loss_of.
     """
     T = x0.shape[1]
-    first = torch.randint(K, ()).item()  # so that every position comes first in a group
     n_drafted = (T - first) // K * K
     is_drafted = (holes[1] >= first) & (holes[1] < first + n_drafted)  # (N,)
     append, draft = model(xt, where=holes, clean=x0, drafts_from=first)  # (N, V) each
@@ -174,10 +173,10 @@ def loss_with_drafts(model, x0, xt, holes, weights, K):
     return loss.sum(1)
 
 
-def loss_for(model):
-    """The loss to train a model with."""
-    K = model.config.draft_len
-    return functools.partial(loss_with_drafts, K=K) if K else loss_of
+def loss_for(run):
+    """The loss that a run trains with at its step. Over K steps, every position is the first of a group."""
+    K = run.model.config.draft_len
+    return functools.partial(loss_with_drafts, K=K, first=run.step % K) if K else loss_of
 
 
 def which_maskable(x0, prompt_len, special_ids):
@@ -296,7 +295,7 @@ def update(run, batch):
     loss, lr = 0.0, learning_rate(run.config, run.progress())
     for x0, xt, holes, weights in run.micro_batches(batch):  # normalised over the batch, so parts just add
         with run.precision:
-            part = loss_for(run.model)(run.network, x0, xt, holes, weights).sum()
+            part = loss_for(run)(run.network, x0, xt, holes, weights).sum()
         run.scaler.scale(part).backward()
         loss = loss + part.detach()
     for group in run.optimizer.param_groups:
@@ -351,7 +350,7 @@ def main():
     with training.underway(run, checkpoint) as signals, report.Report(run, denoise, val, meta) as log:
         if config.compile:
             batch = draw_batch(train_split, config, torch.Generator(), model.config)
-            run.compile_ahead(batch, loss_for(model), lambda: evaluate(run, *val), log.sample)
+            run.compile_ahead(batch, loss_for(run), lambda: evaluate(run, *val), log.sample)
         train(run, train_split, val, log, rates, signals)
 
 

@@ -76,6 +76,7 @@ def losses(folder):
     "more",
     [
         "--grad_accum 2 --eval_tokens 32",
+        "--attention draft:3",
         pytest.param("--attention block:8 --level uniform --weight elbo", marks=pytest.mark.slow),
     ],
     ids=str,

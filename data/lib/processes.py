@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,17 @@ def distribute(model, device, shard):
         return model
     model.to(device)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+
+
+@contextmanager
+def gathered(model):
+    """Context in which a sharded model's methods work, not only its forward, which gathers the pieces itself."""
+    is_sharded = hasattr(model, "unshard")
+    if is_sharded:
+        model.unshard()
+    yield
+    if is_sharded:
+        model.reshard()
 
 
 def full(tensor):

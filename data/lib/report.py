@@ -16,7 +16,7 @@ from data.lib.errors import Mistake
 from data.lib.escape import inert
 from data.lib.layout import as_shown
 from data.lib.machine import release_memory
-from data.lib.processes import full, gather, rank
+from data.lib.processes import full, gather, gathered, rank
 from data.lib.prompt import make_canvas, shown_of
 
 COLUMNS = "step", "minutes", "loss", "lr", "grad_norm", "tokens_per_second", "val_nats_per_token", "val_bits_per_byte"
@@ -88,7 +88,7 @@ class Report(AbstractContextManager):
         ids = make_canvas("", suffix="", length=T, tokenizer=tokenizer, context=T)
         ids[: len(self.prompt)] = self.prompt.tolist()
         run.model.eval()
-        with run.precision:
+        with run.precision, gathered(run.model):
             *_, canvas = self.denoise(run.model, torch.tensor([ids]), steps=64, temperature=0.7)
         run.model.train()
         text = tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids))
