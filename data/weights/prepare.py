@@ -9,10 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake
