@@ -34,17 +34,17 @@ def test_the_doubled_pass_one_half_and_the_cache_agree(K, shape, device):
 @torch.no_grad()
 def test_a_pass_reads_only_what_the_cache_does_not_know():
     """GPT reads one position for each token. A block is read in each step, and once more when it is final."""
-    for shape, expected in (
-        (CAUSAL, [1] * 8),
-        ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
-        ({"block": 1}, [1] + [2] * 7),
+    for shape, T, expected in (
+        (CAUSAL, 8, [1] * 8),
+        ({"block": 4}, 8, [4, 4, 4, 4, 8, 4, 4, 4]),  # the fifth pass makes the first block final
+        ({"block": 1}, 8, [1] + [2] * 7),
         # A longer canvas slides by a quarter of the context, or by a block, and all in sight is read again.
-        (CAUSAL, [1] * 8 + [6, 1, 1] * 6),
-        ({"block": 4}, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
+        (CAUSAL, 20, [1] * 8 + [6, 1, 1] * 6),
+        ({"block": 4}, 12, [4, 4, 4, 4, 8, 4, 4, 4, 8, 4, 4, 4]),
     ):
         model, read = tiny_model(V=5, T=8, **shape), []
         model.token_embedding.register_forward_hook(lambda _, idx, out, read=read: read.append(idx[0].shape[1]))
-        *_, _ = denoise(model, torch.full((2, len(expected)), MASK), len(expected))
+        *_, _ = denoise(model, torch.full((2, T), MASK), T)
         assert read == expected
 
 

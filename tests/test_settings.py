@@ -38,7 +38,8 @@ TRAIN = {
     "context": ["16", "32"],
     "dropout": ["0", "0.1"],
     "conv": ["0", "1", "4", "5"],
-    "attention": ["canvas", "shifted", "block:4", "block:1", "causal"],
+    "attention": ["canvas", "shifted", "block:4", "block:1", "causal", "draft:3"],
+    "freeze": [True],
     "batch_size": ["4", "6"],
     "grad_accum": ["1", "2"],
     "grad_checkpoint": [True],
@@ -68,6 +69,8 @@ SHAPE = {"context": "32", "n_layer": "1", "n_embd": "16"}
 NEEDS = {
     "context": {"prompt_len": "0"},
     "eval_only": {"init_from": "canvas.pt"},
+    "freeze": {"init_from": "causal.pt", "attention": "draft:3"},
+    "draft_len": {"ckpt": "draft.pt"},
     "weight": {"level": "uniform"},
     "visible": {"weight": "mean"},
     "tau": {"order": "threshold"},
@@ -77,14 +80,15 @@ NEEDS = {
     "chat": {"prompt": "a"},
 }
 SAMPLE = {
-    "ckpt": ["canvas.pt", "shifted.pt", "blocks.pt", "causal.pt", "canvas.pt causal.pt"],
+    "ckpt": ["canvas.pt", "shifted.pt", "blocks.pt", "causal.pt", "draft.pt", "canvas.pt causal.pt"],
     "prompt": ["a", "a<mask*3>b"],
     "prompt_file": ["book.txt"],
     "suffix": ["end"],
     "chat": [True],
     "length": ["20", "70"],
     "steps": ["1", "4"],
-    "order": [*sample.ORDERS, "remask", "random left"],
+    "order": [*sample.ORDERS, "remask", "draft", "random left"],
+    "draft_len": ["2", "5"],
     "tau": ["0", "0.9"],
     "gamma": ["0", "0.5"],
     "block": ["4", "8"],
@@ -113,6 +117,7 @@ def world(tmp_path_factory):
     shape = {"n_layer": 2, "n_head": 1, "n_embd": 16, "context": 32}
     kinds = {"canvas": {}, "shifted": {"shift_id": 256}, "blocks": {"block": 8}}
     kinds["causal"] = {"block": 1, "shift_id": 256, "conv": 0}
+    kinds["draft"] = {"block": 1, "shift_id": 256, "draft_len": 3}
     for name, more in kinds.items():
         save_checkpoint(folder / f"{name}.pt", Transformer(ModelConfig(**shape, **more)), ByteTokenizer(), chat=BYTES)
     yield folder
@@ -134,7 +139,7 @@ def test_a_flag_is_its_text():
     for kind, texts in (
         (Level, ("uniform", "bell:1.2", "bell:0.123456789", "grid:100", "0.15", "1")),
         (Rate, ("t", "slant:1", "slant:0.25", "spindle:0.3")),
-        (Attention, ("canvas", "shifted", "block:4", "causal")),
+        (Attention, ("canvas", "shifted", "block:4", "causal", "draft:8")),
         (Span, ("16", "0:64")),
     ):
         assert [str(kind.from_text(text)) for text in texts] == list(texts)
