@@ -65,12 +65,13 @@ TRAIN = {
 }
 SHAPE = {"context": "32", "n_layer": "1", "n_embd": "16"}
 
-# What a flag is nothing without.
+# What a flag, or one value of it, is nothing without.
 NEEDS = {
     "context": {"prompt_len": "0"},
     "eval_only": {"init_from": "canvas.pt"},
     "freeze": {"init_from": "causal.pt", "attention": "draft:3"},
     "draft_len": {"ckpt": "draft.pt"},
+    "order draft": {"ckpt": "draft.pt"},
     "weight": {"level": "uniform"},
     "visible": {"weight": "mean"},
     "tau": {"order": "threshold"},
@@ -153,7 +154,7 @@ def a_row_with(pair, settings, missing, rng):
     """A value for each flag that has some pair in it that no run had yet, for the others none."""
     row = dict(pair)
     for name, value in pair:
-        row = {**NEEDS.get(name, {}), **row}
+        row = {**NEEDS.get(name, {}), **NEEDS.get(f"{name} {value}", {}), **row}
 
     def gain(one):
         return sum(frozenset([one, other]) in missing for other in row.items())
