@@ -154,6 +154,8 @@ def denoise(
     """
     device, canvas = canvas.device, canvas.to("cpu", copy=True)
     seeds = range(len(canvas)) if seeds is None else seeds
+    if not (canvas == model.config.mask_id).any():
+        yield canvas.to(device)
     if model.config.is_gpt:
         K = 0 if order == "left" or text is not None else draft_len or model.config.draft_len or 0
         yield from (
@@ -163,8 +165,6 @@ def denoise(
         return
     count = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
     loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], count=count)
-    if not (canvas == model.config.mask_id).any():
-        yield canvas.to(device)
     # part is a slice; look sees the canvas as it stands.
     for number, part, n_steps, look in blocks(model, canvas, steps, block, guidance):
 

@@ -70,6 +70,11 @@ def test_a_pass_keeps_one_token_at_least_and_all_of_a_sure_draft():
     assert len(list(denoise(model, torch.full((1, 16), MASK), order="left"))) == 16
 
 
+def test_a_canvas_without_holes_is_yielded_once():
+    x0 = texts(B=2)[0]
+    assert [canvas.equal(x0) for canvas in denoise(drafter(), x0)] == [True]
+
+
 def test_drafts_are_reported_until_they_are_certain():
     model, start = drafter(3, T=16), torch.full((2, 16), MASK)
     start[0, 9] = 2
