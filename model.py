@@ -12,6 +12,8 @@ level (2406.03736), and it never predicts `<mask>` (2406.07524). Two settings de
     1      id        GPT
     None   id        DiffuGPT (2410.17891)
 
+A GPT with a `draft_len` of K also drafts K tokens at once and verifies them in its next pass (2511.08923).
+
 Differences from GPT-2: rotary positions; normalised queries and keys; a short convolution at the start of each
 layer; no biases; untied embeddings. `attend` and `Dropout` do what torch's do, but faster on a CPU. Published
 models are subclasses, in data/weights/.
@@ -168,9 +170,8 @@ class Convolution(nn.Module):
         strips = F.pad(text, (0, 0, 0, -n % K)).unflatten(1, (-1, K))  # (B, n / K, K, C)
         mixed = [self.mix(before.unfold(1, left, K)[:, : strips.shape[1]].transpose(2, 3), strips)[:, :n]]
         if n < x.shape[1]:
-            rows = layout.starts[:: layout.group, None] + torch.arange(
-                left, device=x.device
-            )  # the text before each group
+            # `before` begins `left` places early, so the text before a group begins there at the group's start.
+            rows = layout.starts[:: layout.group, None] + torch.arange(left, device=x.device)  # (M / group, left)
             groups = F.pad(x[:, n:], (0, 0, 0, -len(layout.starts) % layout.group)).unflatten(1, (len(rows), -1))
             mixed.append(self.mix(before[:, rows], groups)[:, : len(layout.starts)])
         return x + torch.cat(mixed, 1)  # (B, S, C)
@@ -214,8 +215,8 @@ class Drafter(nn.Module):
         )
         self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, C, bias=False)
         self.before, self.out = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
-        for last in (self.out, *(adapter[-1] for adapter in self.adapters)):  # at first it changes nothing
-            nn.init.zeros_(last.weight)
+        for p in (self.out.weight, *(p for adapter in self.adapters for p in adapter[-1].parameters())):
+            nn.init.zeros_(p)  # at first it changes nothing
 
     def forward(self, x, before):
         """Vectors of drafts like x (.., C), given the embeddings of the tokens before them, (.., C)."""
@@ -279,9 +280,10 @@ class Transformer(nn.Module):
         places = torch.cat((torch.arange(n, device=places.device), places))  # (S,)
         # What a draft reads beyond the context is never kept, but a table of positions would end there.
         positions = (cache.length + places).clamp(max=self.config.context - 1) if cache else places
-        # One block sees all before it, as caches end where a block begins. (A pattern hides what shorter rows lack.)
-        one_block = n <= K and not (len(starts) or (cache and cache.is_ragged))
-        causal = K == 1 and n > 1 and not (len(starts) or (cache and (cache.is_ragged or cache.length)))
+        is_ragged = cache is not None and cache.is_ragged
+        is_plain = not (len(starts) or is_ragged)  # a text alone, of rows that see equally much
+        one_block = is_plain and n <= K  # it sees all, because caches end where a block begins
+        causal = is_plain and K == 1 and n > 1 and not (cache and cache.length)
         sees = None if one_block or causal else who_sees(n, K, starts)
         if cache and sees is not None:
             sees = cache.sees(sees)
@@ -309,7 +311,8 @@ class Transformer(nn.Module):
         clean: (B, T), the text without holes, where each block sees those before it. By default idx, which is right
             if only the last block has holes.
         cache: a Cache. Only positions from its `length` on are read and get logits; `where` is ignored elsewhere.
-        drafts_from: also draft in groups from this position on; return two (N, V), the second nonsense where none is.
+        drafts_from: also draft, in groups from this position on. Return two (N, V), first the GPT's and then the
+            drafts', which mean nothing at positions outside the groups.
         """
         if drafts_from is not None:
             return self.append_and_draft(clean, where, drafts_from)
@@ -330,6 +333,7 @@ class Transformer(nn.Module):
         return self.unembed(x.flatten(0, 1).index_select(0, rows), positions[rows % (T - n_cached)])[:n]
 
     def append_and_draft(self, x0, where, first):
+        """`forward` for training a GPT that drafts. where: indices. A draft sees the true token before it."""
         (B, T), K = x0.shape, self.config.draft_len
         text, places = self.read(x0, x0), torch.arange(first, first + (T - first) // K * K, device=x0.device)  # (M,)
         x = self.run(text, x0.new_full((B, len(places)), self.config.mask_id), places, K)  # (B, T + M, C)
@@ -355,7 +359,9 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
             model = network(config)
         weights = {name: x for name, x in checkpoint["model"].items() if config.draft_len or "drafter." not in name}
         if config.draft_len and "drafter.norm.weight" not in weights:  # a GPT that learns to draft
-            weights |= {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                weights |= {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()}
         model.load_state_dict(weights, assign=True)
     matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}
     dtype = keep if matrices == {keep} else torch.float32

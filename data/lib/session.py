@@ -166,9 +166,8 @@ def flags_for(config, given, path, model, all_causal):
         )
     if K == 1:
         orders = [order for order in config.order if order in ("left", "draft")]
-        wrong = ["--order"] * ("order" in given and orders != config.order) + [
-            f"--{name}" for name in flags if name in given
-        ]
+        wrong = [f"--{name}" for name in flags if name in given]
+        wrong += ["--order"] if "order" in given and orders != config.order else []
         if wrong and all_causal:
             raise Mistake(f"{', '.join(wrong)}: the model in {path} is causal and writes from the left")
         return [{"order": order, "draft_len": config.draft_len} for order in orders or ["draft" if drafts else "left"]]
