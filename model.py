@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from data.lib.cache import Cache
 from data.lib.checkpoint import check_config, published_network, read_checkpoint, refused
-from data.lib.kernels import Dropout, allowed_tokens, attend, rows_at
+from data.lib.kernels import Dropout, allowed_tokens, attend, rows_at, sums_of_neighbours
 from data.lib.tokenizer import tokenizer_from_state
 
 
@@ -74,13 +74,12 @@ class ModelConfig:
 class Layout(NamedTuple):
     """What the layers need to know about a pass over S positions: n of the text, and then M in groups."""
 
-    angles: tuple  # cos and sin of the rotary embedding, (S, D/2) each, or (B, S, D/2)
+    angles: tuple  # see `rotary_angles`
     sees: torch.Tensor | None  # (S, cached + S) bool, or (B, 1, S, cached + S); None: all see all, unless `causal`
     causal: bool  # every position sees itself and those before it
     n: int
-    strip: int  # positions of the text that a convolution takes as one row: a block, or all
-    starts: torch.Tensor  # (M,): the start of each one's group, counted from the end of the cache
-    group: int  # positions in a group
+    width: int  # positions that a convolution takes as one row: a block, a group, or all
+    starts: torch.Tensor  # where each of these rows starts, counted from the end of the cache
     cache: Cache | None
     first: int = 0  # positions before this one are seen, but not computed
 
@@ -98,17 +97,16 @@ def who_sees(n, K, starts):
 
 
 def rotary_angles(positions, D, base=10000.0):
-    """cos and sin of the rotary embedding (2104.09864, eq. 15) at positions (.., S), each (.., S, D/2)."""
+    """What `rotate` multiplies by at positions (.., S) (2104.09864, eq. 15): cosines and signed sines, (.., S, 1, D)."""
     frequency = base ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
-    angle = positions[..., None] * frequency  # (.., S, D/2)
-    return angle.cos(), angle.sin()
+    angle = positions[..., None, None] * frequency  # (.., S, 1, D/2)
+    return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
 
 
 def rotate(x, cos, sin):
     """Rotate channels i and i + D/2 of x (B, S, H, D) together, by the angle of the position."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2).type_as(x), sin.unsqueeze(-2).type_as(x)  # (.., S, 1, D/2)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return x * cos.type_as(x) + torch.cat((b, a), dim=-1) * sin.type_as(x)
 
 
 # --- the layers ----------------------------------------------------------------------------------
@@ -126,8 +124,8 @@ class Attention(nn.Module):
 
     def place(self, q, k, layout):
         """Rotate queries and keys (B, S, H, D) by their positions."""
-        cos, sin = layout.angles
-        return rotate(q, cos[..., layout.first :, :], sin[..., layout.first :, :]), rotate(k, cos, sin)
+        asking = (angles[..., layout.first :, :, :] for angles in layout.angles)
+        return rotate(q, *asking), rotate(k, *layout.angles)
 
     def forward(self, x, layout):
         q, k, v = self.query(x[:, layout.first :]), self.key(x), self.value(x)
@@ -164,25 +162,16 @@ class Convolution(nn.Module):
         self.right = config.within_block(config.conv_right)  # fewer, if a canvas model is fine-tuned with blocks
 
     def forward(self, x, layout):
-        n, K, left = layout.n, layout.strip, self.left
-        text, cache = x[:, :n], layout.cache
-        before = F.pad(text, (0, 0, left, 0)) if cache is None else cache.recent(self, text, left)  # (B, left + n, C)
-        strips = F.pad(text, (0, 0, 0, -n % K)).unflatten(1, (-1, K))  # (B, n / K, K, C)
-        mixed = [self.mix(before.unfold(1, left, K)[:, : strips.shape[1]].transpose(2, 3), strips)[:, :n]]
-        if n < x.shape[1]:
-            # `before` begins `left` places early, so the text before a group begins there at the group's start.
-            rows = layout.starts[:: layout.group, None] + torch.arange(left, device=x.device)  # (M / group, left)
-            groups = F.pad(x[:, n:], (0, 0, 0, -len(layout.starts) % layout.group)).unflatten(1, (len(rows), -1))
-            mixed.append(self.mix(before[:, rows], groups)[:, : len(layout.starts)])
-        return x + torch.cat(mixed, 1)  # (B, S, C)
-
-    def mix(self, before, x):
-        """The weighted sums (B, N * K, C) for rows x (B, N, K, C), given the text before each (B, N, left, C)."""
-        after = x.new_zeros(*x.shape[:2], self.right, x.shape[3])
-        rows = torch.cat((before, x, after), 2)  # (B, N, left + K + right, C)
-        # An image with one row per block, in channels-last layout, so that nothing is copied.
-        weight = self.weight.flatten(1)[:, None, None, : self.left + 1 + self.right]
-        return F.conv2d(rows.permute(0, 3, 1, 2), weight, groups=x.shape[3]).permute(0, 2, 3, 1).flatten(1, 2)
+        (B, S, C), n, K, left = x.shape, layout.n, layout.width, self.left
+        text, groups = x[:, :n], x[:, n:]
+        # These begin `left` places before the text, so what is before a row begins where the row does.
+        before = F.pad(text, (0, 0, left, 0)) if layout.cache is None else layout.cache.recent(self, text, left)
+        before = before[:, layout.starts[:, None] + torch.arange(left, device=x.device)]  # (B, N, left, C)
+        rows = torch.cat([F.pad(part, (0, 0, 0, -part.shape[1] % K)) for part in (text, groups)], 1)  # (B, N * K, C)
+        after = x.new_zeros(B, len(layout.starts), self.right, C)
+        rows = torch.cat((before, rows.unflatten(1, (-1, K)), after), 2)  # (B, N, left + K + right, C)
+        y = sums_of_neighbours(rows, self.weight.flatten(1)[:, : left + 1 + self.right]).flatten(1, 2)
+        return x + torch.cat((y[:, :n], y[:, n + -n % K :][:, : S - n]), 1)
 
 
 class Layer(nn.Module):
@@ -276,19 +265,20 @@ class Transformer(nn.Module):
 
         places (M,): their positions, counted from the end of the cache. Each group has `group` neighbours.
         """
-        K, starts = self.config.block or n, places[::group].repeat_interleave(group)[: len(places)]
-        places = torch.cat((torch.arange(n, device=places.device), places))  # (S,)
-        # What a draft reads beyond the context is never kept, but a table of positions would end there.
-        positions = (cache.length + places).clamp(max=self.config.context - 1) if cache else places
-        is_ragged = cache is not None and cache.is_ragged
-        is_plain = not (len(starts) or is_ragged)  # a text alone, of rows that see equally much
+        K, device, is_ragged = self.config.block or n, places.device, cache is not None and cache.is_ragged
+        width = group if len(places) else n if K == 1 else min(K, n)  # one-token blocks only look left
+        starts = torch.cat((torch.arange(0, n, width, device=device), places[::group]))
+        positions = torch.cat((torch.arange(n, device=device), places))  # (S,)
+        if cache:  # a table of positions ends at the context, and what a draft reads beyond it is never kept
+            positions = (cache.length + positions).clamp(max=self.config.context - 1)
+        is_plain = not (len(places) or is_ragged)  # a text alone, of rows that see equally much
         one_block = is_plain and n <= K  # it sees all, because caches end where a block begins
         causal = is_plain and K == 1 and n > 1 and not (cache and cache.length)
-        sees = None if one_block or causal else who_sees(n, K, starts)
-        if cache and sees is not None:
-            sees = cache.sees(sees)
-        strip = n if K == 1 else min(K, n)  # one-token blocks only look left, so one row holds them all
-        return Layout(self.angles(positions), sees, causal, n, strip, starts, group, cache), positions
+        sees = None
+        if not (one_block or causal):
+            sees = who_sees(n, K, places[::group].repeat_interleave(group)[: len(places)])
+            sees = cache.sees(sees) if cache else sees
+        return Layout(self.angles(positions), sees, causal, n, width, starts, cache), positions
 
     def run(self, text, groups, places, K, cache=None, first=0):
         """Vectors (B, S - first, C) of the text (B, n) after the cache and of groups (B, M); for places, see `plan`."""

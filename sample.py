@@ -112,7 +112,7 @@ def append(canvas, K, ahead, draw_at, mask_id):
     ahead: an Ahead. draw_at(logits (B, n, V), places (B, n)) -> tokens, by a noise that each place keeps.
     """
     T, near = canvas.shape[1], torch.arange(K + 1)
-    text = F.pad(canvas, (0, K + 1), value=mask_id)  # what is certain, then drafts, then holes
+    text = F.pad(canvas, (0, 2 * K + 1), value=mask_id)  # what is certain, then drafts, then holes
     ends = (text == mask_id).int().argmax(1)
     while (ends < T).any():
         places = ends[:, None] + near  # (B, K + 1)
@@ -120,9 +120,12 @@ def append(canvas, K, ahead, draw_at, mask_id):
         drafts, drawn = text.gather(1, places), draw_at(logits, places)
         n = (1 + (drawn == drafts)[:, :K].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
         text.scatter_(1, places, drawn.where(near < n[:, None], mask_id))  # .append
-        ends = ends + n
+        ends, last = ends + n, (n - 1).clamp(min=0)
+        token = drawn.gather(1, last[:, None])
         for i in range(K):  # draft the next, each after the one before it
-            text.scatter_(1, ends[:, None] + i, draw_at(ahead.guess(text, n, ends, i), ends[:, None] + i))
+            place = ends[:, None] + i
+            token = draw_at(ahead.guess(last, i, token, place), place)
+            text.scatter_(1, place, token)
         canvas[:] = text[:, :T]
         yield ends
 
@@ -186,28 +189,25 @@ def denoise(
 
 def append_or_draft(model, canvas, K, seeds, temperature, top_k, top_p, text, log_p, drafts):
     """`denoise` for a GPT, on the CPU: yield its canvas, the same one, after each pass."""
-    (B, T), mask_id = canvas.shape, model.config.mask_id
-    noise = gumbel_noise(seeds, K, model.config.vocab_size)
-    start, forced, kept = (
-        F.pad(x, (0, 2 * K + 1), value=mask_id) for x in (canvas, canvas if text is None else text, torch.zeros(B, T))
-    )
+    T, V, mask_id = canvas.shape[1], model.config.vocab_size, model.config.mask_id
+    noise, is_hole = gumbel_noise(seeds, K, V), canvas == mask_id
+    given = F.pad(canvas if text is None else text, (0, 2 * K + 1), value=mask_id)
+    nats = None if log_p is None else F.pad(log_p, (0, 2 * K + 1))
 
     def draw_at(logits, places):
-        flat, given = logits.flatten(0, 1), start.gather(1, places)  # (B * n, V), (B, n)
-        if text is None:
-            (gumbel,) = send(logits.device, noise(places))
-            tokens = draw_with_noise(flat, gumbel, temperature, top_k, top_p)
-        else:
-            (tokens,) = send(logits.device, forced.gather(1, places).flatten())
-        if log_p is not None:
-            kept.scatter_(1, places, log_probability(flat, tokens).view(places.shape).where(given == mask_id, 0.0))
-        return tokens.cpu().view(places.shape).where(given == mask_id, given)
+        fixed = given.gather(1, places)
+        tokens = draw_with_noise(logits, noise(places), temperature, top_k, top_p).cpu()
+        tokens = tokens.where(fixed == mask_id, fixed)
+        if nats is not None:
+            (sent,) = send(logits.device, tokens.flatten())
+            nats.scatter_(1, places, log_probability(logits.flatten(0, 1), sent).view(places.shape))
+        return tokens
 
     for ends in append(canvas, K, Ahead(model, T, K), draw_at, mask_id):
         if log_p is not None:
-            log_p[:] = kept[:, :T]
+            log_p[is_hole] = nats[:, :T][is_hole]
         if drafts is not None:
-            drafts[:] = (start[:, :T] == mask_id) & (canvas != mask_id) & (torch.arange(T) >= ends[:, None])
+            drafts[:] = is_hole & (canvas != mask_id) & (torch.arange(T) >= ends[:, None])
         yield canvas
 
 
@@ -311,21 +311,21 @@ def uniforms(seeds, number, K):
 
 def first_reaching(sums, x):
     """Index at which each row of rising sums (N, V) first reaches x (N, 1): (N, 1). The last one if they are nan."""
-    return torch.searchsorted(sums, x).clamp(max=sums.shape[1] - 1)
+    return torch.searchsorted(sums, x).clamp(max=sums.shape[-1] - 1)
 
 
 def weigh(logits, temperature, top_k=0, top_p=1.0):
-    """Weights of the tokens that may be drawn from each row of logits (N, V), and these tokens, or None if it's all.
+    """Weights of the tokens that may be drawn from logits (.., V), and these tokens, or None if it's all.
 
     top_k: only the k most likely. top_p: only the most likely that add up to it (1904.09751); others weigh 0.
     """
     logits = logits.float()
     weights, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp(), None  # none overflows
     if top_k or top_p < 1:
-        weights, ids = weights.topk(min(top_k or logits.shape[1], logits.shape[1]))  # largest first
+        weights, ids = weights.topk(min(top_k or logits.shape[-1], logits.shape[-1]))  # largest first
         sums = weights.cumsum(-1, dtype=torch.float64)
-        last = first_reaching(sums, top_p * sums[:, -1:])
-        weights = weights.masked_fill(torch.arange(weights.shape[1], device=weights.device) > last, 0)
+        last = first_reaching(sums, top_p * sums[..., -1:])
+        weights = weights.masked_fill(torch.arange(weights.shape[-1], device=weights.device) > last, 0)
     return weights, ids
 
 
@@ -346,16 +346,18 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def draw_with_noise(logits, gumbel, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw a token from each row of logits (N, V): the highest after adding Gumbel noise (N, V) to log probabilities.
+    """Draw tokens (..) from logits (.., V): the highest after adding Gumbel noise (.., V), float64, on the CPU.
 
     From two similar distributions the same noise mostly draws the same token (2408.07978), so drafts come true.
     """
     if temperature < 1e-6:
         return logits.argmax(-1)
+    logits = logits.cpu() if logits.device.type == "mps" else logits  # mps has no float64
+    (gumbel,) = send(logits.device, gumbel)
+    if not top_k and top_p == 1:
+        return (logits.double() / temperature + gumbel).argmax(-1)
     weights, ids = weigh(logits, temperature, top_k, top_p)
-    weights = weights.to(gumbel.device, torch.float64)
-    tokens = (weights.log() + (gumbel if ids is None else gumbel.gather(1, ids))).argmax(-1, keepdim=True)
-    return (tokens if ids is None else ids.gather(1, tokens)).squeeze(1)
+    return ids.gather(-1, (weights.double().log() + gumbel.gather(-1, ids)).argmax(-1, keepdim=True)).squeeze(-1)
 
 
 # --- likelihood ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def slowly(model, canvas, seeds, temperature, top_k, top_p):
             left = max(0, -((W - (i + 1)) // jump) * jump)
             logits = model(row[None, left : i + 1])[0, -1:]
             logits[:, [MASK, *model.config.special_ids]] = -torch.inf
-            noise = gumbel_noise([seed], 0, V)(torch.tensor([[i]]))
+            noise = gumbel_noise([seed], 0, V)(torch.tensor([[i]]))[0]
             row[i] = draw_with_noise(logits, noise, temperature, top_k, top_p)
     return canvas
 
@@ -100,16 +100,16 @@ def test_what_is_appended_follows_the_distribution():
 
 def test_the_noise_depends_on_the_seed_and_the_place_alone():
     places = torch.tensor([[4, 5], [0, 4]])
-    noise = gumbel_noise([7, 9], 2, 6)(places).view(2, 2, 6)
-    assert gumbel_noise([9], 0, 6)(torch.tensor([[4]]))[0].equal(noise[1, 1])
-    assert gumbel_noise([7], 5, 6)(torch.tensor([[1, 4]]))[1].equal(noise[0, 0])
+    noise = gumbel_noise([7, 9], 2, 6)(places)
+    assert gumbel_noise([9], 0, 6)(torch.tensor([[4]]))[0, 0].equal(noise[1, 1])
+    assert gumbel_noise([7], 5, 6)(torch.tensor([[1, 4]]))[0, 1].equal(noise[0, 0])
     assert not noise[0, 0].equal(noise[1, 1])
     assert not noise[0, 0].equal(noise[0, 1])
 
 
 def test_gumbel_noise_draws_from_the_transformed_distribution():
     logits, n = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]]), 20_000
-    noise = torch.cat([gumbel_noise([seed], 0, 5)(torch.tensor([[0]])) for seed in range(n)])
+    noise = torch.cat([gumbel_noise([seed], 0, 5)(torch.tensor([[0]]))[0] for seed in range(n)])
     for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.7)):
         tokens = draw_with_noise(logits.expand(n, -1), noise, 0.8, top_k, top_p)
         weights, ids = weigh(logits, 0.8, top_k, top_p)

@@ -57,12 +57,11 @@ class Ahead:
         else:
             self.cache.put(moved.to(self.device), cache)
 
-    def guess(self, text, n, ends, i):
-        """Logits (B, 1, V) of draft i after ends (B,), which `look` moved on by n (B,), given the token before it."""
-        place = ends[:, None] + i
-        (before,) = send(self.device, F.pad(text, (1, 0), value=self.model.config.shift_id).gather(1, place))
-        x = self.vectors[torch.arange(len(n)), (n - 1).clamp(min=0), i][:, None]  # (B, 1, C)
-        return self.unembed(self.model.drafter(x, self.model.token_embedding(before)), place)
+    def guess(self, last, i, token, place):
+        """Logits (B, 1, V) of draft i, at place (B, 1), after the token before it (B, 1) and all up to `last` (B,)."""
+        (token,) = send(self.device, token)
+        x = self.vectors[torch.arange(len(last)), last, i][:, None]  # (B, 1, C)
+        return self.unembed(self.model.drafter(x, self.model.token_embedding(token)), place)
 
     def unembed(self, x, places):
         (places,) = send(self.device, places.clamp(max=self.T - 1))
@@ -70,11 +69,16 @@ class Ahead:
 
 
 def gumbel_noise(seeds, K, V):
-    """noise(places (B, n)) -> Gumbel noise (B * n, V) float64, which depends on a row's seed and the place alone."""
+    """noise(places (B, n)) -> Gumbel noise (B, n, V) float64, which depends on V, a row's seed and the place alone."""
+    n = max(1, 2**14 // V)  # places whose noise is drawn at once
 
-    @functools.lru_cache(4 * len(seeds) * (K + 1))
-    def noise_at(seed, place):
-        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, place]))
-        return torch.from_numpy(-np.log(generator.standard_exponential(V)))
+    @functools.lru_cache(2 * len(seeds) * (K + 1))
+    def chunk(seed, number):
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, number]))
+        return torch.from_numpy(-np.log(generator.standard_exponential((n, V))))
 
-    return lambda places: torch.stack([noise_at(seed, i) for seed, row in zip(seeds, places.tolist()) for i in row])
+    def noise(places):
+        rows = [chunk(seed, i // n)[i % n] for seed, row in zip(seeds, places.tolist()) for i in row]
+        return torch.stack(rows).view(*places.shape, V)
+
+    return noise
