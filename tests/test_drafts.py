@@ -185,3 +185,17 @@ def test_a_gpt_learns_to_draft_and_stays_as_it_was(in_world, monkeypatch, tmp_pa
     canvas = torch.full((2, 40), before.config.mask_id)
     assert written(before, canvas).equal(written(after, canvas))
     assert any(x.any() for name, x in theirs.items() if name.endswith("drafter.out.weight"))
+
+
+@pytest.mark.slow
+def test_a_trained_model_drafts_10_000_tokens_of_append_in_fewer_passes(in_world, monkeypatch, tmp_path):
+    shape = SMALL.replace("0:8", "0").replace("--n_layer 1", "--n_layer 2").replace("--n_embd 16", "--n_embd 48")
+    run_train(
+        monkeypatch,
+        f"--data book --attention draft:4 --out_dir {tmp_path} --max_iters 300 --evals 1 {shape} --batch_size 16",
+    )
+    model, _, _ = load_checkpoint(tmp_path / "ckpt.pt")
+    start = torch.full((4, 2_500), model.config.mask_id)  # contexts slide about three hundred times
+    passes = list(denoise(model, start, temperature=0.8))
+    assert passes[-1].equal(written(model, start, order="left", temperature=0.8))
+    assert len(passes) < 2_000
