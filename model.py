@@ -97,7 +97,7 @@ def who_sees(n, K, starts):
 
 
 def rotary_angles(positions, D, base=10000.0):
-    """What `rotate` multiplies by at positions (.., S) (2104.09864, eq. 15): cosines and signed sines, (.., S, 1, D)."""
+    """What `rotate` multiplies by (2104.09864, eq. 15): cosines and signed sines at positions (.., S), (.., S, 1, D)."""
     frequency = base ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
     angle = positions[..., None, None] * frequency  # (.., S, 1, D/2)
     return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
@@ -190,26 +190,28 @@ class Layer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """What drafting adds to a GPT: an adapter for the masks before each layer, and a look at the token before a draft.
+    """What drafting adds to a GPT: an adapter for the masks before each layer, and a look at the tokens before a draft.
 
     All masks of a group are read at once, so their vectors don't know the tokens that are drafted before them. With a
-    small matrix per token the drafts are a Markov chain instead of independent guesses.
+    look at the last few, the drafts are a Markov chain instead of independent guesses.
     """
+
+    LOOK = 4  # tokens
 
     def __init__(self, config):
         super().__init__()
         C, r = config.n_embd, max(1, config.n_embd // 8)
         self.adapters = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.GELU(), nn.Linear(r, C)) for _ in range(config.n_layer)
+            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.SiLU(), nn.Linear(r, C)) for _ in range(config.n_layer)
         )
         self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, C, bias=False)
-        self.before, self.out = nn.Linear(C, C, bias=False), nn.Linear(C, C, bias=False)
+        self.before, self.out = nn.Linear(self.LOOK * C, C, bias=False), nn.Linear(C, C, bias=False)
         for p in (self.out.weight, *(p for adapter in self.adapters for p in adapter[-1].parameters())):
             nn.init.zeros_(p)  # at first it changes nothing
 
     def forward(self, x, before):
-        """Vectors of drafts like x (.., C), given the embeddings of the tokens before them, (.., C)."""
-        return x + self.out(F.gelu(self.mix(self.norm(x)) + self.before(before)))
+        """Vectors of drafts like x (.., C), given the embeddings of the tokens before them, (.., LOOK, C)."""
+        return x + self.out(F.silu(self.mix(self.norm(x)) + self.before(before.flatten(-2))))
 
 
 class Transformer(nn.Module):
@@ -323,13 +325,16 @@ class Transformer(nn.Module):
         return self.unembed(x.flatten(0, 1).index_select(0, rows), positions[rows % (T - n_cached)])[:n]
 
     def append_and_draft(self, x0, where, first):
-        """`forward` for training a GPT that drafts. where: indices. A draft sees the true token before it."""
+        """`forward` for training a GPT that drafts. where: indices. A draft sees the true tokens before it."""
         (B, T), K = x0.shape, self.config.draft_len
         text, places = self.read(x0, x0), torch.arange(first, first + (T - first) // K * K, device=x0.device)  # (M,)
         x = self.run(text, x0.new_full((B, len(places)), self.config.mask_id), places, K)  # (B, T + M, C)
         row, place = where
         drafted = x[row, T + (place - first).clamp(0, len(places) - 1)]  # (N, C)
-        drafted = self.drafter(drafted, self.token_embedding(text[where]))
+        before = F.pad(text, (Drafter.LOOK - 1, 0), value=self.config.shift_id).unfold(
+            1, Drafter.LOOK, 1
+        )  # (B, T, LOOK)
+        drafted = self.drafter(drafted, self.token_embedding(before[where]))
         return self.unembed(x[where], place), self.unembed(drafted, place)
 
 

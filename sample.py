@@ -121,11 +121,9 @@ def append(canvas, K, ahead, draw_at, mask_id):
         n = (1 + (drawn == drafts)[:, :K].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
         text.scatter_(1, places, drawn.where(near < n[:, None], mask_id))  # .append
         ends, last = ends + n, (n - 1).clamp(min=0)
-        token = drawn.gather(1, last[:, None])
-        for i in range(K):  # draft the next, each after the one before it
+        for i in range(K):  # draft the next, each after those before it
             place = ends[:, None] + i
-            token = draw_at(ahead.guess(last, i, token, place), place)
-            text.scatter_(1, place, token)
+            text.scatter_(1, place, draw_at(ahead.guess(text, place, last, i), place))
         canvas[:] = text[:, :T]
         yield ends
 
@@ -161,10 +159,9 @@ def denoise(
         yield canvas.to(device)
     if model.config.is_gpt:
         K = 0 if order == "left" or text is not None else draft_len or model.config.draft_len or 0
-        yield from (
-            x.to(device, copy=True)
-            for x in append_or_draft(model, canvas, K, seeds, temperature, top_k, top_p, text, log_p, drafts)
-        )
+        how = functools.partial(draw_with_noise, temperature=temperature, top_k=top_k, top_p=top_p)
+        for _ in append_or_draft(model, canvas, K, how, seeds, text, log_p, drafts):
+            yield canvas.to(device, copy=True)
         return
     count = functools.partial(how_many, order=order, tau=tau, gamma=gamma)
     loop = rewrite if order == "remask" else functools.partial(fill, score=ORDERS[order], count=count)
@@ -187,18 +184,17 @@ def denoise(
             yield canvas.to(device, copy=True)
 
 
-def append_or_draft(model, canvas, K, seeds, temperature, top_k, top_p, text, log_p, drafts):
-    """`denoise` for a GPT, on the CPU: yield its canvas, the same one, after each pass."""
-    T, V, mask_id = canvas.shape[1], model.config.vocab_size, model.config.mask_id
-    noise, is_hole = gumbel_noise(seeds, K, V), canvas == mask_id
+def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
+    """`denoise` for a GPT: write its canvas (B, T), in place, and yield after each pass. draw: a `draw_with_noise`."""
+    T, is_hole, mask_id = canvas.shape[1], canvas == model.config.mask_id, model.config.mask_id
+    noise = gumbel_noise(seeds, K, model.config.vocab_size)
     given = F.pad(canvas if text is None else text, (0, 2 * K + 1), value=mask_id)
-    nats = None if log_p is None else F.pad(log_p, (0, 2 * K + 1))
+    nats = F.pad(torch.zeros_like(is_hole) if log_p is None else log_p, (0, 2 * K + 1))
 
     def draw_at(logits, places):
         fixed = given.gather(1, places)
-        tokens = draw_with_noise(logits, noise(places), temperature, top_k, top_p).cpu()
-        tokens = tokens.where(fixed == mask_id, fixed)
-        if nats is not None:
+        tokens = draw(logits, noise(places)).cpu().where(fixed == mask_id, fixed)
+        if log_p is not None:
             (sent,) = send(logits.device, tokens.flatten())
             nats.scatter_(1, places, log_probability(logits.flatten(0, 1), sent).view(places.shape))
         return tokens
@@ -208,7 +204,7 @@ def append_or_draft(model, canvas, K, seeds, temperature, top_k, top_p, text, lo
             log_p[is_hole] = nats[:, :T][is_hole]
         if drafts is not None:
             drafts[:] = is_hole & (canvas != mask_id) & (torch.arange(T) >= ends[:, None])
-        yield canvas
+        yield
 
 
 # --- orders: which holes are set next ------------------------------------------------------------
@@ -346,7 +342,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def draw_with_noise(logits, gumbel, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw tokens (..) from logits (.., V): the highest after adding Gumbel noise (.., V), float64, on the CPU.
+    """Draw tokens (..) from logits (.., V): the highest after adding Gumbel noise (.., V), float64, from the CPU.
 
     From two similar distributions the same noise mostly draws the same token (2408.07978), so drafts come true.
     """

@@ -20,6 +20,7 @@ class Ahead:
         self.model, self.T, self.K, self.device = model, T, K, device_of(model)
         self.lefts, self.cache = None, None  # lefts (B,): where each row's window begins
         places = (torch.arange(1, K + 2)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
+        self.near = torch.arange(model.drafter.LOOK if K else 0)
         not_text = torch.tensor([model.config.mask_id, *model.config.special_ids])
         self.places, self.not_text = send(self.device, places, not_text)
 
@@ -57,11 +58,12 @@ class Ahead:
         else:
             self.cache.put(moved.to(self.device), cache)
 
-    def guess(self, last, i, token, place):
-        """Logits (B, 1, V) of draft i, at place (B, 1), after the token before it (B, 1) and all up to `last` (B,)."""
-        (token,) = send(self.device, token)
-        x = self.vectors[torch.arange(len(last)), last, i][:, None]  # (B, 1, C)
-        return self.unembed(self.model.drafter(x, self.model.token_embedding(token)), place)
+    def guess(self, text, place, last, i):
+        """Logits (B, 1, V) of the draft at place (B, 1): the i-th after `last` (B,), of the places that were read."""
+        drafter, shift_id = self.model.drafter, self.model.config.shift_id
+        (before,) = send(self.device, F.pad(text, (drafter.LOOK, 0), value=shift_id).gather(1, place + self.near))
+        x = self.vectors[torch.arange(len(last)), last, i]  # (B, C)
+        return self.unembed(drafter(x, self.model.token_embedding(before))[:, None], place)
 
     def unembed(self, x, places):
         (places,) = send(self.device, places.clamp(max=self.T - 1))

@@ -1,58 +1,74 @@
 """How much faster is drafting than appending? It writes the same text, so this is the factor at equal quality.
 
-OMP_NUM_THREADS=1 python tests/experiments/draft.py     # half an hour of one core for the models, and ten minutes
+python tests/experiments/draft.py     # twenty minutes of two cores for the models, and twenty to measure
 """
 
 import time
 
 import torch
-from common import bound, main, plot, train_model, windows
+from common import bound, context_of, main, plot, train_model, windows
 
 from data.lib.machine import autocast, device_of
 from model import load_checkpoint
 from sample import denoise
 
-LENGTHS, BATCHES = (1, 2, 3, 4, 6, 8, 12, 16), (1, 8, 32)
+LENGTHS = {1: (1, 2, 3, 4, 5, 6, 8, 12, 16), 8: (1, 2, 3, 4), 32: (1, 2, 3)}  # by how many texts are written at once
 
 
-def speed(model, n, temperature, draft_len, precision, repeats=3):
-    """Texts (n, T), tokens per forward pass and row, and tokens per second at the best of several attempts."""
-    canvas, best = torch.full((n, model.config.context), model.config.mask_id), 0.0
-    order = "draft" if draft_len else "left"
-    for _ in range(repeats):
-        start, passes = time.perf_counter(), 0
+def write(model, T, n_texts, n, temperature, K, precision):
+    """Write texts of T tokens, n at once: (n_texts, T), passes for each (n_texts,), and seconds."""
+    texts, passes, seconds, mask_id = [], [], 0.0, model.config.mask_id
+    for seeds in torch.arange(n_texts).split(n):
+        drafts, canvas = torch.zeros(n, T, dtype=torch.bool), torch.full((n, T), mask_id, device=device_of(model))
+        how = {"order": "draft" if K else "left", "temperature": temperature, "draft_len": K or None}
+        start, n_certain = time.perf_counter(), []
         with autocast(device_of(model), precision):
-            for texts in denoise(model, canvas, None, order, temperature, draft_len=draft_len):
-                passes += 1
-        best = max(best, canvas.numel() / (time.perf_counter() - start))
-    return texts, canvas.shape[1] / passes, best
+            for canvas in denoise(model, canvas, seeds=seeds.tolist(), drafts=drafts, **how):
+                n_certain.append(((canvas.cpu() != mask_id) & ~drafts).sum(1))
+        seconds += time.perf_counter() - start
+        texts.append(canvas.cpu())
+        passes.append(1 + (torch.stack(n_certain).diff(dim=0) > 0).sum(0))  # a finished row waits for the others
+    return torch.cat(texts), torch.cat(passes), seconds
+
+
+def measure(model, T, n, temperature, K, precision, repeats):
+    """As `write`, at the best of several attempts; all texts at once, or eight one by one."""
+    runs = [write(model, T, max(n, 8), n, temperature, K, precision) for _ in range(repeats)]
+    texts, passes, _ = runs[0]
+    return texts, T * len(texts) / passes.sum().item(), min(seconds for *_, seconds in runs)
 
 
 def draft(config, device):
     *panels, save = plot("draft", 2)
-    flags = "--attention draft:8 --max_iters 1900"  # what ten minutes of two cores read
-    model, _, _ = load_checkpoint(train_model(config, "out-draft", flags), device)
-    gpt, _, _ = load_checkpoint(train_model(config, "out-append", "--attention causal --max_iters 1900"), device)
-    tokens = windows("python", model.config.context)
-    print(f"append half {bound(model, tokens):.3f} nats per byte; a GPT after as many steps {bound(gpt, tokens):.3f}")
-    lengths, batches = (LENGTHS[:2], (1, 2)) if config.quick else (LENGTHS, BATCHES)
+    T, repeats = context_of(config), 1 if config.quick else 3
+    model, _, checkpoint = load_checkpoint(train_model(config, "out-draft", "--attention draft:8"), device)
+    steps = checkpoint["step"]
+    gpt, _, _ = load_checkpoint(train_model(config, "out-append", f"--attention causal --max_iters {steps}"), device)
+    append, alone = (bound(x, windows("python", T)) for x in (model, gpt))
+    print(f"after {steps:,} steps: append half {append:.3f} nats per byte, a GPT {alone:.3f}\n")
+    print("| temperature | texts at once | drafts | tokens per pass | times as fast: float32 | bfloat16 | same texts |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for temperature in (1.0, 0.7):
-        for n in batches:
-            base, _, append = speed(model, n, temperature, None, "float32")
-            rows = []
-            for K in lengths:
-                texts, per_pass, per_second = speed(model, n, temperature, K, "float32")
-                same = sum(a.equal(b) for a, b in zip(texts, base))
-                rows.append((K, per_pass, per_second / append))
-                print(f"| {temperature} | {n} | {K} | {per_pass:.2f} | {per_second / append:.2f} | {same} of {n} |")
-            K, per_pass, factor = zip(*rows)
-            panels[0].plot(K, per_pass, marker="o", label=f"temperature {temperature}, {n} at once")
-            panels[1].plot(K, factor, marker="o", label=f"temperature {temperature}, {n} at once")
-    for panel, title in zip(panels, ("tokens per pass (of the slowest text)", "times as fast as append")):
+        for n, lengths in LENGTHS.items():
+            rows = {K: [] for K in lengths}
+            for precision in ("float32", "bfloat16"):
+                base, _, seconds = measure(model, T, n, temperature, 0, precision, repeats)
+                for K in lengths:
+                    texts, per_pass, fast = measure(model, T, n, temperature, K, precision, repeats)
+                    rows[K].append((per_pass, seconds / fast, texts.eq(base).all(1).sum().item()))
+            for K, (full, half) in rows.items():
+                same = f"{full[2]} and {half[2]} of {len(base)}"
+                print(f"| {temperature} | {n} | {K} | {full[0]:.2f} | {full[1]:.2f} | {half[1]:.2f} | {same} |")
+            per_pass, factor, _ = zip(*(row[0] for row in rows.values()))
+            name = f"temperature {temperature:g}, {n} at once"
+            panels[1].plot(lengths, factor, marker="o", label=name)
+            if n == 1:
+                panels[0].plot(lengths, per_pass, marker="o", label=f"temperature {temperature:g}")
+    for panel, title in zip(panels, ("tokens per pass", "times as fast as append, float32")):
         panel.set(title=title, xlabel="tokens drafted in each pass")
         panel.set_ylim(bottom=0)
         panel.axhline(1, color="gray", linestyle=":")
-    panels[0].legend(fontsize="small")
+        panel.legend(fontsize="small")
     save()
 
 
