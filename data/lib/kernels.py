@@ -1,4 +1,4 @@
-"""Faster or smaller than torch's own: attention, dropout, convolution, cross-entropy, and logits a few rows at a time."""
+"""Faster or smaller than torch's own: attention, convolution, dropout, cross-entropy, and logits a few rows at once."""
 
 import torch
 import torch.nn as nn
