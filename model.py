@@ -48,6 +48,7 @@ class ModelConfig:
     block: int | None = None  # tokens; None: the canvas is one block
     shift_id: int | None = None  # read before the first token; None: each position reads its own token
     draft_len: int | None = None  # a GPT also drafts this many tokens at once; None: it only appends
+    draft_rank: int = 0  # width of the adapters that the masks of a frozen GPT have before each layer; 0: none
     conv: int = 5  # taps of each layer's convolution; 0: no convolution
     conv_right: int | None = None  # how many of them look to the right; None: half, but within the block
 
@@ -190,7 +191,7 @@ class Layer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """What drafting adds to a GPT: an adapter for the masks before each layer, and a look at the tokens before a draft.
+    """What drafting adds to a GPT: a look at the tokens before a draft and, if it is frozen, adapters for the masks.
 
     All masks of a group are read at once, so their vectors don't know the tokens that are drafted before them. With a
     look at the last few, the drafts are a Markov chain instead of independent guesses.
@@ -200,12 +201,13 @@ class Drafter(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, r = config.n_embd, max(1, config.n_embd // 8)
-        self.adapters = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.SiLU(), nn.Linear(r, C)) for _ in range(config.n_layer)
-        )
+        C, r = config.n_embd, config.draft_rank
         self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, C, bias=False)
         self.before, self.out = nn.Linear(self.LOOK * C, C, bias=False), nn.Linear(C, C, bias=False)
+        self.adapters = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.SiLU(), nn.Linear(r, C))
+            for _ in range(config.n_layer if r else 0)
+        )
         for p in (self.out.weight, *(p for adapter in self.adapters for p in adapter[-1].parameters())):
             nn.init.zeros_(p)  # at first it changes nothing
 
@@ -288,7 +290,7 @@ class Transformer(nn.Module):
         layout, positions = self.plan(n, places, K, cache)
         x = self.embed(torch.cat((text, groups), 1), positions)  # (B, S, C)
         for i, layer in enumerate(self.layers):
-            if self.drafter is not None and n < x.shape[1]:  # the groups are masks
+            if self.config.draft_rank and n < x.shape[1]:  # the groups are masks
                 x = torch.cat((x[:, :n], x[:, n:] + self.drafter.adapters[i](x[:, n:])), 1)
             if first and layer is self.layers[-1]:  # from the last layer we need no others
                 layout = layout._replace(first=first, sees=layout.sees[first:])
@@ -353,10 +355,10 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
         with torch.device("meta"):  # takes no memory, and draws no random weights
             model = network(config)
         weights = {name: x for name, x in checkpoint["model"].items() if config.draft_len or "drafter." not in name}
-        if config.draft_len and "drafter.norm.weight" not in weights:  # a GPT that learns to draft
+        if config.draft_len:  # a GPT that learns to draft has no drafter yet
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                weights |= {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()}
+                weights = {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()} | weights
         model.load_state_dict(weights, assign=True)
     matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}
     dtype = keep if matrices == {keep} else torch.float32

@@ -62,8 +62,10 @@ def settle(given, config_class, methods, load_checkpoint):
     attention = config.attention if "method" in given and not resume else given.get("attention", before)
     if attention.kind == "canvas" and model.config.shift_id is not None:
         attention = Attention("shifted")
-    if attention != before and not resume:
+    freeze = config.freeze and attention.kind == "draft"
+    if (attention != before or freeze) and not resume:
         changes |= attention_fields(attention, tokenizer.mask_id, model.config)
+        changes["draft_rank"] = model.config.draft_rank or model.config.n_embd // 8 * freeze
         model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
 
     longest, fixed = model.config.context, {name: getattr(model.config, name) for name in SHAPE}
