@@ -199,7 +199,7 @@ def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
             nats.scatter_(1, places, log_probability(logits.flatten(0, 1), sent).view(places.shape))
         return tokens
 
-    for ends in append(canvas, K, Ahead(model, T, K), draw_at, mask_id):
+    for ends in append(canvas, K, Ahead(model, *canvas.shape, K), draw_at, mask_id):
         if log_p is not None:
             log_p[is_hole] = nats[:, :T][is_hole]
         if drafts is not None:
