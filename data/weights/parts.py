@@ -14,6 +14,7 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_tanh"), nn.
 class PublishedConfig(ModelConfig):
     conv: int = 0
     n_kv_head: int = 0  # heads of keys and values, each shared by several heads of queries (2305.13245); 0: n_head
+    head_dim: int = 0  # width of a head; 0: n_embd / n_head
     mlp_width: int = 0  # width of the MLP's hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     norm_eps: float = 1e-5  # added to the variance
@@ -22,8 +23,8 @@ class PublishedConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_head % (self.n_kv_head or self.n_head) or self.rope_base <= 0:
-            raise ValueError("n_kv_head must divide n_head, and rope_base must be positive")
+        if self.n_head % (self.n_kv_head or self.n_head) or self.rope_base <= 0 or self.head_dim % 2:
+            raise ValueError("n_kv_head must divide n_head, rope_base must be positive, and head_dim even")
 
 
 @dataclass
@@ -39,8 +40,10 @@ class PositionsConfig(PublishedConfig):
 class PublishedAttention(Attention):
     def __init__(self, config, bias):
         super().__init__(config)
-        C, shared = config.n_embd, self.head_dim * (config.n_kv_head or config.n_head)
-        self.query, self.key, self.value, self.out = (nn.Linear(C, width, bias) for width in (C, shared, shared, C))
+        self.head_dim, C = config.head_dim or self.head_dim, config.n_embd
+        width, shared = (self.head_dim * n for n in (config.n_head, config.n_kv_head or config.n_head))
+        self.query, self.out = nn.Linear(C, width, bias), nn.Linear(width, C, bias)
+        self.key, self.value = (nn.Linear(C, shared, bias) for _ in range(2))
         self.query_norm = self.key_norm = nn.Identity()
 
     def place(self, q, k, layout):
@@ -58,6 +61,15 @@ class PublishedMLP(MLP):
         return self.down(self.activation(self.up(x)))
 
 
+class GatedMLP(PublishedMLP):
+    def __init__(self, config, bias):
+        super().__init__(config, bias)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias)
+
+    def forward(self, x):
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # GLU, 2002.05202
+
+
 class PublishedLayer(Layer):
     MLP, Norm, bias = PublishedMLP, nn.LayerNorm, True
 
@@ -65,6 +77,10 @@ class PublishedLayer(Layer):
         super().__init__(config)
         self.attention, self.mlp = PublishedAttention(config, self.bias), self.MLP(config, self.bias)
         self.attention_norm, self.mlp_norm = (self.Norm(config.n_embd, config.norm_eps) for _ in range(2))
+
+
+class RMSLayer(PublishedLayer):
+    MLP, Norm, bias = GatedMLP, nn.RMSNorm, False  # 1910.07467
 
 
 class Published(Transformer):
@@ -91,5 +107,5 @@ class Published(Transformer):
         return self.dropout(x)
 
     def angles(self, positions):
-        D = self.config.n_embd // self.config.n_head
+        D = self.config.head_dim or self.config.n_embd // self.config.n_head
         return None if self.config.learned_positions else rotary_angles(positions, D, self.config.rope_base)

@@ -16,10 +16,11 @@ from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake
 from data.lib.flags import argument, flag, script
-from data.weights import bert, gpt2, hub, llada, mdlm
+from data.weights import bert, gpt2, hub, llada, llama, mdlm
 from model import load_checkpoint
 
-FAMILY = {"roberta": bert, "bert": bert, "gpt2": gpt2, "mdlm": mdlm, "bd3lm": mdlm, "llada": llada}  # by model_type
+FAMILY = {"roberta": bert, "bert": bert, "gpt2": gpt2, "mdlm": mdlm, "bd3lm": mdlm}  # by model_type
+FAMILY |= {"llada": llada, "llama": llama, "qwen3": llama}
 REPOSITORIES = {name: files for family in FAMILY.values() for name, files in family.REPOSITORIES.items()}
 
 
