@@ -141,7 +141,7 @@ def read_tokenizer_json(folder):
     """
     path = folder / "tokenizer.json"
     theirs = read_json(path)
-    model, first = theirs["model"], theirs["pre_tokenizer"]
+    model, first = theirs["model"], theirs["pre_tokenizer"] or {}  # none in sentencepiece's
     *splits, letters = first.get("pretokenizers", [first])
     digits = splits == [{"type": "Digits", "individual_digits": True}]
     pattern = splits[0]["pattern"]["Regex"] if splits and not digits else DIGITS_PATTERN if digits else GPT2_PATTERN
