@@ -262,6 +262,7 @@ BROKEN = {
     "an odd head": ({"head_dim": 9}, "head_dim even"),
     "an activation of its own": ({"hidden_act": "swiglu"}, "swiglu"),
     "normalised queries": ({"model_type": "qwen3"}, "query_norm"),
+    "rows without end": ({"vocab_size": 10**9}, "1,000,000,000 rows"),
     "another model": ({"model_type": "t5"}, "model_type is t5"),
 }
 

@@ -60,8 +60,8 @@ def read_chat(folder, opener):
 
 def convert(folder, theirs, settings, tensors):
     text, special, pattern, form = hub.read_tokenizer_json(folder)
-    n_rows = settings["vocab_size"]
-    mask_id = max({*range(n_rows)} - {*text.values(), *special.values()}, default=n_rows)  # a row without a token
+    n_rows, taken = settings["vocab_size"], {*text.values(), *special.values()}
+    mask_id = next((i for i in reversed(range(n_rows)) if i not in taken), n_rows)  # the last row without a token
     if mask_id == n_rows:
         settings["vocab_size"] = n_rows + 1
         hub.add_row(tensors)
@@ -71,7 +71,7 @@ def convert(folder, theirs, settings, tensors):
     ends = tuple(sorted(ends - {None}))
     settings |= {"block": 1, "mask_id": mask_id, "end_ids": ends, "head_dim": theirs.get("head_dim") or 0}
     settings["special_ids"] = tuple(i for i in tokenizer.special_ids if i not in ends)
-    settings["shift_id"] = theirs["bos_token_id"] if theirs.get("bos_token_id") is not None else ends[0]
+    settings["shift_id"] = theirs["bos_token_id"] if theirs.get("bos_token_id") is not None else ends[0]  # <|endoftext|>
     settings |= {"tied": theirs.get("tie_word_embeddings", False), "qk_norm": theirs["model_type"] == "qwen3"}
     opener = next((name for name, i in tokenizer.special.items() if i == settings["shift_id"]), None)
     return tokenizer, read_chat(folder, opener)
