@@ -71,7 +71,8 @@ def convert(folder, theirs, settings, tensors):
     ends = tuple(sorted(ends - {None}))
     settings |= {"block": 1, "mask_id": mask_id, "end_ids": ends, "head_dim": theirs.get("head_dim") or 0}
     settings["special_ids"] = tuple(i for i in tokenizer.special_ids if i not in ends)
-    settings["shift_id"] = theirs["bos_token_id"] if theirs.get("bos_token_id") is not None else ends[0]  # <|endoftext|>
+    bos = theirs.get("bos_token_id")
+    settings["shift_id"] = ends[0] if bos is None else bos  # a model without one reads <|endoftext|> before a text
     settings |= {"tied": theirs.get("tie_word_embeddings", False), "qk_norm": theirs["model_type"] == "qwen3"}
     opener = next((name for name, i in tokenizer.special.items() if i == settings["shift_id"]), None)
     return tokenizer, read_chat(folder, opener)
