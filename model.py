@@ -99,7 +99,7 @@ def who_sees(n, K, starts):
 
 def rotary_angles(positions, D, base=10000.0):
     """Cosines and signed sines for `rotate` (2104.09864, eq. 15) at positions (.., S), each (.., S, 1, D)."""
-    frequency = base ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
+    frequency = 1 / base ** (torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
     angle = positions[..., None, None] * frequency  # (.., S, 1, D/2)
     return torch.cat((angle, angle), -1).cos(), torch.cat((-angle, angle), -1).sin()
 

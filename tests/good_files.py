@@ -71,7 +71,7 @@ def make_checkpoints(good):
     config = ModelConfig(len(TOKENS) + 2, len(TOKENS) + 1, **SHAPE)
     save_checkpoint(good / "start.pt", Transformer(config), BPETokenizer(TOKENS, PATTERN, special=special))
     for family in FAMILIES:
-        network, causal = published_network(family), {"block": 1, "shift_id": 0} if family == "gpt2" else {}
+        network, causal = published_network(family), {"block": 1, "shift_id": 0} if family in ("gpt2", "llama") else {}
         save_checkpoint(good / f"{family}.pt", network(network.Config(**SHAPE, **causal, tied=True)), ByteTokenizer())
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from model_files import (
     CLASSES,
@@ -214,12 +215,28 @@ def test_half_precision_files_become_float32_of_the_same_values(dtype, originals
     assert_equal(model.state_dict(), converted(roberta, full).state_dict())
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_without_a_head_the_last_layer_s_vectors_meet_the_embedding(kind, originals, run, tmp_path, capsys):
+    original, reference = originals[kind]
+    folder = shutil.copytree(original, tmp_path / "model")
+    save_weights(folder, reference.base_model.state_dict())
+    run(folder, "--out", tmp_path / "out.pt")
+    assert "has to teach it" in capsys.readouterr().out
+    model = load_checkpoint(tmp_path / "out.pt")[0].eval()
+    with torch.no_grad():
+        last = reference.base_model(ids := random_ids(reference.config, 2, 9)).last_hidden_state
+        similar = F.layer_norm(last, last.shape[-1:]) @ model.token_embedding.weight.T
+        logits = model(ids)
+    text = torch.arange(logits.shape[-1]) != model.config.mask_id
+    assert F.cosine_similarity(logits[..., text], similar[..., text], -1).min() > 0.99
+
+
 LAYER = "roberta.encoder.layer.1.attention.self.query.weight"
 OTHER_WEIGHTS = {
     "an unknown tensor": (lambda t: t | {"roberta.adapter.weight": torch.ones(2)}, "adapter.weight"),
     "a layer too many": (lambda t: t | {LAYER.replace("1", "2"): t[LAYER]}, "layers.2.attention"),
     "a layer's tensor missing": (lambda t: without(t, LAYER), "layers.1.attention.query.weight"),
-    "no head": (lambda t: without(t, "lm_head.dense.weight"), "transform.weight"),
+    "half a head": (lambda t: without(t, "lm_head.dense.weight"), "transform.weight"),
     "no bias": (lambda t: without(t, "lm_head.bias", "decoder.bias"), "head.bias"),
     "no embedding": (lambda t: without(t, "word_embeddings.weight"), "token_embedding.weight"),
     "another shape": (lambda t: t | {LAYER: torch.ones(32, 33)}, "[32, 33]"),
@@ -455,7 +472,7 @@ OTHER_CONFIGS = [
     ({"hidden_act": "swiglu"}, "swiglu"),
     ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"is_decoder": True}, "is_decoder"),
-    ({"num_attention_heads": 5}, "attention.key.weight"),
+    ({"num_attention_heads": 5}, "attention.query.weight"),
     ({"vocab_size": 100}, "100 rows"),
     ({"vocab_size": 10**12}, "1,000,000,000,000 rows"),
     ({"vocab_size": 464}, "token_embedding"),

@@ -444,7 +444,7 @@ OTHER_CONFIGS = [
     ({"activation_function": "swiglu"}, "swiglu"),
     ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    ({"n_head": 5}, "attention.key.weight"),
+    ({"n_head": 5}, "attention.query.weight"),
     ({"n_head": 0}, "don't make a model"),
     ({"n_embd": "768"}, "don't make a model"),
     ({"n_embd": None}, "it has no n_embd"),

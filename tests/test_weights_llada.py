@@ -253,7 +253,7 @@ def test_tokenizers_that_are_none_of_ours_are_refused_in_a_sentence(llada, mista
         ({"model": {**whole["model"], "unk_token": "?"}}, "byte-level BPE"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "byte-level BPE"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, split, letters]}}, "byte-level BPE"),
-        ({"pre_tokenizer": None}, "don't make a model"),
+        ({"pre_tokenizer": None}, "byte-level BPE"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "don't make a model"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [number, letters]}}, "don't make a model"),
         ({"added_tokens": [{"content": 5, "id": 5}]}, "don't make a model"),

@@ -12,7 +12,7 @@ import data.lib.corpus
 from data.lib.flags import Level
 from data.lib.tokenizer import ByteTokenizer
 from data.text.prepare import prepare
-from data.weights import bert, gpt2, llada, mdlm
+from data.weights import bert, gpt2, llada, llama, mdlm
 from model import ModelConfig, Transformer
 from train import corrupt, hole_weights, uniform_rates
 
@@ -25,6 +25,7 @@ NETWORKS = {
     "gpt2": {"network": gpt2.Network},
     "mdlm": {"network": mdlm.Network},
     "llada": {"network": llada.Network, "n_kv_head": 1},
+    "llama": {"network": llama.Network, "head_dim": 6, "qk_norm": True},
 }
 MASK = 5  # of models with V = 5
 SHAPES = {  # the networks, each with and without a shift

@@ -13,7 +13,7 @@ from data.lib.errors import Mistake
 from data.lib.files import replacing
 from data.lib.processes import full_on_rank_0, rank
 
-FAMILIES = "bert", "gpt2", "mdlm", "llada"  # published networks, each a module of data/weights/
+FAMILIES = "bert", "gpt2", "mdlm", "llada", "llama"  # published networks, each a module of data/weights/
 
 
 def save_checkpoint(path, model, tokenizer, **more):

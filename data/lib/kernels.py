@@ -40,6 +40,14 @@ class Dropout(nn.Dropout):
         return x * kept.type_as(x).mul_(1 / (1 - self.p))
 
 
+class Linear(nn.Linear):
+    def forward(self, x):
+        if x.device.type != "cpu" or x.numel() > self.in_features:
+            return super().forward(x)
+        y = self.weight @ x.flatten()  # for one row in bfloat16, torch's product by a vector takes 0.7 of the time
+        return (y if self.bias is None else y + self.bias.type_as(y)).view(*x.shape[:-1], self.out_features)
+
+
 def rows_at(where, first, T):
     """The number of positions in `where` (B, T), bool or indices, and their rows in a tensor (B * (T - first), C)."""
     b, t = where[:, first:].nonzero(as_tuple=True) if torch.is_tensor(where) else (where[0], where[1] - first)

@@ -76,22 +76,28 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding by tiktoken. tokens: byte strings as latin-1, in the order in which they merge."""
+    """Byte-level byte-pair encoding by tiktoken.
 
-    def __init__(self, tokens, pattern, ids=None, special=None):
+    tokens: byte strings as latin-1, in the order in which they merge. ids: theirs; -1 for a byte that isn't in the
+    vocabulary, which is left out of a text. form: the Unicode normal form that a text is brought into, such as NFC.
+    """
+
+    def __init__(self, tokens, pattern, ids=None, special=None, form=None):
         special = special or {"<mask>": len(tokens)}
-        self.state = {"kind": "bpe", "tokens": tokens, "pattern": pattern, "ids": ids, "special": special}
-        self.ids = ids or range(len(tokens))
+        self.state = {"kind": "bpe", "tokens": tokens, "pattern": pattern, "ids": ids, "special": special, "form": form}
+        self.ids, self.form = ids or range(len(tokens)), form
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
-        super().__init__(special, dict(zip(self.ids, ranks)))
-        each_once = sorted([*self.ids, *special.values()]) == [*range(len(ranks) + len(special))]
-        if not each_once or not {bytes([i]) for i in range(256)} <= ranks.keys():
+        super().__init__(special, {i: token for i, token in zip(self.ids, ranks) if i != -1})
+        there = [i for i in self.ids if i != -1]
+        each_once = sorted([*there, *special.values()]) == [*range(self.vocab_size)] and len(ranks) == len(self.ids)
+        if form not in (None, "NFC") or not each_once or not {bytes([i]) for i in range(256)} <= ranks.keys():
             raise ValueError("its tokens or their ids repeat, or some of them are missing")
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
         try:
-            return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
+            text = normalize(self.form, text) if self.form else text
+            return [i for rank in self.encoding.encode_ordinary(text) if (i := self.ids[rank]) != -1]
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException:  # tiktoken panics at a bad pattern, and a panic isn't an Exception

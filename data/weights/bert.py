@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 
 from data.lib.errors import Mistake
@@ -58,9 +59,22 @@ class Network(Published):
         return super().unembed(self.transform_norm(self.head_activation(self.transform(x))), positions)
 
 
+def add_head(tensors):
+    """A sentence encoder has no head. This one hands the last layer's vectors to the tied embedding, to be learned."""
+    embedding = tensors["token_embedding.weight"]
+    V, C = embedding.shape
+    head = {"transform.weight": torch.eye(C) / 16}  # GELU is nearly linear there, and the norm undoes the scale
+    head |= {"transform.bias": torch.zeros(C), "transform_norm.weight": torch.ones(C)}
+    head |= {"transform_norm.bias": torch.zeros(C), "head.bias": torch.zeros(V)}
+    tensors |= {name: tensor.type_as(embedding) for name, tensor in head.items()}
+    print("these weights have no head that predicts tokens, so fine-tuning has to teach it; it starts as the embedding")
+
+
 def convert(folder, theirs, settings, tensors):
     for name in [*tensors]:  # TensorFlow's names for a norm's weight and bias are gamma and beta
         tensors[name.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensors.pop(name)
+    if not any(name.startswith(("transform", "head.", "copy_of_bias")) for name in tensors):
+        add_head(tensors)
     tensors.setdefault("head.bias", tensors.pop("copy_of_bias", None))
     if theirs["model_type"] == "roberta":
         tokenizer = hub.bpe_tokenizer(folder, *hub.read_bpe(folder), theirs["vocab_size"])

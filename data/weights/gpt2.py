@@ -19,7 +19,6 @@ REQUIRED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False
 NAMES = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm", "lm_head": "head"}
 NAMES |= {"ln_1": "attention_norm", "attn.c_attn": "attention.all", "attn.c_proj": "attention.out"}
 NAMES |= {"ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
-TABLES = {"token_embedding.weight", "head.weight"}  # a row for each token
 PREFIX, LAYERS = r"transformer\.|denoise_model\.", "h"
 IGNORED = r"score\.|classifier\.|multiple_choice_head\.|qa_outputs\."  # the heads of other tasks
 
@@ -51,10 +50,7 @@ def convert(folder, theirs, settings, tensors):
         settings["context"] -= 1  # the last token is read at a position of its own
     else:
         settings |= {"block": 1, "vocab_size": theirs["vocab_size"] + 1}
-        # A GPT never reads the row of <mask>. Filled with the mean, it favours no token once the attention is opened.
-        for name in TABLES & tensors.keys():
-            mean = tensors[name].float().mean(0, keepdim=True)
-            tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
+        hub.add_row(tensors)
     # The matrices of their layers are (in, out).
     tensors |= {name: tensor.t().contiguous() for name, tensor in tensors.items() if name.startswith("layers.")}
     tokenizer = read_tokenizer(folder, settings["vocab_size"], opened)
@@ -71,7 +67,7 @@ def export(path, model, tokenizer):
     theirs = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": config.tied}
     theirs |= {"vocab_size": config.vocab_size - 1, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
     theirs |= {"bos_token_id": config.shift_id, "eos_token_id": config.shift_id, "n_inner": config.mlp_width or None}
-    tensors |= {name: tensors[name][:-1].clone() for name in TABLES}
+    tensors |= {name: tensors[name][:-1].clone() for name in hub.TABLES}
     if config.tied:
         del tensors["head.weight"]
     for name in [name for name in tensors if ".attention.query." in name]:

@@ -15,8 +15,11 @@ from data.lib.tokenizer import BPETokenizer, WordPieceTokenizer
 HUB = "https://huggingface.co"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+TABLES = {"token_embedding.weight", "head.weight"}  # a row for each token
 # How GPT-2 cuts text into words before it merges the bytes of each (encoder.py of its code, 2019).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same if every digit is first set apart, and the text between two digits is cut on its own.
+DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 def fetch(repositories, folder):
@@ -81,13 +84,13 @@ def byte_symbols():
     return [chr(byte if chr(byte).isprintable() and byte != 0x20 else next(others)) for byte in range(256)]
 
 
-def bpe_tokenizer(folder, text, special, n_rows, pattern=GPT2_PATTERN):
+def bpe_tokenizer(folder, text, special, n_rows, pattern=GPT2_PATTERN, form=None):
     """A BPETokenizer of n_rows ids. text: ids of merged tokens by their bytes as latin-1; special: others by name."""
-    taken = {*text.values(), *special.values()}
+    taken = {*text.values(), *special.values()} - {-1}
     if not 0 <= n_rows - len(taken) <= 2**12:  # rows are often rounded up for speed
         raise Mistake(f"{folder}: its vocabulary has {len(taken):,} tokens, but the embedding {n_rows:,} rows")
     special = special | {f"<unused {i}>": i for i in range(n_rows) if i not in taken}
-    return BPETokenizer([*text], pattern, [*text.values()], special)
+    return BPETokenizer([*text], pattern, [*text.values()], special, form)
 
 
 def split_bpe(ids, merges):
@@ -105,6 +108,13 @@ def read_bpe(folder):
     if unmade := [name for name in special if not re.fullmatch(r"<.+>|\[.+\]|madeupword\d+", name)]:
         raise Mistake(f"{folder}: no line of merges.txt makes {unmade[0]!r} of vocab.json; one may be truncated")
     return text, special
+
+
+def add_row(tensors):
+    """Give `<mask>` a row after the last token. Its mean favours no token once the attention is opened."""
+    for name in TABLES & tensors.keys():  # a GPT never reads the row
+        mean = tensors[name].float().mean(0, keepdim=True)
+        tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
 
 
 def bpe_texts(tokenizer, without=()):
@@ -125,20 +135,31 @@ def bpe_texts(tokenizer, without=()):
 
 
 def read_tokenizer_json(folder):
-    """Read a tokenizer.json that tiktoken can follow: (ids of text, ids of special tokens, pattern that cuts words)."""
+    """Read a tokenizer.json that tiktoken can follow: (ids of text, ids of special tokens, pattern, normal form).
+
+    A byte that isn't in the vocabulary has the id -1. The pattern cuts a text into words.
+    """
     path = folder / "tokenizer.json"
     theirs = read_json(path)
-    model, first = theirs["model"], theirs["pre_tokenizer"]
+    model, first = theirs["model"], theirs["pre_tokenizer"] or {}  # none in sentencepiece's
     *splits, letters = first.get("pretokenizers", [first])
-    pattern = splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN
+    digits = splits == [{"type": "Digits", "individual_digits": True}]
+    pattern = splits[0]["pattern"]["Regex"] if splits and not digits else DIGITS_PATTERN if digits else GPT2_PATTERN
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not splits}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": digits or not splits}
+    form = "NFC" if theirs["normalizer"] == {"type": "NFC"} else None
     names = "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"
-    changes = theirs["normalizer"], *map(model.get, names)
-    if splits not in ([], [split]) or not last.items() <= letters.items() or any(changes) or model["type"] != "BPE":
+    changes = form is None and theirs["normalizer"], *map(model.get, names)
+    known = (digits or splits in ([], [split])) and last.items() <= letters.items() and model["type"] == "BPE"
+    if not known or any(changes):
         raise Mistake(f"{path}: it is not a byte-level BPE that leaves the text as it is; we know no other")
+    absent = {symbol: -1 for symbol in byte_symbols() if symbol not in model["vocab"]}
     added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
-    return *split_bpe(model["vocab"] | added, model["merges"]), pattern
+    text, special = split_bpe(absent | model["vocab"] | added, model["merges"])
+    for token in theirs["added_tokens"]:  # these are written like text, such as <think>
+        if not token.get("special", True) and token["content"] in special:
+            text[token["content"].encode().decode("latin-1")] = special.pop(token["content"])
+    return text, special, pattern, form
 
 
 def read_wordpiece(folder, n_rows):

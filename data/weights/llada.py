@@ -1,9 +1,7 @@
 """LLaDA (2502.09992), which is Llama with open attention: RMSNorm, a gated MLP, shared keys and values."""
 
-import torch.nn as nn
-
 from data.weights import hub
-from data.weights.parts import Published, PublishedLayer, PublishedMLP
+from data.weights.parts import Published, RMSLayer
 
 FILES = "config.json", "tokenizer.json", "model.safetensors.index.json"
 REPOSITORIES = {f"llada-{name}".lower(): {f"GSAI-ML/LLaDA-{name}": FILES} for name in ("8B-Base", "8B-Instruct", "1.5")}
@@ -23,28 +21,15 @@ CHAT = {"opening": "<|startoftext|>", "end": "<|endoftext|>"}
 CHAT["turn"] = "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
 
 
-class GatedMLP(PublishedMLP):
-    def __init__(self, config, bias):
-        super().__init__(config, bias)
-        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias)
-
-    def forward(self, x):
-        return self.down(self.activation(self.gate(x)) * self.up(x))  # GLU, 2002.05202
-
-
-class LladaLayer(PublishedLayer):
-    MLP, Norm, bias = GatedMLP, nn.RMSNorm, False  # 1910.07467
-
-
 class Network(Published):
-    family, Layer = "llada", LladaLayer
+    family, Layer = "llada", RMSLayer
 
 
 def convert(folder, theirs, settings, tensors):
-    text, special, pattern = hub.read_tokenizer_json(folder)
+    text, special, pattern, form = hub.read_tokenizer_json(folder)
     special = {name: i for name, i in special.items() if i != settings["mask_id"]} | {"<mask>": settings["mask_id"]}
     special = {name.replace("[CLS]", "<|CLS|>"): i for name, i in special.items()}  # here it doesn't open lines
-    tokenizer = hub.bpe_tokenizer(folder, text, special, settings["vocab_size"], pattern)
+    tokenizer = hub.bpe_tokenizer(folder, text, special, settings["vocab_size"], pattern, form)
     ends = [special[name] for name in ("<|endoftext|>", "<|eot_id|>") if name in special]  # it learned to write them
     settings |= {"special_ids": tuple(i for i in tokenizer.special_ids if i not in ends), "end_ids": tuple(ends)}
     settings["tied"] = theirs.get("weight_tying", False)

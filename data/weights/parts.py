@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
+from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer, rotary_angles
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "swish": nn.SiLU()}
@@ -14,6 +15,7 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_tanh"), nn.
 class PublishedConfig(ModelConfig):
     conv: int = 0
     n_kv_head: int = 0  # heads of keys and values, each shared by several heads of queries (2305.13245); 0: n_head
+    head_dim: int = 0  # width of a head; 0: n_embd / n_head
     mlp_width: int = 0  # width of the MLP's hidden layer; 0: 4 * n_embd
     activation: str = "gelu"  # one of ACTIVATIONS
     norm_eps: float = 1e-5  # added to the variance
@@ -22,8 +24,8 @@ class PublishedConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_head % (self.n_kv_head or self.n_head) or self.rope_base <= 0:
-            raise ValueError("n_kv_head must divide n_head, and rope_base must be positive")
+        if self.n_head % (self.n_kv_head or self.n_head) or self.rope_base <= 0 or self.head_dim % 2:
+            raise ValueError("n_kv_head must divide n_head, rope_base must be positive, and head_dim even")
 
 
 @dataclass
@@ -39,8 +41,10 @@ class PositionsConfig(PublishedConfig):
 class PublishedAttention(Attention):
     def __init__(self, config, bias):
         super().__init__(config)
-        C, shared = config.n_embd, self.head_dim * (config.n_kv_head or config.n_head)
-        self.query, self.key, self.value, self.out = (nn.Linear(C, width, bias) for width in (C, shared, shared, C))
+        self.head_dim, C = config.head_dim or self.head_dim, config.n_embd
+        width, shared = (self.head_dim * n for n in (config.n_head, config.n_kv_head or config.n_head))
+        self.query, self.out = Linear(C, width, bias), Linear(width, C, bias)
+        self.key, self.value = (Linear(C, shared, bias) for _ in range(2))
         self.query_norm = self.key_norm = nn.Identity()
 
     def place(self, q, k, layout):
@@ -51,11 +55,20 @@ class PublishedMLP(MLP):
     def __init__(self, config, bias):
         super().__init__(config)
         width = config.mlp_width or 4 * config.n_embd
-        self.up, self.down = nn.Linear(config.n_embd, width, bias), nn.Linear(width, config.n_embd, bias)
+        self.up, self.down = Linear(config.n_embd, width, bias), Linear(width, config.n_embd, bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
         return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(PublishedMLP):
+    def __init__(self, config, bias):
+        super().__init__(config, bias)
+        self.gate = Linear(config.n_embd, self.up.out_features, bias)
+
+    def forward(self, x):
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # GLU, 2002.05202
 
 
 class PublishedLayer(Layer):
@@ -65,6 +78,10 @@ class PublishedLayer(Layer):
         super().__init__(config)
         self.attention, self.mlp = PublishedAttention(config, self.bias), self.MLP(config, self.bias)
         self.attention_norm, self.mlp_norm = (self.Norm(config.n_embd, config.norm_eps) for _ in range(2))
+
+
+class RMSLayer(PublishedLayer):
+    MLP, Norm, bias = GatedMLP, nn.RMSNorm, False  # 1910.07467
 
 
 class Published(Transformer):
@@ -91,5 +108,5 @@ class Published(Transformer):
         return self.dropout(x)
 
     def angles(self, positions):
-        D = self.config.n_embd // self.config.n_head
+        D = self.config.head_dim or self.config.n_embd // self.config.n_head
         return None if self.config.learned_positions else rotary_angles(positions, D, self.config.rope_base)

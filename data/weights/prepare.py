@@ -1,6 +1,6 @@
 """Converts a published model's weights and tokenizer into one of our checkpoints, and back.
 
-python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, mdlm-owt, llada-8b-base, ..
+python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, smollm2-135m, mdlm-owt, llada-8b-base, ..
 python data/weights/prepare.py FOLDER --out mine.pt    # files that you have, in the hub's layout
 python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoBERTa, BERT or GPT-2, in that layout
 """
@@ -16,10 +16,11 @@ from data.lib.checkpoint import check_config, save, save_checkpoint
 from data.lib.corpus import DATA
 from data.lib.errors import Mistake
 from data.lib.flags import argument, flag, script
-from data.weights import bert, gpt2, hub, llada, mdlm
+from data.weights import bert, gpt2, hub, llada, llama, mdlm
 from model import load_checkpoint
 
-FAMILY = {"roberta": bert, "bert": bert, "gpt2": gpt2, "mdlm": mdlm, "bd3lm": mdlm, "llada": llada}  # by model_type
+FAMILY = {"roberta": bert, "bert": bert, "gpt2": gpt2, "mdlm": mdlm, "bd3lm": mdlm}  # by model_type
+FAMILY |= {"llada": llada, "llama": llama, "qwen3": llama}
 REPOSITORIES = {name: files for family in FAMILY.values() for name, files in family.REPOSITORIES.items()}
 
 
