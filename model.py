@@ -278,10 +278,10 @@ class Transformer(nn.Module):
         is_plain = not (len(places) or is_ragged)  # a text alone, of rows that see equally much
         one_block = is_plain and n <= K  # it sees all, because caches end where a block begins
         causal = is_plain and K == 1 and n > 1 and not (cache and cache.length)
-        sees = None
-        if not (one_block or causal):
-            sees = who_sees(n, K, places[::group].repeat_interleave(group)[: len(places)])
-            sees = cache.sees(sees) if cache else sees
+        group_starts = places[::group].repeat_interleave(group)[: len(places)]  # (M,)
+        sees = None if one_block or causal else who_sees(n, K, group_starts)
+        if cache and sees is not None:
+            sees = cache.sees(sees)
         return Layout(self.angles(positions), sees, causal, n, width, starts, cache), positions
 
     def run(self, text, groups, places, K, cache=None, first=0):
