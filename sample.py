@@ -103,24 +103,24 @@ def rewrite(canvas, n_steps, look, take, draws, mask_id):
         yield
 
 
-def append(canvas, K, ahead, draw_at, mask_id):
+def append(canvas, text, K, n, ahead, draw_at, mask_id):
     """Write a GPT's canvas (B, T) from left to right, in place; yield `ends` (B,), before which it is certain.
 
-    A pass reads the K drafts of the pass before, and so verifies them: they are right up to the first that is not what
-    the GPT draws there (order `draft`, after TiDAR, 2511.08923). Without drafts it appends a token (order `left`).
+    A pass reads the drafts of the pass before, and so verifies them: they are right up to the first that is not what
+    the GPT draws there. Then it drafts K more (order `draft`, after TiDAR, 2511.08923), or none (order `left`).
 
-    ahead: an Ahead. draw_at(logits (B, n, V), places (B, n)) -> tokens, by a noise that each place keeps.
+    text (B, T + K + n): the canvas, or drafts of it; n: how many places a pass reads. ahead: an Ahead.
+    draw_at(logits (B, n, V), places (B, n)) -> tokens, by a noise that each place keeps.
     """
-    T, near = canvas.shape[1], torch.arange(K + 1)
-    text = F.pad(canvas, (0, 2 * K + 1), value=mask_id)  # what is certain, then drafts, then holes
-    ends = (text == mask_id).int().argmax(1)
+    T, near = canvas.shape[1], torch.arange(n)
+    ends = F.pad(canvas == mask_id, (0, 1), value=True).int().argmax(1)
     while (ends < T).any():
-        places = ends[:, None] + near  # (B, K + 1)
-        logits, most = ahead.look(text, ends)  # (B, K + 1, V), (B,)
+        places = ends[:, None] + near  # (B, n)
+        logits, most = ahead.look(text, ends)  # (B, n, V), (B,)
         drafts, drawn = text.gather(1, places), draw_at(logits, places)
-        n = (1 + (drawn == drafts)[:, :K].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
-        text.scatter_(1, places, drawn.where(near < n[:, None], mask_id))  # .append
-        ends, last = ends + n, (n - 1).clamp(min=0)
+        kept = (1 + (drawn == drafts)[:, :-1].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
+        text.scatter_(1, places, drawn.where(near < kept[:, None], mask_id))  # .append
+        ends, last = ends + kept, (kept - 1).clamp(min=0)
         for i in range(K):  # draft the next, each after those before it
             place = ends[:, None] + i
             text.scatter_(1, place, draw_at(ahead.guess(text, place, last, i), place))
@@ -187,19 +187,21 @@ def denoise(
 def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
     """`denoise` for a GPT: write its canvas (B, T), in place, and yield after each pass. draw: a `draw_with_noise`."""
     T, is_hole, mask_id = canvas.shape[1], canvas == model.config.mask_id, model.config.mask_id
+    n = K + 1 if text is None else 64  # a text that is known is a draft to verify, without any guess
     noise = gumbel_noise(seeds, K, model.config.vocab_size)
-    given = F.pad(canvas if text is None else text, (0, 2 * K + 1), value=mask_id)
-    nats = F.pad(torch.zeros_like(is_hole) if log_p is None else log_p, (0, 2 * K + 1))
+    given = F.pad(canvas if text is None else text, (0, K + n), value=mask_id)
+    nats = F.pad(torch.zeros_like(is_hole) if log_p is None else log_p, (0, K + n))
 
     def draw_at(logits, places):
-        fixed = given.gather(1, places)
-        tokens = draw(logits, noise(places)).cpu().where(fixed == mask_id, fixed)
+        tokens = given.gather(1, places)
+        if text is None:
+            tokens = draw(logits, noise(places)).cpu().where(tokens == mask_id, tokens)
         if log_p is not None:
             (sent,) = send(logits.device, tokens.flatten())
             nats.scatter_(1, places, log_probability(logits.flatten(0, 1), sent).view(places.shape))
         return tokens
 
-    for ends in append(canvas, K, Ahead(model, *canvas.shape, K), draw_at, mask_id):
+    for ends in append(canvas, given.clone(), K, n, Ahead(model, *canvas.shape, K, n), draw_at, mask_id):
         if log_p is not None:
             log_p[is_hole] = nats[:, :T][is_hole]
         if drafts is not None:

@@ -11,25 +11,25 @@ from data.lib.machine import device_of, send
 
 
 class Ahead:
-    """Reads K drafts of each row of a text and, after each place where the text may go on, a group of K masks.
+    """Reads the next n tokens of each row of a text and, after each place where the text may go on, K masks.
 
     The text has B rows of T tokens. They advance at their own pace, so each has a window of its own.
     """
 
-    def __init__(self, model, B, T, K):
-        self.model, self.T, self.K, self.device = model, T, K, device_of(model)
+    def __init__(self, model, B, T, K, n):
+        self.model, self.T, self.K, self.n, self.device = model, T, K, n, device_of(model)
         self.lefts, self.cache = torch.full((B,), -1), None  # where each row's window begins; -1: it has none yet
-        places = (torch.arange(1, K + 2)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
+        places = (torch.arange(1, n + 1)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
         self.near = torch.arange(model.drafter.LOOK if K else 0)
         not_text = torch.tensor([model.config.mask_id, *model.config.special_ids])
         self.places, self.not_text = send(self.device, places, not_text)
 
     def look(self, text, ends):
-        """Logits (B, K + 1, V) at the places from ends (B,) on, and how many places (B,) each window still holds.
+        """Logits (B, n, V) at the places from ends (B,) on, and how many places (B,) each window still holds.
 
-        text (B, T + 2K + 1): it is certain before `ends`, and then come drafts.
+        text (B, T + K + n): it is certain before `ends`, and then come drafts.
         """
-        config, places = self.model.config, ends[:, None] + torch.arange(self.K + 1)  # (B, K + 1)
+        config, places = self.model.config, ends[:, None] + torch.arange(self.n)  # (B, n)
         jump = max(1, config.context // 4)  # each move of a window empties its cache
         lefts = -((config.context - 1 - ends.clamp(max=self.T - 1)).clamp(max=0) // jump) * jump
         before = F.pad(text, (1, 0), value=config.shift_id)  # the token before each place
@@ -40,13 +40,13 @@ class Ahead:
         (tokens,) = send(self.device, before.gather(1, places))
         masks = tokens.new_full((len(text), len(self.places)), config.mask_id)
         x = self.model.run(tokens, masks, self.places, max(1, self.K), self.cache)
-        self.vectors = x[:, self.K + 1 :].unflatten(1, (self.K + 1, self.K)) if self.K else None
-        return self.unembed(x[:, : self.K + 1], places), (lefts + config.context).clamp(max=self.T) - ends
+        self.vectors = x[:, self.n :].unflatten(1, (self.n, self.K)) if self.K else None
+        return self.unembed(x[:, : self.n], places), (lefts + config.context).clamp(max=self.T) - ends
 
     def move(self, before, ends, lefts):
         """Move windows to lefts (B,), and read the text before `ends` again in the rows whose window moved."""
         moved = lefts != self.lefts
-        cache = Cache(min(self.T, self.model.config.context) + (self.K + 1) ** 2)
+        cache = Cache(min(self.T, self.model.config.context) + self.n * (self.K + 1))
         n, self.lefts = (ends - lefts)[moved].max().item(), lefts
         if n:
             tokens = before[moved].gather(1, lefts[moved, None] + torch.arange(n))

@@ -43,11 +43,12 @@ def orthogonalised(x, dtype):
 
 
 class Optimizers:
-    """Muon for the layers' matrices and AdamW for the rest, or AdamW for everything."""
+    """Muon for the matrices of layers and drafter, and AdamW for the rest, or AdamW for everything."""
 
     def __init__(self, model, config, dtype):
-        trained, in_layers = [p for p in model.parameters() if p.requires_grad], {*model.layers.parameters()}
-        matrices = [p for p in trained if p in in_layers and p.ndim == 2 and config.optimizer == "muon"]
+        trained, inner = [p for p in model.parameters() if p.requires_grad], {*model.layers.parameters()}
+        inner |= {*model.drafter.parameters()} if model.drafter is not None else set()
+        matrices = [p for p in trained if p in inner and p.ndim == 2 and config.optimizer == "muon"]
         rest = [p for p in trained if not any(p is matrix for matrix in matrices)]
         decayed, biases = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
