@@ -202,8 +202,8 @@ class Drafter(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, r = config.n_embd, config.draft_rank
-        self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, C, bias=False)
-        self.before, self.out = nn.Linear(self.LOOK * C, C, bias=False), nn.Linear(C, C, bias=False)
+        self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, 4 * C, bias=False)
+        self.before, self.out = nn.Linear(self.LOOK * C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.adapters = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.SiLU(), nn.Linear(r, C))
             for _ in range(config.n_layer if r else 0)
