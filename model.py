@@ -333,9 +333,8 @@ class Transformer(nn.Module):
         x = self.run(text, x0.new_full((B, len(places)), self.config.mask_id), places, K)  # (B, T + M, C)
         row, place = where
         drafted = x[row, T + (place - first).clamp(0, len(places) - 1)]  # (N, C)
-        before = F.pad(text, (Drafter.LOOK - 1, 0), value=self.config.shift_id).unfold(
-            1, Drafter.LOOK, 1
-        )  # (B, T, LOOK)
+        look = Drafter.LOOK
+        before = F.pad(text, (look - 1, 0), value=self.config.shift_id).unfold(1, look, 1)  # (B, T, look)
         drafted = self.drafter(drafted, self.token_embedding(before[where]))
         return self.unembed(x[where], place), self.unembed(drafted, place)
 

@@ -53,10 +53,7 @@ class Ahead:
             tokens[:, 0] = self.model.config.shift_id
             (tokens,) = send(self.device, tokens)
             self.model.run(tokens, tokens[:, :0], self.places[:0], 1, cache)
-        if moved.all():
-            self.cache = cache
-        else:
-            self.cache.put(moved.to(self.device), cache)
+        self.cache = cache if moved.all() else self.cache.replaced(moved.to(self.device), cache)
 
     def guess(self, text, place, last, i):
         """Logits (B, 1, V) of the draft at place (B, 1): the i-th after `last` (B,), of the places that were read."""
