@@ -202,7 +202,7 @@ class Drafter(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, r = config.n_embd, config.draft_rank
-        self.norm, self.mix = nn.LayerNorm(C, bias=False), nn.Linear(C, 4 * C, bias=False)
+        self.mix = nn.Sequential(nn.LayerNorm(C, bias=False), nn.Linear(C, 4 * C, bias=False))
         self.before, self.out = nn.Linear(self.LOOK * C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
         self.adapters = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(C), nn.Linear(C, r), nn.SiLU(), nn.Linear(r, C))
@@ -211,9 +211,9 @@ class Drafter(nn.Module):
         for p in (self.out.weight, *(p for adapter in self.adapters for p in adapter[-1].parameters())):
             nn.init.zeros_(p)  # at first it changes nothing
 
-    def forward(self, x, before):
-        """Vectors of drafts like x (.., C), given the embeddings of the tokens before them, (.., LOOK, C)."""
-        return x + self.out(F.silu(self.mix(self.norm(x)) + self.before(before.flatten(-2))))
+    def forward(self, x, mixed, before):
+        """Vectors of drafts like x (.., C), given mix(x) and embeddings of the tokens before them, (.., LOOK, C)."""
+        return x + self.out(F.silu(mixed + self.before(before.flatten(-2))))
 
 
 class Transformer(nn.Module):
@@ -335,7 +335,7 @@ class Transformer(nn.Module):
         drafted = x[row, T + (place - first).clamp(0, len(places) - 1)]  # (N, C)
         look = Drafter.LOOK
         before = F.pad(text, (look - 1, 0), value=self.config.shift_id).unfold(1, look, 1)  # (B, T, look)
-        drafted = self.drafter(drafted, self.token_embedding(before[where]))
+        drafted = self.drafter(drafted, self.drafter.mix(drafted), self.token_embedding(before[where]))
         return self.unembed(x[where], place), self.unembed(drafted, place)
 
 

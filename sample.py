@@ -103,13 +103,13 @@ def rewrite(canvas, n_steps, look, take, draws, mask_id):
         yield
 
 
-def append(canvas, text, K, n, ahead, draw_at, mask_id):
+def append(canvas, text, n, ahead, draw_at, mask_id):
     """Write a GPT's canvas (B, T) from left to right, in place; yield `ends` (B,), before which it is certain.
 
     A pass reads the drafts of the pass before, and so verifies them: they are right up to the first that is not what
-    the GPT draws there. Then it drafts K more (order `draft`, after TiDAR, 2511.08923), or none (order `left`).
+    the GPT draws there. Then it drafts more (order `draft`, after TiDAR, 2511.08923), or nothing (order `left`).
 
-    text (B, T + K + n): the canvas, or drafts of it; n: how many places a pass reads. ahead: an Ahead.
+    text (B, more than T): the canvas, or drafts of it; n: how many places a pass reads. ahead: an Ahead.
     draw_at(logits (B, n, V), places (B, n)) -> tokens, by a noise that each place keeps.
     """
     T, near = canvas.shape[1], torch.arange(n)
@@ -121,9 +121,9 @@ def append(canvas, text, K, n, ahead, draw_at, mask_id):
         kept = (1 + (drawn == drafts)[:, :-1].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
         text.scatter_(1, places, drawn.where(near < kept[:, None], mask_id))  # .append
         ends, last = ends + kept, (kept - 1).clamp(min=0)
-        for i in range(K):  # draft the next, each after those before it
+        for i, guess in enumerate(ahead.guesses(last)):  # draft the next, each after those before it
             place = ends[:, None] + i
-            text.scatter_(1, place, draw_at(ahead.guess(text, place, last, i), place))
+            text.scatter_(1, place, draw_at(guess(text, place), place))
         canvas[:] = text[:, :T]
         yield ends
 
@@ -201,7 +201,7 @@ def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
             nats.scatter_(1, places, log_probability(logits.flatten(0, 1), sent).view(places.shape))
         return tokens
 
-    for ends in append(canvas, given.clone(), K, n, Ahead(model, *canvas.shape, K, n), draw_at, mask_id):
+    for ends in append(canvas, given.clone(), n, Ahead(model, *canvas.shape, K, n), draw_at, mask_id):
         if log_p is not None:
             log_p[is_hole] = nats[:, :T][is_hole]
         if drafts is not None:

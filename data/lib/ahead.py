@@ -55,12 +55,17 @@ class Ahead:
             self.model.run(tokens, tokens[:, :0], self.places[:0], 1, cache)
         self.cache = cache if moved.all() else self.cache.replaced(moved.to(self.device), cache)
 
-    def guess(self, text, place, last, i):
-        """Logits (B, 1, V) of the draft at place (B, 1): the i-th after `last` (B,), of the places that were read."""
-        drafter, shift_id = self.model.drafter, self.model.config.shift_id
-        (before,) = send(self.device, F.pad(text, (drafter.LOOK, 0), value=shift_id).gather(1, place + self.near))
-        x = self.vectors[torch.arange(len(last)), last, i]  # (B, C)
-        return self.unembed(drafter(x, self.model.token_embedding(before))[:, None], place)
+    def guesses(self, last):
+        """Yield K functions (text, place (B, 1)) -> logits (B, 1, V), for the drafts after `last` (B,), as read."""
+        if self.K:
+            x = self.vectors[torch.arange(len(last)), last]  # (B, K, C)
+            mixed = self.model.drafter.mix(x)
+            yield from (functools.partial(self.guess, x[:, i], mixed[:, i]) for i in range(self.K))
+
+    def guess(self, x, mixed, text, place):
+        text = F.pad(text, (len(self.near), 0), value=self.model.config.shift_id)
+        (before,) = send(self.device, text.gather(1, place + self.near))  # (B, LOOK)
+        return self.unembed(self.model.drafter(x, mixed, self.model.token_embedding(before))[:, None], place)
 
     def unembed(self, x, places):
         (places,) = send(self.device, places.clamp(max=self.T - 1))
@@ -76,8 +81,7 @@ def gumbel_noise(seeds, K, V):
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, number]))
         return torch.from_numpy(-np.log(generator.standard_exponential((n, V))))
 
-    def noise(places):
-        rows = [chunk(seed, i // n)[i % n] for seed, row in zip(seeds, places.tolist()) for i in row]
-        return torch.stack(rows).view(*places.shape, V)
+    def rows(places):
+        return [chunk(seed, i // n)[i % n] for seed, row in zip(seeds, places.tolist()) for i in row]
 
-    return noise
+    return lambda places: torch.stack(rows(places)).view(*places.shape, V)

@@ -12,7 +12,7 @@ from data.lib.machine import autocast, device_of
 from model import load_checkpoint
 from sample import denoise
 
-LENGTHS = {1: (1, 2, 3, 4, 5, 6, 8, 12, 16), 8: (1, 2, 3, 4), 32: (1, 2, 3)}  # by how many texts are written at once
+LENGTHS = {1: (2, 3, 4, 5, 6, 8, 12, 16), 8: (1, 2, 3, 4), 32: (1, 2, 3)}  # by how many texts are written at once
 
 
 def write(model, T, n_texts, n, temperature, K, precision):
@@ -31,11 +31,13 @@ def write(model, T, n_texts, n, temperature, K, precision):
     return torch.cat(texts), torch.cat(passes), seconds
 
 
-def measure(model, T, n, temperature, K, precision, repeats):
-    """As `write`, at the best of several attempts; all texts at once, or eight one by one."""
-    runs = [write(model, T, max(n, 8), n, temperature, K, precision) for _ in range(repeats)]
-    texts, passes, _ = runs[0]
-    return texts, T * len(texts) / passes.sum().item(), min(seconds for *_, seconds in runs)
+def measure(model, T, n, temperature, lengths, precision, repeats):
+    """For each length: texts, tokens per pass, and seconds at the best of several attempts, which take turns."""
+    runs = [[write(model, T, max(n, 8), n, temperature, K, precision) for K in lengths] for _ in range(repeats)]
+    return [
+        (texts, T * len(texts) / passes.sum().item(), min(attempt[i][2] for attempt in runs))
+        for i, (texts, passes, _) in enumerate(runs[0])
+    ]
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def overlap(model, x0):
 
 def draft(config, device):
     *panels, save = plot("draft", 2)
-    T, repeats = context_of(config), 1 if config.quick else 3
+    T, repeats = context_of(config), 1 if config.quick else 2
     model, _, checkpoint = load_checkpoint(train_model(config, "out-draft", "--attention draft:4"), device)
     steps = checkpoint["step"]
     gpt, _, _ = load_checkpoint(train_model(config, "out-append", f"--attention causal --max_iters {steps}"), device)
@@ -69,9 +71,8 @@ def draft(config, device):
         for n, lengths in LENGTHS.items():
             rows = {K: [] for K in lengths}
             for precision in ("float32", "bfloat16"):
-                base, _, seconds = measure(model, T, n, temperature, 0, precision, repeats)
-                for K in lengths:
-                    texts, per_pass, fast = measure(model, T, n, temperature, K, precision, repeats)
+                (base, _, seconds), *drafted = measure(model, T, n, temperature, (0, *lengths), precision, repeats)
+                for K, (texts, per_pass, fast) in zip(lengths, drafted):
                     rows[K].append((per_pass, seconds / fast, texts.eq(base).all(1).sum().item()))
             for K, (full, half) in rows.items():
                 same = f"{full[2]} and {half[2]} of {len(base)}"
