@@ -118,8 +118,9 @@ def append(canvas, text, n, ahead, draw_at, mask_id):
         places = ends[:, None] + near  # (B, n)
         logits, most = ahead.look(text, ends)  # (B, n, V), (B,)
         drafts, drawn = text.gather(1, places), draw_at(logits, places)
-        kept = (1 + (drawn == drafts)[:, :-1].cumprod(1).sum(1)).minimum(most)  # the right ones, and one more
-        text.scatter_(1, places, drawn.where(near < kept[:, None], mask_id))  # .append
+        n_right = 1 + (drawn == drafts)[:, :-1].cumprod(1).sum(1, keepdim=True)  # the right drafts, and one more token
+        text.scatter_(1, places, drawn.where(near < n_right, mask_id))  # .append
+        kept = n_right.squeeze(1).minimum(most)
         ends, last = ends + kept, (kept - 1).clamp(min=0)
         for i, guess in enumerate(ahead.guesses(last)):  # draft the next, each after those before it
             place = ends[:, None] + i

@@ -175,6 +175,21 @@ def test_bound_and_likelihood_are_those_of_the_gpt():
     assert nelbo(model, x0) == pytest.approx(-log_likelihood(model, x0.flatten()) / x0.numel(), rel=1e-5)
 
 
+@torch.no_grad()
+def test_a_known_text_is_a_draft_that_is_verified_many_tokens_at_a_time(device):
+    model, x0 = drafter(3, T=8).to(device), texts(B=3, T=21)[0]
+    log_p, canvas = torch.zeros(3, 21), torch.full((3, 21), MASK)
+    canvas[1, :10] = x0[1, :10]  # a prompt
+    passes = list(denoise(model, canvas.to(device), text=x0, log_p=log_p))
+    assert passes[-1].cpu().equal(x0)
+    assert len(passes) == 1 + -(-(21 - 8) // 2)  # the context, and then two tokens each time that the window moves
+    for row, i in (canvas == MASK).nonzero().tolist():
+        left = max(0, -((8 - (i + 1)) // 2) * 2)
+        logits = model(x0[row : row + 1, left : i + 1].to(device))[0, -1].cpu()
+        torch.testing.assert_close(log_p[row, i], logits.log_softmax(-1)[x0[row, i]])
+    assert not log_p[1, :10].any()
+
+
 def test_a_gpt_learns_to_draft_and_stays_as_it_was(in_world, monkeypatch, tmp_path):
     flags = f"--data book --init_from gpt/ckpt.pt --attention draft:4 --freeze --out_dir {tmp_path}/d"
     run_train(monkeypatch, f"{flags} --max_iters 5 --evals 1 {SMALL.replace('0:8', '0')}")
