@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from data.lib.cache import Cache
 from data.lib.checkpoint import check_config, published_network, read_checkpoint, refused
-from data.lib.kernels import Dropout, allowed_tokens, attend, rows_at, sums_of_neighbours
+from data.lib.kernels import Dropout, allowed_tokens, attend, depthwise_convolution, rows_at
 from data.lib.tokenizer import tokenizer_from_state
 
 
@@ -48,7 +48,7 @@ class ModelConfig:
     block: int | None = None  # tokens; None: the canvas is one block
     shift_id: int | None = None  # read before the first token; None: each position reads its own token
     draft_len: int | None = None  # a GPT also drafts this many tokens at once; None: it only appends
-    draft_rank: int = 0  # width of the adapters that the masks of a frozen GPT have before each layer; 0: none
+    draft_rank: int = 0  # width of the adapters applied to masks before each layer (--freeze); 0: none
     conv: int = 5  # taps of each layer's convolution; 0: no convolution
     conv_right: int | None = None  # how many of them look to the right; None: half, but within the block
 
@@ -171,7 +171,7 @@ class Convolution(nn.Module):
         rows = torch.cat([F.pad(part, (0, 0, 0, -part.shape[1] % K)) for part in (text, groups)], 1)  # (B, N * K, C)
         after = x.new_zeros(B, len(layout.starts), self.right, C)
         rows = torch.cat((before, rows.unflatten(1, (-1, K)), after), 2)  # (B, N, left + K + right, C)
-        y = sums_of_neighbours(rows, self.weight.flatten(1)[:, : left + 1 + self.right]).flatten(1, 2)
+        y = depthwise_convolution(rows, self.weight.flatten(1)[:, : left + 1 + self.right]).flatten(1, 2)
         return x + torch.cat((y[:, :n], y[:, n + -n % K :][:, : S - n]), 1)
 
 
@@ -191,7 +191,7 @@ class Layer(nn.Module):
 
 
 class Drafter(nn.Module):
-    """What drafting adds to a GPT: a look at the tokens before a draft and, if it is frozen, adapters for the masks.
+    """What drafting adds to a GPT: a look at the tokens before each draft and, with --freeze, adapters for the masks.
 
     All masks of a group are read at once, so their vectors don't know the tokens that are drafted before them. With a
     look at the last few, the drafts are a Markov chain instead of independent guesses.
@@ -354,10 +354,13 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
         with torch.device("meta"):  # takes no memory, and draws no random weights
             model = network(config)
         weights = {name: x for name, x in checkpoint["model"].items() if config.draft_len or "drafter." not in name}
-        if config.draft_len:  # a GPT that learns to draft has no drafter yet
+        if config.draft_len:  # what it has to learn yet, if it is a GPT that didn't draft, or wasn't frozen
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                weights = {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()} | weights
+                new = {f"drafter.{name}": x for name, x in Drafter(config).state_dict().items()}
+            if new.keys() & weights.keys():
+                new = {name: x for name, x in new.items() if name.startswith("drafter.adapters.")}
+            weights = new | weights
         model.load_state_dict(weights, assign=True)
     matrices = {weight.dtype for weight in model.parameters() if weight.ndim == 2}
     dtype = keep if matrices == {keep} else torch.float32

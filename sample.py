@@ -109,7 +109,7 @@ def append(canvas, text, n, ahead, draw_at, mask_id):
     A pass reads the drafts of the pass before, and so verifies them: they are right up to the first that is not what
     the GPT draws there. Then it drafts more (order `draft`, after TiDAR, 2511.08923), or nothing (order `left`).
 
-    text (B, more than T): the canvas, or drafts of it; n: how many places a pass reads. ahead: an Ahead.
+    text (B, more than T): the canvas, or a known text to verify, then masks. n: places read in a pass. ahead: an Ahead.
     draw_at(logits (B, n, V), places (B, n)) -> tokens, by a noise that each place keeps.
     """
     T, near = canvas.shape[1], torch.arange(n)
@@ -150,7 +150,7 @@ def denoise(
         2502.09992). Default: the model's own blocks; else the whole canvas if it fits the context; else quarters of
         the context, in a sliding window. ValueError if K does not divide the model's blocks.
     guidance: strength of classifier-free guidance by the prompt (2410.18514). seeds: one for each row (0, 1, ..).
-    text (B, T), on the CPU: set the tokens of this text instead of drawing them.
+    text (B, T), on the CPU: set the tokens of this text instead of drawing them. A GPT verifies them as drafts.
     log_p (B, T) float32, on the CPU: receives the log probability of each token set, at temperature 1, in nats.
     drafts (B, T) bool, on the CPU: receives which tokens are drafts, which the next pass may replace.
     """
@@ -159,7 +159,8 @@ def denoise(
     if not (canvas == model.config.mask_id).any():
         yield canvas.to(device)
     if model.config.is_gpt:
-        K = 0 if order == "left" or text is not None else draft_len or model.config.draft_len or 0
+        drafts_none = order == "left" or text is not None or not model.config.draft_len
+        K = 0 if drafts_none else draft_len or model.config.draft_len
         how = functools.partial(draw_with_noise, temperature=temperature, top_k=top_k, top_p=top_p)
         for _ in append_or_draft(model, canvas, K, how, seeds, text, log_p, drafts):
             yield canvas.to(device, copy=True)
@@ -190,8 +191,8 @@ def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
     T, is_hole, mask_id = canvas.shape[1], canvas == model.config.mask_id, model.config.mask_id
     n = K + 1 if text is None else 64  # a text that is known is a draft to verify, without any guess
     noise = gumbel_noise(seeds, K, model.config.vocab_size)
-    given = F.pad(canvas if text is None else text, (0, K + n), value=mask_id)
-    nats = F.pad(torch.zeros_like(is_hole) if log_p is None else log_p, (0, K + n))
+    given = F.pad(canvas if text is None else text.where(is_hole, canvas), (0, K + n), value=mask_id)
+    nats = torch.zeros(given.shape)
 
     def draw_at(logits, places):
         tokens = given.gather(1, places)

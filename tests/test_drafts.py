@@ -75,6 +75,15 @@ def test_a_canvas_without_holes_is_yielded_once():
     assert [canvas.equal(x0) for canvas in denoise(drafter(), x0)] == [True]
 
 
+@pytest.mark.parametrize("order", ["left", "draft"])
+def test_prompts_of_very_different_lengths_are_continued_as_if_alone(order):
+    model, canvas = drafter(3, T=64), texts(B=2, T=80)[0]
+    canvas[0, 79], canvas[1, 63:] = MASK, MASK  # the first one's window has moved, and the second one's has not
+    together = written(model, canvas, order=order)
+    for i in range(2):
+        assert together[i].equal(written(model, canvas[i : i + 1], order=order, seeds=[i])[0])
+
+
 def test_drafts_are_reported_until_they_are_certain():
     model, start = drafter(3, T=16), torch.full((2, 16), MASK)
     start[0, 9] = 2
@@ -200,6 +209,9 @@ def test_a_gpt_learns_to_draft_and_stays_as_it_was(in_world, monkeypatch, tmp_pa
     canvas = torch.full((2, 40), before.config.mask_id)
     assert written(before, canvas).equal(written(after, canvas))
     assert all(x.any() for name, x in theirs.items() if name.startswith("drafter."))
+    frozen = f"--data book --init_from {tmp_path}/d/ckpt.pt --out_dir {tmp_path}/b --max_iters 1 --evals 1"
+    run_train(monkeypatch, f"{frozen} --attention block:8")  # a model that doesn't draft has no adapters
+    assert load_checkpoint(tmp_path / "b" / "ckpt.pt")[0].config.draft_rank == 0
 
 
 @pytest.mark.slow

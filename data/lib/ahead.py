@@ -49,18 +49,20 @@ class Ahead:
         cache = Cache(min(self.T, self.model.config.context) + self.n * (self.K + 1))
         n, self.lefts = (ends - lefts)[moved].max().item(), lefts
         if n:
-            tokens = before[moved].gather(1, lefts[moved, None] + torch.arange(n))
+            places = lefts[moved, None] + torch.arange(n)
+            tokens = before[moved].gather(1, places.clamp(max=before.shape[1] - 1))  # some rows need fewer
             tokens[:, 0] = self.model.config.shift_id
             (tokens,) = send(self.device, tokens)
             self.model.run(tokens, tokens[:, :0], self.places[:0], 1, cache)
-        self.cache = cache if moved.all() else self.cache.replaced(moved.to(self.device), cache)
+        self.cache = cache if moved.all() else self.cache.with_rows(moved.to(self.device), cache)
 
     def guesses(self, last):
-        """Yield K functions (text, place (B, 1)) -> logits (B, 1, V), for the drafts after `last` (B,), as read."""
-        if self.K:
-            x = self.vectors[torch.arange(len(last)), last]  # (B, K, C)
-            mixed = self.model.drafter.mix(x)
-            yield from (functools.partial(self.guess, x[:, i], mixed[:, i]) for i in range(self.K))
+        """K functions (text, place (B, 1)) -> logits (B, 1, V), for the drafts after the last (B,) token kept."""
+        if self.K == 0:
+            return []
+        x = self.vectors[torch.arange(len(last)), last]  # (B, K, C)
+        mixed = self.model.drafter.mix(x)
+        return [functools.partial(self.guess, x[:, i], mixed[:, i]) for i in range(self.K)]
 
     def guess(self, x, mixed, text, place):
         text = F.pad(text, (len(self.near), 0), value=self.model.config.shift_id)

@@ -53,8 +53,8 @@ class Cache:
         pattern = F.pad(F.pad(pattern, (1, 0), value=True), (0, 1), value=False)
         return pattern[:, place.clamp(-1, S) + 1].transpose(0, 1)[:, None]
 
-    def replaced(self, rows, cache):
-        """This cache, with another one's content in these rows (B,) bool."""
+    def with_rows(self, rows, cache):
+        """Take these rows (B,) bool from another cache, and return this one."""
         for name, kept in cache.kept.items():
             self.kept[name][rows] = kept
         return self

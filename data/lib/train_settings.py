@@ -27,16 +27,17 @@ def attention_of(config):
     return Attention("causal") if causal else Attention("block", config.block)
 
 
-def attention_fields(attention, mask_id, old=None):
+def attention_fields(attention, mask_id, old=None, freeze=False):
     """The fields that give a ModelConfig this Attention.
 
-    old: the config of the trained model that is being trained further. Its shift and position table stay.
+    old: the config of the model that is being trained further. Its shift and position table stay. freeze: see --freeze.
     """
     shift_id = old and old.shift_id
     if shift_id is None and attention.kind in ("causal", "draft", "shifted"):
         shift_id = mask_id
     drafts = attention.value if attention.kind == "draft" else None
-    fields = {"block": attention.K, "shift_id": shift_id, "draft_len": drafts}
+    rank = (old.draft_rank or old.n_embd // 8 * freeze) if old and drafts else 0
+    fields = {"block": attention.K, "shift_id": shift_id, "draft_len": drafts, "draft_rank": rank}
     if old and old.learned_positions:  # a shifted canvas reads one position more than its context
         fields["context"] = old.context + old.n_more - dataclasses.replace(old, **fields).n_more
     return fields
@@ -62,10 +63,8 @@ def settle(given, config_class, methods, load_checkpoint):
     attention = config.attention if "method" in given and not resume else given.get("attention", before)
     if attention.kind == "canvas" and model.config.shift_id is not None:
         attention = Attention("shifted")
-    freeze = config.freeze and attention.kind == "draft"
-    if (attention != before or freeze) and not resume:
-        changes |= attention_fields(attention, tokenizer.mask_id, model.config)
-        changes["draft_rank"] = model.config.draft_rank or model.config.n_embd // 8 * freeze
+    if (attention != before or config.freeze) and not resume:
+        changes |= attention_fields(attention, tokenizer.mask_id, model.config, config.freeze)
         model, tokenizer, checkpoint = load_checkpoint(path, keep=keep, **changes)
 
     longest, fixed = model.config.context, {name: getattr(model.config, name) for name in SHAPE}
