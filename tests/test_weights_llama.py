@@ -77,7 +77,8 @@ def write_llama(folder, tokenizer, kind="llama", more_rows=0, width=32, heads=4,
     torch.manual_seed(0)
     model = model_class(config).eval()
     move_biases(model)
-    named = {"model_type": kind, "rope_theta": base, "rope_scaling": None, **settings}
+    older, newer = {"rope_theta": base, "rope_scaling": None}, {"rope_parameters": config.rope_parameters}
+    named = {"model_type": kind, **settings, **(older if kind == "llama" else newer)}
     (folder / "config.json").write_text(json.dumps(named))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[kind]} if template else {}))
@@ -256,6 +257,7 @@ BROKEN = {
     "biases": ({"attention_bias": True}, "attention_bias is True"),
     "biases inside": ({"mlp_bias": True}, "mlp_bias is True"),
     "scaled positions": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is"),
+    "scaled in newer files": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is yarn"),
     "a sliding window": ({"use_sliding_window": True}, "use_sliding_window is True"),
     "a setting that is missing": ({"rope_theta": None}, "it has no rope_theta"),
     "heads that do not share": ({"num_key_value_heads": 3}, "n_kv_head must divide n_head"),

@@ -28,6 +28,7 @@ def convert(folder):
     """Convert a folder: (model, tokenizer, names of tensors left out, dict of extra entries for the checkpoint)."""
     path = folder / "config.json"
     theirs = hub.read_json(path)
+    theirs |= theirs.get("rope_parameters") or {}  # where transformers 5 writes them
     family = FAMILY.get(str(theirs.get("model_type")))
     if not family:
         raise Mistake(f"{path}: its model_type is {theirs.get('model_type')}, and we only know {', '.join(FAMILY)}")
