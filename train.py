@@ -14,7 +14,7 @@ t for each block. In a GPT a block is one token and t = 1, so every token is a h
     python train.py                                      # ten minutes, on the source of Python's library
     python train.py --method mdlm --data shakespeare --max_minutes 5 --out_dir out-mdlm
     python train.py --init_from resume                   # go on after Ctrl-C
-    python train.py --attention draft:8 --out_dir out-draft    # a GPT that drafts 8 tokens and verifies them
+    python train.py --attention draft:4 --out_dir out-draft    # a GPT that drafts 4 tokens and verifies them
     python train.py --eval_only --init_from out/ckpt.pt
 """
 
