@@ -159,8 +159,8 @@ def denoise(
     if not (canvas == model.config.mask_id).any():
         yield canvas.to(device)
     if model.config.is_gpt:
-        drafts_none = order == "left" or text is not None or not model.config.draft_len
-        K = 0 if drafts_none else draft_len or model.config.draft_len
+        can_draft = model.config.draft_len and order != "left" and text is None
+        K = (draft_len or model.config.draft_len) if can_draft else 0
         how = functools.partial(draw_with_noise, temperature=temperature, top_k=top_k, top_p=top_p)
         for _ in append_or_draft(model, canvas, K, how, seeds, text, log_p, drafts):
             yield canvas.to(device, copy=True)
@@ -187,9 +187,9 @@ def denoise(
 
 
 def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
-    """`denoise` for a GPT: write its canvas (B, T), in place, and yield after each pass. draw: a `draw_with_noise`."""
+    """`denoise` for a GPT: write its canvas (B, T), in place, and yield after each pass. draw: like `draw_with_noise`."""
     T, is_hole, mask_id = canvas.shape[1], canvas == model.config.mask_id, model.config.mask_id
-    n = K + 1 if text is None else 64  # a text that is known is a draft to verify, without any guess
+    n = K + 1 if text is None else 64  # a known text is itself a draft, and is verified 64 tokens at a time
     noise = gumbel_noise(seeds, K, model.config.vocab_size)
     given = F.pad(canvas if text is None else text.where(is_hole, canvas), (0, K + n), value=mask_id)
     nats = torch.zeros(given.shape)

@@ -83,7 +83,9 @@ class TrainConfig:
     batch_size: int = flag(8, "windows per step", least=1)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", least=1)
     grad_checkpoint: bool = flag(False, "recompute layers in the backward pass, to save memory")
-    optimizer: Literal["muon", "adamw"] = flag("muon", "muon: for the layers' matrices, with AdamW for the rest")
+    optimizer: Literal["muon", "adamw"] = flag(
+        "muon", "muon: for the layers' and the drafter's matrices, with AdamW for the rest"
+    )
     lr: float = flag(0.01, "peak learning rate", above=0)
     beta2: float = flag(0.95, "AdamW: decay of the squared gradient's average", above=0, below=1)
     warmup: float = flag(0.03, "fraction of the run over which lr rises; then it falls to 0", least=0, below=1)

@@ -57,7 +57,7 @@ class Ahead:
         self.cache = cache if moved.all() else self.cache.with_rows(moved.to(self.device), cache)
 
     def guesses(self, last):
-        """K functions (text, place (B, 1)) -> logits (B, 1, V), for the drafts after the last (B,) token kept."""
+        """K functions (text, place (B, 1)) -> logits (B, 1, V), one for each draft. last (B,): the last token kept."""
         if self.K == 0:
             return []
         x = self.vectors[torch.arange(len(last)), last]  # (B, K, C)

@@ -103,7 +103,8 @@ def check_config(config, tokenizer, checkpoint):
     if config.n_layer != len(layers) or not heads or config.n_embd % heads or config.block == 0:
         raise ValueError("its weights have another shape")
     n_places = sum(n for n, _, _ in config.kinds) if config.kinds else config.context
-    if not (config.is_gpt and config.draft_len if config.draft_len is not None else config.draft_rank == 0):
+    drafts = config.draft_len is not None
+    if drafts and not (config.is_gpt and config.draft_len) or config.draft_rank and not drafts:
         raise ValueError("only a GPT drafts, and at least one token")
     if config.conv_right >= max(1, config.conv) or not config.context == n_places > 0:
         raise ValueError("its context or its convolution can't be")

@@ -78,8 +78,8 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding by tiktoken.
 
-    tokens: byte strings as latin-1, in the order in which they merge. ids: theirs; -1 for a byte that isn't in the
-    vocabulary, which is left out of a text. form: the Unicode normal form that a text is brought into, such as NFC.
+    tokens: byte strings as latin-1, in the order in which they merge. ids: their ids; -1 marks a byte outside the
+    vocabulary, which `encode` drops. form: the Unicode normal form that a text is brought into first, such as NFC.
     """
 
     def __init__(self, tokens, pattern, ids=None, special=None, form=None):

@@ -60,7 +60,7 @@ class Network(Published):
 
 
 def add_head(tensors):
-    """A sentence encoder has no head. This one hands the last layer's vectors to the tied embedding, to be learned."""
+    """Add a head to a sentence encoder. It hands the last layer's vectors on to the tied embedding almost unchanged."""
     embedding = tensors["token_embedding.weight"]
     V, C = embedding.shape
     head = {"transform.weight": torch.eye(C) / 16}  # GELU is nearly linear there, and the norm undoes the scale

@@ -1,6 +1,6 @@
 """How much faster is drafting than appending? It writes the same text, so this is the factor at equal quality.
 
-python tests/experiments/draft.py     # twenty minutes of two cores for the models, and twenty to measure
+python tests/experiments/draft.py     # 15 minutes of two cores for the models, and ten to measure
 """
 
 import time
