@@ -187,7 +187,7 @@ def denoise(
 
 
 def append_or_draft(model, canvas, K, draw, seeds, text, log_p, drafts):
-    """`denoise` for a GPT: write its canvas (B, T), in place, and yield after each pass. draw: like `draw_with_noise`."""
+    """`denoise` for a GPT: write its canvas (B, T) in place; yield after each pass. draw: like `draw_with_noise`."""
     T, is_hole, mask_id = canvas.shape[1], canvas == model.config.mask_id, model.config.mask_id
     n = K + 1 if text is None else 64  # a known text is itself a draft, and is verified 64 tokens at a time
     noise = gumbel_noise(seeds, K, model.config.vocab_size)
