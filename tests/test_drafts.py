@@ -77,8 +77,8 @@ def test_a_canvas_without_holes_is_yielded_once():
 
 @pytest.mark.parametrize("order", ["left", "draft"])
 def test_prompts_of_very_different_lengths_are_continued_as_if_alone(order):
-    model, canvas = drafter(3, T=64), texts(B=2, T=80)[0]
-    canvas[0, 79], canvas[1, 63:] = MASK, MASK  # the first one's window has moved, and the second one's has not
+    model, canvas = drafter(3, T=64), texts(B=2, T=81)[0]
+    canvas[0, 80], canvas[1, 63:] = MASK, MASK  # the first one's window has moved, so it has fewer tokens to read
     together = written(model, canvas, order=order)
     for i in range(2):
         assert together[i].equal(written(model, canvas[i : i + 1], order=order, seeds=[i])[0])
