@@ -53,6 +53,13 @@ def test_a_corpus_is_the_text_cut_at_nine_tenths(tmp_path):
         assert meta[split]["sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
+def test_a_validation_split_may_come_from_a_file_of_its_own(tmp_path):
+    (tmp_path / "train").write_text("some text\n")
+    (tmp_path / "val").write_text("more\n")
+    prepare(tmp_path / "train", "two", ByteTokenizer(), tmp_path / "val")
+    assert [bytes(split.astype(np.uint8)) for split in load_corpus("two")[:2]] == [b"some text\n", b"more\n"]
+
+
 def test_a_folder_is_its_texts_in_order(tmp_path, capsys):
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
@@ -116,6 +123,7 @@ def test_a_corpus_that_is_missing_is_told_which_command_makes_it():
 
 
 MADE_BY = {
+    "fairytales": "data/fairytales/prepare.py",
     "shakespeare": "data/shakespeare/prepare.py",
     "wikitext2": "data/wikitext/prepare.py wikitext2",
     "wikitext103": "data/wikitext/prepare.py wikitext103",

@@ -1,14 +1,18 @@
 """Downloads: whole, checked, from https, and continued where they broke off."""
 
+import csv
 import hashlib
 import http.server
+import io
 import re
 import threading
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data.fairytales.prepare as fairytales
 import data.lib.corpus
 import data.shakespeare.prepare as shakespeare
 from data.lib.corpus import load_corpus
@@ -143,3 +147,35 @@ def test_shakespeare_by_download_and_by_file(server, tmp_path, monkeypatch, run)
     (tmp_path / "copy").write_text("something else")
     with pytest.raises(Mistake, match="sha256"):
         run("--file", tmp_path / "copy", main=shakespeare.main)
+
+
+def test_fairy_tales_by_download_and_by_folder(server, tmp_path, monkeypatch, run):
+    tales = {"train": "There lived\na king.\n\nHe slept.\n\nAnd woke.", "val": "A cat", "test": "A dog"}
+    for split, text in tales.items():
+        rows, *last = text.rsplit("\n\n", 1)  # sections, as the published files have them
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([("section", "text"), *enumerate([rows, *last])])
+        path = tmp_path / fairytales.FOLDER / split / "tale.csv"
+        path.parent.mkdir(parents=True)
+        path.write_text(table.getvalue(), newline="")
+    (tmp_path / fairytales.FOLDER / "val" / ".DS_Store").touch()
+    with zipfile.ZipFile(tmp_path / "tales.zip", "w") as archive:
+        for path in tmp_path.rglob("*.csv"):
+            archive.write(path, path.relative_to(tmp_path))
+    server.content = (tmp_path / "tales.zip").read_bytes()
+    read = "A dog\n\n\n", "There lived a king.\n\nHe slept.\n\nAnd woke.\n\n\n", "A cat\n\n\n"
+    monkeypatch.setattr(fairytales, "SHA256", hashlib.sha256("".join(read).encode()).hexdigest())
+    for module, name, value in (
+        (data.lib.corpus, "DATA", tmp_path / "data"),
+        (fairytales, "DATA", tmp_path / "data"),
+        (fairytales, "URL", server.url),
+    ):
+        monkeypatch.setattr(module, name, value)
+    run(main=fairytales.main)
+    run("--dir", tmp_path / fairytales.FOLDER, "--val", "test", "--name", "again", main=fairytales.main)
+    for name, val in (("fairytales", read[2]), ("again", read[0])):
+        splits = [bytes(split.astype(np.uint8)).decode() for split in load_corpus(name)[:2]]
+        assert splits == [read[1], val]
+    (tmp_path / fairytales.FOLDER / "val" / "tale.csv").write_text("section,text\n1,Another cat\n")
+    with pytest.raises(Mistake, match="sha256"):
+        run("--dir", tmp_path / fairytales.FOLDER, main=fairytales.main)

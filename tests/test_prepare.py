@@ -30,6 +30,8 @@ PREPARE_MISTAKES = [
     ("python", ["--tokenizer", "klingon"], "bytes, gpt2"),
     ("shakespeare", ["--file", "good"], "sha256"),
     ("shakespeare", ["--file", "none"], "No such file"),
+    ("fairytales", ["--dir", "none"], "No such file"),
+    ("text", ["good", "--val", "none"], "No such file"),
     ("text8", ["--file", "none"], "No such file"),
     ("text8", ["--file", "good", "--name", "new"], "sha256"),
     ("text8", ["enwik8", "--file", "good", "--test"], "sha256"),

@@ -1,4 +1,4 @@
-"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth is the validation split."""
+"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth is the validation split, unless --val has it."""
 
 import shlex
 import sys
@@ -21,21 +21,30 @@ def texts_in(folder):
                 print(f"left out: {mistake}", file=sys.stderr)
 
 
-def prepare(path, name, tokenizer):
-    """Write the corpus data/NAME from the file or folder `path`."""
+def pieces_of(path):
+    """The texts of a file or folder, a piece at a time, and their size in bytes."""
     files = [*texts_in(Path(path))] if Path(path).is_dir() else [Path(path)]
-    size = sum(file.stat().st_size for file in files)
-    pieces = (text for file in files for text in read_pieces(file))
-    return write_corpus(name, split_at(pieces, size * 9 // 10), tokenizer, Path(path).name)
+    return (text for file in files for text in read_pieces(file)), sum(file.stat().st_size for file in files)
+
+
+def prepare(path, name, tokenizer, val=None):
+    """Write the corpus data/NAME from the file or folder `path`. val: the same for its validation split."""
+    pieces, size = pieces_of(path)
+    if val is None:
+        splits = split_at(pieces, size * 9 // 10)
+    else:
+        splits = ((split, text) for split, texts in (("train", pieces), ("val", pieces_of(val)[0])) for text in texts)
+    return write_corpus(name, splits, tokenizer, Path(path).name)
 
 
 @script
 def main(
     path: str = argument("a text file, or a folder whose texts are all taken, in order of their paths"),
+    val: str | None = flag(None, "the validation split, a file or folder, too (default: the last tenth)"),
     name: str | None = flag(None, "folder of data/ to write (default: the name of the path)"),
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path"),
 ):
     name = name or Path(path).resolve().stem
     check_name(name, own="")
-    prepare(path, name, tokenizer_by_name(tokenizer))
+    prepare(path, name, tokenizer_by_name(tokenizer), val)
     print(f"`python train.py --data {shlex.quote(name)} --out_dir {shlex.quote(f'out-{name}')}` trains on it")

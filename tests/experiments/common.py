@@ -37,9 +37,11 @@ OWN_PACE = {  # the orders that take as many steps as they need, and the values 
 }
 
 
-def main(experiment, **counts):
-    """Run an experiment as a command. counts: the names and defaults of further flags, which are whole numbers."""
-    fields = [(name, int, flag(default, f"how many {name}", least=1)) for name, default in counts.items()]
+def main(experiment, **more):
+    """Run an experiment as a command. more: the names and defaults of further flags, counts or paths of checkpoints."""
+    counts = {name: flag(n, f"how many {name}", least=1) for name, n in more.items() if type(n) is int}
+    paths = {name: flag(path, f"checkpoint of the {name}") for name, path in more.items() if type(path) is str}
+    fields = [(name, type(more[name]), field) for name, field in (counts | paths).items()]
     fields += [("quick", bool, flag(False, "check that it works, with tiny models, in a temporary folder"))]
     fields += [("device", str, flag("auto", "auto (cuda, then mps, then cpu) or a device's name"))]
     command(lambda: run(experiment, dataclasses.make_dataclass("Config", fields)))
@@ -77,13 +79,13 @@ def context_of(config):
     return 32 if config.quick else 256
 
 
-def train_model(config, out_dir, flags):
+def train_model(config, out_dir, flags, run=run_script):
     """Train a model with these flags of train.py, unless there is one in out_dir; return its checkpoint's path."""
     folder, unfinished = Path(out_dir), Path(f"{out_dir}-unfinished")
     if not (folder / "ckpt.pt").exists():
         shutil.rmtree(unfinished, ignore_errors=True)  # from a run that was stopped
         flags = f"--context {context_of(config)} --device {config.device} {flags} --out_dir {unfinished}"
-        run_script(config, "train.py", f"{flags} {QUICK_MODEL}" if config.quick else flags)
+        run(config, "train.py", f"{flags} {QUICK_MODEL}" if config.quick else flags)
         unfinished.rename(folder)
     return folder / "ckpt.pt"
 
