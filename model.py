@@ -211,9 +211,12 @@ class Drafter(nn.Module):
         for p in (self.out.weight, *(p for adapter in self.adapters for p in adapter[-1].parameters())):
             nn.init.zeros_(p)  # at first it changes nothing
 
-    def forward(self, x, mixed, before):
-        """Vectors of drafts like x (.., C), given mix(x) and embeddings of the tokens before them, (.., LOOK, C)."""
-        return x + self.out(F.silu(mixed + self.before(before.flatten(-2))))
+    def forward(self, x, before):
+        """Vectors (.., C) of drafts, from those of masks and the embeddings of the tokens before, (.., LOOK, C)."""
+        return self.draft(x, self.mix(x), self.before(before.flatten(-2)))
+
+    def draft(self, x, mixed, looked):
+        return x + self.out(F.silu(mixed + looked))
 
 
 class Transformer(nn.Module):
@@ -335,7 +338,7 @@ class Transformer(nn.Module):
         drafted = x[row, T + (place - first).clamp(0, len(places) - 1)]  # (N, C)
         look = Drafter.LOOK
         before = F.pad(text, (look - 1, 0), value=self.config.shift_id).unfold(1, look, 1)  # (B, T, look)
-        drafted = self.drafter(drafted, self.drafter.mix(drafted), self.token_embedding(before[where]))
+        drafted = self.drafter(drafted, self.token_embedding(before[where]))
         return self.unembed(x[where], place), self.unembed(drafted, place)
 
 
