@@ -95,7 +95,7 @@ def measure(config, device, number, K):
     shared = overlap(model, windows("python", T, 24 * T).to(device)).tolist()
     texts = 2 if config.quick else 32
     passes = [write(model, T, texts, texts, 1.0, n, "float32")[1] for n in LENGTHS]
-    return shared, [T / counts.float().mean().item() for counts in passes], bound(model, windows("python", T))
+    return shared, [T / counts.float().mean().item() for counts in passes], bound(model, windows("python", T, 2**17))
 
 
 def drafter(config, device):

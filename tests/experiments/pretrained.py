@@ -4,9 +4,10 @@ MINILM=data/weights/minilm.pt
 python data/weights/prepare.py FOLDER --out $MINILM    # all-MiniLM-L6-v2; and smollm2-135m-instruct, the judge
 python data/fairytales/prepare.py --name fairytales-minilm --tokenizer $MINILM
 python data/text/prepare.py wiki.valid.tokens --val wiki.test.tokens --name wikitext2-minilm --tokenizer $MINILM
-python tests/experiments/pretrained.py --minutes 60    # for each of three runs on each of two corpora
+python tests/experiments/pretrained.py --corpus fairytales-minilm    # three hours, and again for the other corpus
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ from data.lib.session import nats_per_byte
 from model import load_checkpoint
 from sample import log_likelihood
 
-CORPORA = "fairytales-minilm", "wikitext2-minilm"
 # Barry's recipe in 2025: transformers' Trainer by default. An hour instead of thirty epochs.
 POST = "--method roberta-diffusion --optimizer adamw --lr 5e-5 --beta2 0.999 --warmup 0 --weight_decay 0"
 OURS = "--lr 0.002"
+TINY = {"out-bert": "--method bert", "out-judge": "--attention causal"}  # for --quick
 
 
 def save_untrained(checkpoint, path):
@@ -46,43 +47,45 @@ def judged(texts, judge):
     return sum(nats) / len(nats), pairs
 
 
+def written(model, tokenizer, n, T):
+    """Write n texts of T tokens in random order, a token in each step."""
+    return [tokenizer.decode(ids) for ids in write(model, n, T, T, temperature=0.7)[0].tolist()]
+
+
 def pretrained(config, device):
-    bert, judge, corpora = config.bert, config.judge, CORPORA
+    bert, judge, corpus, T = config.bert, config.judge, config.corpus, context_of(config)
     if config.quick:
         bert, judge = (train_model(config, name, f"--data shakespeare {flags}") for name, flags in TINY.items())
-        corpora = ("shakespeare",)
-    judge, T = load_checkpoint(judge, device)[:2], context_of(config)
+        corpus = "shakespeare"
+    judge, samples = load_checkpoint(judge, device)[:2], []
     save_untrained(bert, untrained := Path("out-untrained/ckpt.pt"))
     starts = {"the post's recipe": (bert, POST), "ours": (bert, OURS), "ours, from scratch": (untrained, OURS)}
-    *panels, save = plot("pretrained", len(corpora))
-    print("| corpus | run | nats per token | bits per byte | nats per byte under the judge | bits per pair of bytes |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    samples = []
-    for panel, corpus in zip(panels, corpora):
-        _, _, tokenizer, meta = load_corpus(corpus)
-        x0, bytes_per_token = windows(corpus, T), meta["val"]["bytes"] / meta["val"]["tokens"]
-        real = [tokenizer.decode(ids) for ids in x0[:: max(1, len(x0) // config.texts), :128].tolist()]
-        print("| {} | real text | | | {:.3f} | {:.2f} |".format(corpus, *judged(real[: config.texts], judge)))
-        for name, (start, flags) in starts.items():
-            flags += f" --data {corpus} --init_from {start} --batch_size 16 --max_minutes {config.minutes} --evals 16"
-            path = train_model(config, f"out-pretrained-{corpus}-{len(samples)}", flags)
-            model, _, _ = load_checkpoint(path, device)
-            nats = bound(model, x0)
-            ids, _ = write(model, config.texts, min(T, 128), 128, temperature=0.7)
-            texts = [tokenizer.decode(row) for row in ids.tolist()]
-            bits = nats / bytes_per_token / 0.6931
-            quality = "{:.3f} | {:.2f}".format(*judged(texts, judge))
-            print(f"| {corpus} | {name} | {nats:.3f} | {bits:.3f} | {quality} |", flush=True)
-            samples.append((corpus, name, texts[:3]))
-            panel.plot(*evaluations(path, "minutes"), marker="o", label=name)
-        panel.set(title=corpus, xlabel="minutes", ylabel="bound, nats per token")
-        panel.legend()
+    panel, save = plot(f"pretrained-{corpus.partition('-')[0]}")
+    _, _, tokenizer, meta = load_corpus(corpus)
+    x0, bytes_per_token = windows(corpus, T), meta["val"]["bytes"] / meta["val"]["tokens"]
+    real = [tokenizer.decode(ids) for ids in x0[:: max(1, len(x0) // config.texts), : T // 2].tolist()]
+    print("| run | nats per token | bits per byte | nats per byte under the judge | bits per pair of bytes |")
+    print("| --- | --- | --- | --- | --- |")
+    print("| real text | | | {:.3f} | {:.2f} |".format(*judged(real[: config.texts], judge)))
+    for number, (name, (start, flags)) in enumerate(starts.items()):
+        flags = f"{flags} --data {corpus} --init_from {start} --batch_size 16"
+        flags += f" --max_minutes {config.minutes} --eval_tokens 16384"
+        path = train_model(config, f"out-{corpus}-{number}", flags)
+        model, _, _ = load_checkpoint(path, device)
+        nats, texts = bound(model, x0), written(model, tokenizer, config.texts, T // 2)
+        quality = "{:.3f} | {:.2f}".format(*judged(texts, judge))
+        print(f"| {name} | {nats:.3f} | {nats / bytes_per_token / math.log(2):.3f} | {quality} |", flush=True)
+        minutes, curve = evaluations(path, "minutes")
+        panel.plot(minutes, curve, marker="o", label=name)
+        curve = ", ".join(f"{nats:.3f} after {x:.1f}" for x, nats in zip(minutes, curve))
+        samples.append(f"\n{name}. Nats per token after minutes of training: {curve}. Its first texts:")
+        samples += texts[:3]
+    panel.set(xlabel="minutes of training", ylabel="bound, nats per token")
+    panel.legend()
     save()
-    for corpus, name, texts in samples:
-        print(f"\n{corpus}, {name}:", *texts, sep="\n\n")
+    print(*samples, sep="\n\n")
 
-
-TINY = {"out-bert": "--method bert", "out-judge": "--attention causal"}
 
 if __name__ == "__main__":
-    main(pretrained, minutes=60, texts=20, bert="data/weights/minilm.pt", judge="data/weights/smollm2-135m-instruct.pt")
+    names = {"bert": "data/weights/minilm.pt", "judge": "data/weights/smollm2-135m-instruct.pt"}
+    main(pretrained, minutes=60, texts=20, corpus="fairytales-minilm", **names)
