@@ -36,9 +36,8 @@ def main(
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path"),
 ):
     tokenizer = tokenizer_by_name(tokenizer)
-    if dir is None:
-        archive = download(URL, DATA / "fairytales" / "tales.zip", instead="--dir takes a copy of its section-stories")
-    folder = zipfile.Path(archive, f"{FOLDER}/") if dir is None else Path(dir)
+    zip_file, instead = DATA / "fairytales" / "tales.zip", "--dir takes a copy of its section-stories"
+    folder = Path(dir) if dir else zipfile.Path(download(URL, zip_file, instead=instead), f"{FOLDER}/")
     try:
         files = [(split, path.name, path) for split in ("train", "val", "test") for path in (folder / split).iterdir()]
         tales = [(split, read_tale(path)) for split, file, path in sorted(files) if file.endswith(".csv")]
