@@ -212,10 +212,10 @@ class Drafter(nn.Module):
             nn.init.zeros_(p)  # at first it changes nothing
 
     def forward(self, x, before):
-        """Vectors (.., C) of drafts, from those of masks and the embeddings of the tokens before, (.., LOOK, C)."""
-        return self.draft(x, self.mix(x), self.before(before.flatten(-2)))
+        """Vectors (.., C) of drafts, from the masks' x (.., C) and embeddings (.., LOOK, C) of the tokens before."""
+        return self.combine(x, self.mix(x), self.before(before.flatten(-2)))
 
-    def draft(self, x, mixed, looked):
+    def combine(self, x, mixed, looked):  # data/lib/ahead.py has computed mixed and looked earlier
         return x + self.out(F.silu(mixed + looked))
 
 

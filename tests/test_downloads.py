@@ -150,11 +150,10 @@ def test_shakespeare_by_download_and_by_file(server, tmp_path, monkeypatch, run)
 
 
 def test_fairy_tales_by_download_and_by_folder(server, tmp_path, monkeypatch, run):
-    tales = {"train": "There lived\na king.\n\nHe slept.\n\nAnd woke.", "val": "A cat", "test": "A dog"}
-    for split, text in tales.items():
-        rows, *last = text.rsplit("\n\n", 1)  # sections, as the published files have them
+    tales = {"train": ["There lived\na king.\n\nHe slept.", "And woke."], "val": ["A cat"], "test": ["A dog"]}
+    for split, sections in tales.items():
         table = io.StringIO(newline="")
-        csv.writer(table).writerows([("section", "text"), *enumerate([rows, *last])])
+        csv.writer(table).writerows([("section", "text"), *enumerate(sections)])
         path = tmp_path / fairytales.FOLDER / split / "tale.csv"
         path.parent.mkdir(parents=True)
         path.write_text(table.getvalue(), newline="")
@@ -163,8 +162,8 @@ def test_fairy_tales_by_download_and_by_folder(server, tmp_path, monkeypatch, ru
         for path in tmp_path.rglob("*.csv"):
             archive.write(path, path.relative_to(tmp_path))
     server.content = (tmp_path / "tales.zip").read_bytes()
-    read = "A dog\n\n\n", "There lived a king.\n\nHe slept.\n\nAnd woke.\n\n\n", "A cat\n\n\n"
-    monkeypatch.setattr(fairytales, "SHA256", hashlib.sha256("".join(read).encode()).hexdigest())
+    expected = "A dog\n\n\n", "There lived a king.\n\nHe slept.\n\nAnd woke.\n\n\n", "A cat\n\n\n"
+    monkeypatch.setattr(fairytales, "SHA256", hashlib.sha256("".join(expected).encode()).hexdigest())
     for module, name, value in (
         (data.lib.corpus, "DATA", tmp_path / "data"),
         (fairytales, "DATA", tmp_path / "data"),
@@ -173,9 +172,12 @@ def test_fairy_tales_by_download_and_by_folder(server, tmp_path, monkeypatch, ru
         monkeypatch.setattr(module, name, value)
     run(main=fairytales.main)
     run("--dir", tmp_path / fairytales.FOLDER, "--val", "test", "--name", "again", main=fairytales.main)
-    for name, val in (("fairytales", read[2]), ("again", read[0])):
+    for name, val in (("fairytales", expected[2]), ("again", expected[0])):
         splits = [bytes(split.astype(np.uint8)).decode() for split in load_corpus(name)[:2]]
-        assert splits == [read[1], val]
+        assert splits == [expected[1], val]
     (tmp_path / fairytales.FOLDER / "val" / "tale.csv").write_text("section,text\n1,Another cat\n")
     with pytest.raises(Mistake, match="sha256"):
         run("--dir", tmp_path / fairytales.FOLDER, main=fairytales.main)
+    (tmp_path / "data" / "fairytales" / "tales.zip").write_text("a web page")
+    with pytest.raises(Mistake, match="not a copy of section-stories .*; delete it"):
+        run(main=fairytales.main)

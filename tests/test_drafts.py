@@ -152,15 +152,15 @@ def test_no_draft_sees_its_anchor_or_later_and_no_clean_position_sees_a_mask(nam
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [1, 2, 3])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_drafts_are_predicted_as_in_training(name, kept):
+def test_writing_drafts_from_the_same_logits_as_training(name, kept):
     K, T, end = 3, 13, 4
-    model, x0 = drafter(K, T=T, **NETWORKS[name]), texts(B=1, T=T)[0]
-    ahead, text = Ahead(model, 1, T, K, n=3), torch.nn.functional.pad(x0, (0, 2 * K))
-    ahead.look(text, torch.tensor([end]))
-    for i, guess in enumerate(ahead.guesses(torch.tensor([kept - 1]))):
-        place = end + kept + i
-        _, draft = model(x0, where=([0], torch.tensor([place])), clean=x0, drafts_from=(end + kept) % K)
-        torch.testing.assert_close(guess(text, torch.tensor([[place]]))[0, :, :5], draft[:, :5])
+    model, x0 = drafter(K, T=T, **NETWORKS[name]), texts(B=2, T=T)[0]
+    ahead, text = Ahead(model, 2, T, K, n=3), torch.nn.functional.pad(x0, (0, 2 * K))
+    ahead.look(text, torch.tensor([end, end]))
+    for i, guess in enumerate(ahead.guesses(torch.tensor([kept - 1, kept - 1]))):
+        place = torch.tensor([end + kept + i] * 2)
+        _, draft = model(x0, where=([0, 1], place), clean=x0, drafts_from=(end + kept) % K)
+        torch.testing.assert_close(guess(text, place[:, None])[:, 0, :5], draft[:, :5])
 
 
 def test_one_rule_says_who_sees_whom_in_blocks_drafts_and_gpts():

@@ -20,7 +20,8 @@ class Ahead:
         self.model, self.T, self.K, self.n, self.device = model, T, K, n, device_of(model)
         self.lefts, self.cache = torch.full((B,), -1), None  # where each row's window begins; -1: it has none yet
         places = (torch.arange(1, n + 1)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
-        self.near, self.look_at = torch.arange(model.drafter.LOOK if K else 0), functools.lru_cache(2**12)(self.look_at)
+        self.near = torch.arange(model.drafter.LOOK if K else 0)  # the tokens that a draft looks at
+        self.product = functools.lru_cache(2**12)(self.product_of)  # a text repeats most of its tokens
         not_text = torch.tensor([model.config.mask_id, *model.config.special_ids])
         self.places, self.not_text = send(self.device, places, not_text)
 
@@ -66,14 +67,13 @@ class Ahead:
 
     def guess(self, x, mixed, text, place):
         text = F.pad(text, (len(self.near), 0), value=self.model.config.shift_id)
-        before = text.gather(1, place + self.near)  # (B, LOOK)
-        looked = torch.stack([self.look_at(i, token) for row in before.tolist() for i, token in enumerate(row)])
-        x = self.model.drafter.draft(x, mixed, looked.unflatten(0, before.shape).sum(1))  # (B, C)
-        return self.unembed(x[:, None], place)
+        before = text.gather(1, place + self.near).tolist()  # (B, LOOK)
+        looked = torch.stack([sum(self.product(i, token) for i, token in enumerate(row)) for row in before])  # (B, 4C)
+        return self.unembed(self.model.drafter.combine(x, mixed, looked)[:, None], place)
 
-    def look_at(self, i, token):
-        """The drafter's product of one token, at place i of those before a draft: (4C,). Text repeats most of them."""
-        weight = self.model.drafter.before.weight.unflatten(1, (len(self.near), -1))[:, i]
+    def product_of(self, i, token):
+        """What the i-th of the tokens before a draft adds to `drafter.before`: (4C,)."""
+        weight = self.model.drafter.before.weight.unflatten(1, (len(self.near), -1))[:, i]  # (4C, C)
         return weight @ self.model.token_embedding.weight[token]
 
     def unembed(self, x, places):

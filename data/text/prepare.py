@@ -1,7 +1,8 @@
-"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth is the validation split, unless --val has it."""
+"""Any UTF-8 file, or a folder of them, as a corpus. The last tenth is for validation, unless --val names a file."""
 
 import shlex
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,25 +23,24 @@ def texts_in(folder):
 
 
 def pieces_of(path):
-    """The texts of a file or folder, a piece at a time, and their size in bytes."""
+    """The text of a file or folder, read a piece at a time, and its size in bytes."""
     files = [*texts_in(Path(path))] if Path(path).is_dir() else [Path(path)]
     return (text for file in files for text in read_pieces(file)), sum(file.stat().st_size for file in files)
 
 
 def prepare(path, name, tokenizer, val=None):
-    """Write the corpus data/NAME from the file or folder `path`. val: the same for its validation split."""
+    """Write the corpus data/NAME from a file or folder. val: another for the validation split, else the last tenth."""
     pieces, size = pieces_of(path)
-    if val is None:
-        splits = split_at(pieces, size * 9 // 10)
-    else:
-        splits = ((split, text) for split, texts in (("train", pieces), ("val", pieces_of(val)[0])) for text in texts)
+    splits = split_at(pieces, size * 9 // 10)
+    if val is not None:
+        splits = chain(zip(repeat("train"), pieces), zip(repeat("val"), pieces_of(val)[0]))
     return write_corpus(name, splits, tokenizer, Path(path).name)
 
 
 @script
 def main(
     path: str = argument("a text file, or a folder whose texts are all taken, in order of their paths"),
-    val: str | None = flag(None, "the validation split, a file or folder, too (default: the last tenth)"),
+    val: str | None = flag(None, "a file or folder for the validation split (default: the last tenth of the text)"),
     name: str | None = flag(None, "folder of data/ to write (default: the name of the path)"),
     tokenizer: str = flag("bytes", "bytes, gpt2, or a checkpoint's path"),
 ):

@@ -38,10 +38,11 @@ OWN_PACE = {  # the orders that take as many steps as they need, and the values 
 
 
 def main(experiment, **more):
-    """Run an experiment as a command. more: the names and defaults of further flags, which are counts or names."""
-    counts = {name: flag(n, f"how many {name}", least=1) for name, n in more.items() if type(n) is int}
-    names = {name: flag(value, f"the {name} to use") for name, value in more.items() if type(value) is str}
-    fields = [(name, type(more[name]), field) for name, field in (counts | names).items()]
+    """Run an experiment as a command. more: further flags and their defaults; an int is a count, a str is a name."""
+    fields = []
+    for name, default in more.items():
+        says = {"help": f"how many {name}", "least": 1} if type(default) is int else {"help": f"the {name} to use"}
+        fields.append((name, type(default), flag(default, **says)))
     fields += [("quick", bool, flag(False, "check that it works, with tiny models, in a temporary folder"))]
     fields += [("device", str, flag("auto", "auto (cuda, then mps, then cpu) or a device's name"))]
     command(lambda: run(experiment, dataclasses.make_dataclass("Config", fields)))

@@ -1,10 +1,14 @@
-"""What is a pretrained BERT worth as a start? MiniLM becomes a generator by two recipes, and again from random weights.
+"""How much does it help to start from a pretrained BERT? Trains MiniLM by two recipes, and once from random weights.
 
-MINILM=data/weights/minilm.pt
-python data/weights/prepare.py FOLDER --out $MINILM    # all-MiniLM-L6-v2; and smollm2-135m-instruct, the judge
-python data/fairytales/prepare.py --name fairytales-minilm --tokenizer $MINILM
-python data/text/prepare.py wiki.valid.tokens --val wiki.test.tokens --name wikitext2-minilm --tokenizer $MINILM
-python tests/experiments/pretrained.py --corpus fairytales-minilm    # three hours, and again for the other corpus
+python data/weights/prepare.py FOLDER --out data/weights/minilm.pt    # a folder with MiniLM-L6-H384-uncased's files
+python data/weights/prepare.py smollm2-135m-instruct                  # the judge
+python data/fairytales/prepare.py --name fairytales-minilm --tokenizer data/weights/minilm.pt
+python tests/experiments/pretrained.py --minutes 60                   # for each of the three runs
+
+The second corpus trains on WikiText-2's validation split and validates on its test split:
+
+python data/text/prepare.py wiki.valid.tokens --val wiki.test.tokens --name wiki --tokenizer data/weights/minilm.pt
+python tests/experiments/pretrained.py --minutes 60 --corpus wiki
 """
 
 import math
@@ -20,7 +24,7 @@ from data.lib.session import nats_per_byte
 from model import load_checkpoint
 from sample import log_likelihood
 
-# Barry's recipe in 2025: transformers' Trainer by default. An hour instead of thirty epochs.
+# Barry (2025): the defaults of transformers' Trainer, but for --minutes instead of thirty epochs.
 POST = "--method roberta-diffusion --optimizer adamw --lr 5e-5 --beta2 0.999 --warmup 0 --weight_decay 0"
 OURS = "--lr 0.002"
 TINY = {"out-bert": "--method bert", "out-judge": "--attention causal"}  # for --quick
@@ -39,16 +43,15 @@ def save_untrained(checkpoint, path):
     save_checkpoint(path, model, tokenizer)
 
 
-def judged(texts, judge):
-    """Nats per byte of texts under a judge, (model, tokenizer), and the entropy of their pairs of bytes, in bits."""
+def judge_texts(texts, judge):
+    """Mean nats per byte of texts under the judge, (model, tokenizer), and the entropy of their byte pairs, in bits."""
     with autocast(device_of(judge[0])):
         nats = [nats_per_byte(*judge, text, log_likelihood) for text in texts]
-    pairs = pair_entropy(torch.tensor([list("\n".join(texts).encode())]))
-    return sum(nats) / len(nats), pairs
+    return sum(nats) / len(nats), pair_entropy(torch.tensor([list("\n".join(texts).encode())]))
 
 
-def written(model, tokenizer, n, T):
-    """Write n texts of T tokens in random order, a token in each step."""
+def write_texts(model, tokenizer, n, T):
+    """Write n texts of T tokens in random order, one token per step."""
     return [tokenizer.decode(ids) for ids in write(model, n, T, T, temperature=0.7)[0].tolist()]
 
 
@@ -64,17 +67,22 @@ def pretrained(config, device):
     _, _, tokenizer, meta = load_corpus(corpus)
     x0, bytes_per_token = windows(corpus, T), meta["val"]["bytes"] / meta["val"]["tokens"]
     real = [tokenizer.decode(ids) for ids in x0[:: max(1, len(x0) // config.texts), : T // 2].tolist()]
-    print("| run | nats per token | bits per byte | nats per byte under the judge | bits per pair of bytes |")
-    print("| --- | --- | --- | --- | --- |")
-    print("| real text | | | {:.3f} | {:.2f} |".format(*judged(real[: config.texts], judge)))
+    print("| run | bound, bits per byte | nats per byte under the judge | bits per pair of bytes |")
+    print("| --- | --- | --- | --- |")
+    nats, pairs = judge_texts(real[: config.texts], judge)
+    print(f"| real text | | {nats:.3f} | {pairs:.2f} |")
     for number, (name, (start, flags)) in enumerate(starts.items()):
         flags = f"{flags} --data {corpus} --init_from {start} --batch_size 16"
         flags += f" --max_minutes {config.minutes} --eval_tokens 16384"
-        path = train_model(config, f"out-{corpus}-{number}", flags)
+        path = train_model(config, f"out-{corpus}-{config.minutes}min-{number}", flags)
         model, _, _ = load_checkpoint(path, device)
-        nats, texts = bound(model, x0), written(model, tokenizer, config.texts, T // 2)
-        quality = "{:.3f} | {:.2f}".format(*judged(texts, judge))
-        print(f"| {name} | {nats:.3f} | {nats / bytes_per_token / math.log(2):.3f} | {quality} |", flush=True)
+        bits, texts = (
+            bound(model, x0) / bytes_per_token / math.log(2),
+            write_texts(model, tokenizer, config.texts, T // 2),
+        )
+        nats, pairs = judge_texts(texts, judge)
+        print(f"| {name} | {bits:.3f} | {nats:.3f} | {pairs:.2f} |", flush=True)
+        name += ", after a prompt of 16 tokens" * (flags.startswith(POST))  # how its recipe evaluates
         minutes, curve = evaluations(path, "minutes")
         panel.plot(minutes, curve, marker="o", label=name)
         curve = ", ".join(f"{nats:.3f} after {x:.1f}" for x, nats in zip(minutes, curve))
