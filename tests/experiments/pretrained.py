@@ -1,6 +1,6 @@
 """How much does it help to start from a pretrained BERT? Trains MiniLM by two recipes, and once from random weights.
 
-python data/weights/prepare.py FOLDER --out data/weights/minilm.pt    # a folder with MiniLM-L6-H384-uncased's files
+python data/weights/prepare.py FOLDER --out data/weights/minilm.pt    # a folder with all-MiniLM-L6-v2's files
 python data/weights/prepare.py smollm2-135m-instruct                  # the judge
 python data/fairytales/prepare.py --name fairytales-minilm --tokenizer data/weights/minilm.pt
 python tests/experiments/pretrained.py --minutes 60                   # for each of the three runs

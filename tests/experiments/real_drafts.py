@@ -40,14 +40,17 @@ def real_drafts(config, device):
     gpt, corpus, T, n = config.gpt, "fairytales-smollm2", context_of(config), context_of(config) // 4
     if config.quick:
         gpt, corpus = train_model(config, "out-gpt", "--attention causal"), "shakespeare"
-    prompts, rows = windows(corpus, n, config.texts * n), []
+    prompts, notes = windows(corpus, n, config.texts * n), []
+    print("| drafter | temperature | drafts | tokens per pass | times as fast: float32 | bfloat16 | same in float32 |")
+    print("| --- " * 7 + "|")
     for name, drafter in (("looks at four tokens", Drafter), ("looks at none", NoLook)):
         with mock.patch("model.Drafter", drafter):
             flags = f"{HOW} --data {corpus} --init_from {gpt} --max_minutes {config.minutes}"
             path = train_model(config, f"out-real-{drafter.__name__}-{config.minutes}", flags, train_here)
             model, _, checkpoint = load_checkpoint(path, device)
         shared = overlap(model, windows(corpus, T, 8 * T).to(device)).tolist()
-        print(f"{name}, {checkpoint['step']:,} steps: shares with the GPT {', '.join(f'{x:.3f}' for x in shared)}")
+        shared = ", ".join(f"{x:.3f}" for x in shared)
+        notes.append(f"{name}: after {checkpoint['step']:,} steps the drafts share this much with the GPT: {shared}")
         for temperature in (0.0, 1.0):
             for precision in PRECISIONS:
                 continue_texts(model, prompts[:1], n, 4, temperature, precision)  # to warm up
@@ -56,9 +59,8 @@ def real_drafts(config, device):
                 texts, per_pass, _ = runs[K, "float32"]
                 speed = " | ".join(f"{x:.2f}" for x in (per_pass, *(runs[0, p][2] / runs[K, p][2] for p in PRECISIONS)))
                 same = texts.eq(runs[0, "float32"][0]).all(1).sum().item()
-                rows.append(f"| {name} | {temperature:g} | {K} | {speed} | {same} of {len(prompts)} |")
-    print("| drafter | temperature | drafts | tokens per pass | times as fast: float32 | bfloat16 | same in float32 |")
-    print("| --- " * 7 + "|", *rows, sep="\n")
+                print(f"| {name} | {temperature:g} | {K} | {speed} | {same} of {len(prompts)} |", flush=True)
+    print("", *notes, sep="\n")
 
 
 if __name__ == "__main__":
