@@ -1,7 +1,7 @@
 """Real published weights against figures that transformers 5.24 gave for the same files, in float32.
 
 Each test needs a folder in the hub's layout, and is skipped unless an environment variable names it: SETITEM_SMOLLM2
-is SmolLM2-135M-Instruct with weights rounded to four bits, SETITEM_MINILM is MiniLM-L6-H384-uncased.
+is SmolLM2-135M-Instruct with weights rounded to four bits, SETITEM_MINILM is all-MiniLM-L6-v2.
 """
 
 import os
