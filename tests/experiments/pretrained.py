@@ -89,7 +89,7 @@ def pretrained(config, device):
         samples.append(f"\n{name}. Nats per token after minutes of training: {curve}. Its first texts:")
         samples += texts[:3]
     panel.set(xlabel="minutes of training", ylabel="bound, nats per token")
-    panel.legend()
+    panel.figure.legend(loc="outside lower center")
     save()
     print(*samples, sep="\n\n")
 
