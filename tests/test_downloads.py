@@ -179,5 +179,5 @@ def test_fairy_tales_by_download_and_by_folder(server, tmp_path, monkeypatch, ru
     with pytest.raises(Mistake, match="sha256"):
         run("--dir", tmp_path / fairytales.FOLDER, main=fairytales.main)
     (tmp_path / "data" / "fairytales" / "tales.zip").write_text("a web page")
-    with pytest.raises(Mistake, match="not a copy of section-stories .*; delete it"):
+    with pytest.raises(Mistake, match="not a copy of section-stories .*; replace it"):
         run(main=fairytales.main)

@@ -43,8 +43,8 @@ def main(
         files = [(split, path.name, path) for split in ("train", "val", "test") for path in (folder / split).iterdir()]
         tales = [(split, read_tale(path)) for split, file, path in sorted(files) if file.endswith(".csv")]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise Mistake(f"{copy}: not a copy of section-stories ({error}); delete it and get another") from None
+        raise Mistake(f"{copy}: not a copy of section-stories ({error}); replace it") from None
     if (found := hashlib.sha256("".join(text for _, text in tales).encode()).hexdigest()) != SHA256:
-        raise Mistake(f"{copy}: the tales' sha256 is {found}, but {SHA256} was expected; delete it and get another")
+        raise Mistake(f"{copy}: the tales' sha256 is {found}, but {SHA256} was expected; replace it")
     pieces = (("train" if split == "train" else "val", text) for split, text in tales if split in ("train", val))
     write_corpus(name, pieces, tokenizer, f"FairytaleQA {COMMIT}")

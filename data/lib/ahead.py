@@ -20,7 +20,7 @@ class Ahead:
         self.model, self.T, self.K, self.n, self.device = model, T, K, n, device_of(model)
         self.lefts, self.cache = torch.full((B,), -1), None  # where each row's window begins; -1: it has none yet
         places = (torch.arange(1, n + 1)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
-        self.near = torch.arange(model.drafter.LOOK if K else 0)  # the tokens that a draft looks at
+        self.near = torch.arange(model.drafter.LOOK if K else 0)  # offsets of the tokens that a draft looks at
         self.product = functools.lru_cache(2**12)(self.product_of)  # a text repeats most of its tokens
         not_text = torch.tensor([model.config.mask_id, *model.config.special_ids])
         self.places, self.not_text = send(self.device, places, not_text)
@@ -72,7 +72,7 @@ class Ahead:
         return self.unembed(self.model.drafter.combine(x, mixed, looked)[:, None], place)
 
     def product_of(self, i, token):
-        """What the i-th of the tokens before a draft adds to `drafter.before`: (4C,)."""
+        """The share of one token, the i-th of those before a draft, in the output of `drafter.before`: (4C,)."""
         weight = self.model.drafter.before.weight.unflatten(1, (len(self.near), -1))[:, i]  # (4C, C)
         return weight @ self.model.token_embedding.weight[token]
 

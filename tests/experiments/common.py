@@ -81,7 +81,10 @@ def context_of(config):
 
 
 def train_model(config, out_dir, flags, run=run_script):
-    """Train a model with these flags of train.py, unless there is one in out_dir; return its checkpoint's path."""
+    """Train a model with these flags of train.py, unless there is one in out_dir; return its checkpoint's path.
+
+    run: how the script is called, like run_script.
+    """
     folder, unfinished = Path(out_dir), Path(f"{out_dir}-unfinished")
     if not (folder / "ckpt.pt").exists():
         shutil.rmtree(unfinished, ignore_errors=True)  # from a run that was stopped

@@ -76,10 +76,8 @@ def pretrained(config, device):
         flags += f" --max_minutes {config.minutes} --eval_tokens 16384"
         path = train_model(config, f"out-{corpus}-{config.minutes}min-{number}", flags)
         model, _, _ = load_checkpoint(path, device)
-        bits, texts = (
-            bound(model, x0) / bytes_per_token / math.log(2),
-            write_texts(model, tokenizer, config.texts, T // 2),
-        )
+        bits = bound(model, x0) / bytes_per_token / math.log(2)
+        texts = write_texts(model, tokenizer, config.texts, T // 2)
         nats, pairs = judge_texts(texts, judge)
         print(f"| {name} | {bits:.3f} | {nats:.3f} | {pairs:.2f} |", flush=True)
         name += ", after a prompt of 16 tokens" * (flags.startswith(POST))  # how its recipe evaluates
