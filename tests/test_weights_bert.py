@@ -301,7 +301,7 @@ def test_fine_tuned_from_conversion_to_export(flags, originals, run, tmp_path):
     run(folder, "--out", tmp_path / "a.pt")
     text, tokenizer = library_text()[:20_000], tokenizer_by_name(str(tmp_path / "a.pt"))
     lines = [(split, line) for split in ("train", "val") for line in text.splitlines(keepends=True) if line.strip()]
-    write_corpus("wikitext2", lines, tokenizer, "test", encode=tokenizer.encode_line)
+    write_corpus("wikitext2", lines, tokenizer, "test", by_line=True)
     size = ["--context", 20, "--prompt_len", "0:4", "--evals", 1, "--epochs", 0.5]
     out_dir = tmp_path / "out"
     files = ["--init_from", tmp_path / "a.pt", "--data", "wikitext2", "--out_dir", out_dir]

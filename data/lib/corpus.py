@@ -6,15 +6,18 @@ split is running text, canvases (captioned pictures), or examples (prompts with 
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
+from data.lib.byte_pairs import PATTERN, learn_byte_pairs
 from data.lib.chat import Chat
 from data.lib.errors import Mistake
 from data.lib.files import replacing
@@ -33,9 +36,20 @@ def check_name(name, own=None):
         raise Mistake(f"--name {name}: data/{name} is this project's own folder; choose another name")
 
 
-def write_corpus(name, pieces, tokenizer, source, encode=None):
-    """Write data/NAME from (split, text) pairs, which are read one at a time. encode: the tokenizer's, by default."""
-    encode = encode or tokenizer.encode
+class BytePairs(NamedTuple):
+    """The tokenizer `bpe:N`, whose n tokens `write_corpus` has to learn from the training split."""
+
+    n: int
+    template, state, special = None, {"kind": "bpe"}, {}  # conversations need a token that ends a text; it has none
+
+
+def write_corpus(name, pieces, tokenizer, source, by_line=False):
+    """Write data/NAME from (split, text) pairs, which are read one at a time. by_line: each text is a line."""
+    if isinstance(tokenizer, BytePairs):
+        pieces = [*pieces]  # read twice
+        tokens = learn_byte_pairs((text for split, text in pieces if split == "train"), tokenizer.n)
+        tokenizer = BPETokenizer([token.decode("latin-1") for token in tokens], PATTERN)
+    encode = tokenizer.encode_line if by_line else tokenizer.encode
     encoded = (  # if a special token replaces the newline, the newline's byte doesn't count
         (split, ids := encode(text), len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids))
         for split, text in pieces
@@ -191,15 +205,17 @@ def spaced_windows(split, T, n_tokens):
 
 
 def tokenizer_by_name(name):
-    """The tokenizer called `bytes` or `gpt2` (tiktoken downloads that one once), or the one in a checkpoint's file."""
+    """The tokenizer called `bytes`, `gpt2` (tiktoken downloads it once) or `bpe:N`, or that of a checkpoint's file."""
     if name == "bytes":
         return ByteTokenizer()
     if name == "gpt2":
         encoding = tiktoken.get_encoding("gpt2")
         tokens = [encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.eot_token)]
         return BPETokenizer(tokens, encoding._pat_str)
+    if re.fullmatch(r"bpe:\d{3,7}", name) and int(name[4:]) > 256:
+        return BytePairs(int(name[4:]))
     if not Path(name).is_file():
-        raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, and the path of a checkpoint")
+        raise Mistake(f"--tokenizer {name}: there are bytes, gpt2, bpe:N (N above 256), and the path of a checkpoint")
     from data.lib.checkpoint import read_checkpoint, refused  # torch takes a second to load
 
     checkpoint = read_checkpoint(name)
