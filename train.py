@@ -95,9 +95,9 @@ class TrainConfig:
     epochs: float | None = flag(None, "passes over the training split to train for", above=0)
     max_minutes: float | None = flag(None, "minutes to train for (10 if there is no other limit)", above=0)
     # output
-    evals: int = flag(8, "evaluations over the run, evenly spaced, each with a checkpoint", least=1)
+    evals: int | None = flag(None, "evaluations over the run, each with a checkpoint (8, if time allows)", least=1)
     keep: int = flag(0, "keep the last N of these checkpoints, as step-NUMBER.pt", least=0)
-    eval_tokens: int | None = flag(None, "validation tokens per evaluation (65536; --eval_only: all)", least=1)
+    eval_tokens: int | None = flag(None, "validation tokens per evaluation (up to 65536; --eval_only: all)", least=1)
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
     # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
@@ -311,14 +311,14 @@ def update(run, batch):
     return loss, norm
 
 
-def train(run, split, val, log, rates, signals):
-    """Train until the run ends or `signals` has one. val: windows to evaluate, and their prompt lengths."""
+def train(run, split, log, rates, signals):
+    """Train until the run ends or `signals` has one."""
     config, stopped = run.config, False
     while not stopped and run.progress() < 1:
         level = widened(config, run.progress())
         loss, norm = update(run, draw_batch(split, config, run.generator, run.model.config, level, rates))
         stopped = run.tick(bool(signals))  # reads the clock; true if any process was told to stop
-        nats = evaluate(run, *val) if run.evaluation_is_due() else None
+        nats = evaluate(run, *log.windows()) if run.evaluation_is_due() else None
         log.step(loss, norm, nats, stopped)
         if nats is not None:
             run.save(nats)
@@ -345,15 +345,14 @@ def main():
         model = Transformer(train_settings.model_config(Transformer.Config, config, corpus_tokenizer))
     config, chat = train_settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
     run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=chat)
-    val = report.validation_windows(val_split, config)
     if config.eval_only:
-        return report.print_bound(run, sequence_bounds, val, meta)
+        return report.print_bound(run, sequence_bounds, val_split, meta)
     rates = noise.rates_of(config.rate, uniform_rates, model.config, meta["occurrences"])
-    with training.underway(run, checkpoint) as signals, report.Report(run, denoise, val, meta) as log:
+    with training.underway(run, checkpoint) as signals, report.Report(run, denoise, val_split, meta) as log:
         if config.compile:
             batch = draw_batch(train_split, config, torch.Generator(), model.config)
-            run.compile_ahead(batch, loss_for(run), lambda: evaluate(run, *val), log.sample)
-        train(run, train_split, val, log, rates, signals)
+            run.compile_ahead(batch, loss_for(run), lambda: evaluate(run, *log.windows()), log.sample)
+        train(run, train_split, log, rates, signals)
 
 
 if __name__ == "__main__":

@@ -254,3 +254,45 @@ def test_a_run_is_bounded_by_ten_minutes_unless_steps_are_given():
         run = Run(TrainConfig(**{**minutes, **flags}), tiny_model(), torch.device("cpu"))
         run.minutes = 5
         assert run.progress() == expected
+
+
+@pytest.mark.parametrize(
+    ("minutes", "step", "save"),
+    [(1, 4, 0.3), (1, 0.4, 0.1), (10, 0.38, 0.05), (10, 5, 10), (60, 0.1, 2), (1, 0.01, 0.1)],
+)
+def test_evaluations_take_a_tenth_of_a_run_at_most(minutes, step, save, monkeypatch):
+    """With a clock of our own, on which a step and the saving of a checkpoint take this many seconds."""
+    clock, spent, sizes = [0.0], [], set()
+    monkeypatch.setattr("data.lib.training.time.perf_counter", lambda: clock[0])
+    run = Run(TrainConfig(max_minutes=minutes, device="cpu"), tiny_model())
+    B, T = run.config.batch_size, run.config.context
+    while run.progress() < 1:
+        clock[0] += step
+        run.step += 1
+        run.tick()
+        if run.evaluation_is_due():
+            n_tokens = run.config.eval_tokens
+            tokens_read = n_tokens + T * max(8, min(64, n_tokens // T))  # the bound, and a sample
+            spent.append(step * tokens_read / (3 * B * T) + save)  # a step is three times as long as its forward pass
+            sizes.add(n_tokens)
+            clock[0] += spent[-1]
+    assert run.progress() == 1
+    assert sum(spent) <= 0.1 * clock[0]
+    assert 2 <= len(spent) <= 8
+    assert len(sizes) == 1
+    assert 4 * T <= n_tokens <= 65536
+
+
+def test_flags_say_how_many_evaluations_there_are(monkeypatch):
+    """However long they take."""
+    clock, n = [0.0], 0
+    monkeypatch.setattr("data.lib.training.time.perf_counter", lambda: clock[0])
+    run = Run(TrainConfig(max_iters=100, evals=5, eval_tokens=999, device="cpu"), tiny_model())
+    while run.progress() < 1:
+        clock[0] += 1
+        run.step += 1
+        run.tick()
+        if run.evaluation_is_due():
+            clock[0] += 100
+            n += 1
+    assert (n, run.config.eval_tokens) == (5, 999)

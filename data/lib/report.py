@@ -16,19 +16,20 @@ from data.lib.errors import Mistake
 from data.lib.escape import inert
 from data.lib.layout import as_shown
 from data.lib.machine import release_memory
-from data.lib.processes import full, gather, gathered, rank
+from data.lib.processes import full, gather, gathered, rank, world_size
 from data.lib.prompt import make_canvas, shown_of
 
 COLUMNS = "step", "minutes", "loss", "lr", "grad_norm", "tokens_per_second", "val_nats_per_token", "val_bits_per_byte"
 
 
 class Report(AbstractContextManager):
-    """Shows and logs a run. denoise: writes the samples. val: windows and their prompt lengths. meta: of the corpus."""
+    """Shows and logs a run. denoise: writes the samples. split: the validation split. meta: of the corpus."""
 
-    def __init__(self, run, denoise, val, meta):
-        self.run, self.denoise, self.out_dir = run, denoise, Path(run.config.out_dir)
-        self.prompt = val[0][0, : val[1][0]]  # (n,), empty unless the corpus has examples
-        self.bits_per_nat = bits_per_nat(*val, run.model.config.special_ids, meta["val"])
+    def __init__(self, run, denoise, split, meta):
+        self.run, self.denoise, self.split, self.out_dir = run, denoise, split, Path(run.config.out_dir)
+        tokens, prompt_len = self.windows()
+        self.prompt = tokens[0, : prompt_len[0]]  # (n,), empty unless the corpus has examples
+        self.bits_per_nat = bits_per_nat(tokens, prompt_len, run.model.config.special_ids, meta["val"])
         n_parameters = sum(p.numel() for p in run.model.parameters())
         print(f"{n_parameters:,} parameters on {run.device} in {run.precision.fast_dtype}")
         path, rows = self.out_dir / "log.csv" if rank() == 0 else Path(os.devnull), []
@@ -82,14 +83,22 @@ class Report(AbstractContextManager):
         release_memory()
         self.since = self.run.clock()
 
+    def windows(self):
+        """The windows that an evaluation reads, and the lengths of their prompts."""
+        return validation_windows(self.split, self.run.config)
+
     def sample(self):
-        """Write a short text, safe to show. If the corpus has examples, it replies to the first prompt."""
+        """Write a short text, safe to show. If the corpus has examples, it replies to the first prompt.
+
+        It takes a pass for each window of an evaluation, 8 at least and 64 at most.
+        """
+        steps = max(8, min(64, len(self.windows()[0])))
         run, config, tokenizer, T = self.run, self.run.model.config, self.run.tokenizer, self.run.config.context
         ids = make_canvas("", suffix="", length=T, tokenizer=tokenizer, context=T)
         ids[: len(self.prompt)] = self.prompt.tolist()
         run.model.eval()
         with run.precision, gathered(run.model):
-            *_, canvas = self.denoise(run.model, torch.tensor([ids]), steps=64, temperature=0.7)
+            *_, canvas = self.denoise(run.model, torch.tensor([ids]), steps=steps, temperature=0.7)
         run.model.train()
         text = tokenizer.decode(shown_of(canvas[0].tolist(), ids, config.mask_id, config.end_ids))
         return as_shown(text, tokenizer) if sys.stdout.isatty() else inert(text)
@@ -101,12 +110,15 @@ def validation_windows(split, config):
     return tuple(map(torch.from_numpy, spaced_windows(split, config.context, n_tokens)))
 
 
-def print_bound(run, sequence_bounds, val, meta):
-    """Print the bound of a split, or of --eval_tokens of it, with its standard error. val, meta: as for a Report."""
-    config, is_exact, (tokens, own_prompt) = run.config, run.model.config.block == 1, val
+def print_bound(run, sequence_bounds, split, meta):
+    """Print the bound of a split, or of --eval_tokens of it, with its standard error. meta: of the corpus."""
+    config, is_exact = run.config, run.model.config.block == 1
+    tokens, own_prompt = validation_windows(split, config)
     draws = 1 if is_exact else 1 + math.ceil(256 / len(tokens))  # two of 256 windows suffice for a standard error
     settings = {"seed": config.seed, "level": config.level, "rate": config.rate}
-    with run.precision:
+    bar = tqdm(desc="evaluating", total=draws * len(tokens), unit=" windows", leave=False, disable=rank() > 0)
+    run.model.register_forward_hook(lambda _, inputs, __: bar.update(len(inputs[0]) * world_size()))
+    with run.precision, bar:
         bounds, n_maskable = sequence_bounds(run.model, tokens, own_prompt + config.prompt_len.low, draws, **settings)
     nats = (bounds.mean(0).sum() / n_maskable.sum()).item()
     error = "exact" if is_exact else f"standard error {standard_error(bounds, n_maskable):.4f}"

@@ -1,5 +1,6 @@
 """A training run: its optimizers, random numbers and clock, and how it is saved, stopped and resumed."""
 
+import dataclasses
 import functools
 import math
 import signal
@@ -47,6 +48,7 @@ class Run:
         self.corpus = [meta[split]["sha256"] for split in SPLITS] if meta else []
         self.best, self.bound = math.inf, bound_name(config, model.config, meta or {})  # best: lowest nats per token
         self.step, self.minutes, self.evals_done = 0, 0.0, 0
+        self.step_minutes, self.eval_minutes, self.evaluated = 0.0, [0.0], False  # of the last step; of each evaluation
         self.start_clock()
 
     def progress(self):
@@ -63,16 +65,34 @@ class Run:
     def tick(self, stopped=False):
         """Read the clock; every process gets rank 0's time. Returns whether any of them was told to stop."""
         said = gather(torch.tensor([self.clock(), stopped], dtype=torch.float64))  # (world_size, 2)
-        self.minutes = said[0, 0].item()
+        before, self.minutes = self.minutes, said[0, 0].item()
+        if self.evaluated:
+            self.eval_minutes.append(max(0.0, self.minutes - before - self.step_minutes))
+        else:
+            self.step_minutes = self.minutes - before
+        self.evaluated = False
         return bool(said[:, 1].any())
 
     def evaluation_is_due(self):
-        """Whether the next of the run's evenly spaced evaluations is due; true once for each."""
-        before, self.evals_done = self.evals_done, int(self.progress() * self.config.evals)
-        if self.evals_done > before:
+        """Whether the next of the run's evenly spaced evaluations is due; true once for each.
+
+        Unless flags say otherwise, evaluations with their samples and checkpoints take a tenth of the run at most: they
+        read a tenth as many tokens as training does, and those that would take longer are left out, except the last.
+        """
+        config, done = self.config, self.progress()
+        before, self.evals_done = self.evals_done, int(done * (config.evals or 8))
+        due, expected = self.evals_done > before, sum(self.eval_minutes) + 2 * self.eval_minutes[-1]
+        if due and config.evals is None and done < 1:
+            due = expected <= 0.1 * self.minutes / done
+        if due:
+            if config.eval_tokens is None:
+                n_tokens = self.step * config.batch_size * config.context / done  # over the whole run
+                n_tokens = min(2**16, max(4 * config.context, int(0.1 * n_tokens / (config.evals or 8))))
+                self.config = dataclasses.replace(config, eval_tokens=n_tokens)  # saved, so a resumed run keeps it
             getattr(torch, self.device.type).synchronize()
             self.paused = self.clock()  # the speed of training excludes evaluations
-        return self.evals_done > before
+        self.evaluated = due
+        return due
 
     def micro_batches(self, batch):
         """Yield this process's micro-batches of a batch (tensors of B rows), each with levels from all of (0, 1]."""
@@ -115,7 +135,7 @@ class Run:
                 raise ValueError("its step or minutes are negative")
             if self.progress() >= 1:
                 raise ValueError("that run is complete; raise --max_minutes, --max_iters or --epochs")
-        self.evals_done = int(self.progress() * self.config.evals)
+        self.evals_done = int(self.progress() * (self.config.evals or 8))
 
     def save(self, nats=math.inf):
         """Write last.pt, and also ckpt.pt if this bound (nats per token) is the lowest so far or there is none yet."""
