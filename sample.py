@@ -31,7 +31,7 @@ from model import load_checkpoint
 
 @dataclass
 class SampleConfig:
-    ckpt: list[str] = flag((), "one or more checkpoints (out/ckpt.pt, or else data/shakespeare/ckpt.pt)")
+    ckpt: list[str] = flag((), "one or more checkpoints (the included model: data/shakespeare/ckpt.pt)")
     prompt: list[str] = flag((), "one or more texts to start from; <mask> is a hole, <mask*8> is eight")
     prompt_file: list[str] = flag((), "the same from files; - is stdin")
     suffix: str = flag("", "text after the holes")

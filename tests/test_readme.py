@@ -107,7 +107,7 @@ def test_the_five_changes_can_be_made_and_do_what_their_page_says(world, tmp_pat
         "train.py", *f"--data book --out_dir out --max_iters 2 --evals 1 {SMALL}".split(), cwd=tmp_path
     )
     assert trained.returncode == 0, trained.stderr
-    written = run_process("sample.py", "--order", "left", "spread", "--steps", 8, cwd=tmp_path)
+    written = run_process("sample.py", "--ckpt", "out/ckpt.pt", "--order", "left", "spread", "--steps", 8, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
 
 

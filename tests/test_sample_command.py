@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from world import sample_text
@@ -75,15 +77,19 @@ def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, caps
         assert f"{name}: 31 tokens in" in both
 
 
-def test_sample_takes_ones_own_checkpoint_or_else_the_one_that_is_there(world, tmp_path, monkeypatch, capsys):
+def test_without_ckpt_the_included_model_writes_whatever_one_has_trained(tmp_path, monkeypatch, capsys):
+    """There is a model in out/, too, where train.py writes by default."""
     shipped = tmp_path / "data" / "shipped.pt"
     shipped.parent.mkdir()
-    shipped.write_bytes((world / "blocks" / "ckpt.pt").read_bytes())
+    shutil.copy("blocks/ckpt.pt", shipped)
     monkeypatch.setattr(data.lib.session, "SHIPPED", shipped)
-    monkeypatch.chdir(tmp_path)
-    assert "data/shipped.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
-    monkeypatch.chdir(world)
-    assert "out/ckpt.pt: 32 tokens in" in sample_text([], monkeypatch, capsys).err
+    said = sample_text([], monkeypatch, capsys).err
+    assert "data/shipped.pt: 32 tokens in" in said
+    assert said.startswith("the included model writes; `--ckpt out/ckpt.pt` takes the one that you trained\n")
+    assert Path("out/ckpt.pt").exists()
+    said = sample_text(["--ckpt", "out/ckpt.pt"], monkeypatch, capsys).err
+    assert "out/ckpt.pt: 32 tokens in" in said
+    assert "included" not in said
 
 
 def test_logits_that_are_not_finite_are_said(tmp_path, monkeypatch):

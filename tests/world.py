@@ -14,6 +14,7 @@ from toys import make_book
 
 import data.lib.corpus
 import data.lib.report
+import data.lib.session
 import data.lib.training
 import sample
 import train
@@ -50,6 +51,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def in_world(world, monkeypatch):
     monkeypatch.setattr(data.lib.corpus, "DATA", world / "data")
+    monkeypatch.setattr(data.lib.session, "SHIPPED", world / "out" / "ckpt.pt")
     monkeypatch.chdir(world)
 
 

@@ -22,7 +22,6 @@ from data.lib.prompt import make_canvas, read_text, shown_of, standing
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
 
-OWN = Path("out/ckpt.pt")  # where train.py writes by default
 SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
 
 # A model that writes in one order. canvas_of makes a canvas, list[int], of a prompt; flags are those of denoise.
@@ -36,7 +35,9 @@ class Session:
         self.config, self.denoise, self.log_likelihood = config, denoise, log_likelihood
         self.prompts = [*config.prompt, *map(read_text, config.prompt_file)]
         check_flags(config, given, self.prompts)
-        config.ckpt = config.ckpt or [os.path.relpath(OWN if OWN.exists() else SHIPPED)]
+        if not config.ckpt:
+            config.ckpt = [os.path.relpath(SHIPPED)]
+            print("the included model writes; `--ckpt out/ckpt.pt` takes the one that you trained", file=sys.stderr)
         self.device, keep = pick_device(config.device), getattr(torch, config.dtype, None)
         loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)

@@ -186,3 +186,7 @@ def underway(run, checkpoint):
                 again = f"python train.py --out_dir {run.config.out_dir} --init_from resume"
                 print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
             sys.exit(128 + (came or [signal.SIGINT])[0])
+    if rank() == 0:
+        print(
+            f"`python sample.py --ckpt {Path(run.config.out_dir) / 'ckpt.pt'}` writes with this model", file=sys.stderr
+        )
