@@ -119,11 +119,10 @@ def test_the_five_changes_can_be_made_and_do_what_their_page_says(world, tmp_pat
         ("Good morrow, my <mask*9>.", "Good morrow, my good lord."),
     ],
 )
-def test_the_shipped_model_knows_its_shakespeare(prompt, text, tmp_path, monkeypatch, capsys):
+def test_the_shipped_model_knows_its_shakespeare(prompt, text, monkeypatch, capsys):
     """Of one checkpoint and its likeliest text, which another may not share: these are easy."""
-    monkeypatch.chdir(tmp_path)  # where no model of one's own is in out/
-    written = sample_text(["--prompt", prompt, "--order", "confidence", "--temperature", 0], monkeypatch, capsys)
-    assert "data/shakespeare/ckpt.pt: " in written.err
+    flags = ["--ckpt", SHIPPED, "--prompt", prompt, "--order", "confidence", "--temperature", 0]
+    written = sample_text(flags, monkeypatch, capsys)
     assert written.out == text + "\n"
 
 
