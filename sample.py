@@ -31,6 +31,12 @@ from model import load_checkpoint
 
 @dataclass
 class SampleConfig:
+    groups = {  # in --help, from these flags on
+        "ckpt": "what to write",
+        "steps": "how to write it",
+        "num_samples": "how many, and where to",
+        "device": "machine",
+    }
     ckpt: list[str] = flag((), "one or more checkpoints (the included model: data/shakespeare/ckpt.pt)")
     prompt: list[str] = flag((), "one or more texts to start from; <mask> is a hole, <mask*8> is eight")
     prompt_file: list[str] = flag((), "the same from files; - is stdin")
@@ -57,6 +63,7 @@ class SampleConfig:
     score: str | None = flag(None, "print a file's likelihood under this order and steps; - is stdin")
     watch: bool = flag(False, "show the canvas while it fills, in a terminal")
     save: str | None = flag(None, "save how texts filled, as a page (run.html), or the first as an animation (run.svg)")
+    overwrite: bool = flag(False, "let --save replace a file")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: Dtype = flag("auto", "precision of matrix products; weights stored in it stay as they are")
 
@@ -392,7 +399,7 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 
 def main():
-    given = parse(SampleConfig, __doc__.splitlines()[0])
+    given = parse(SampleConfig, __doc__)
     Session(SampleConfig(**given), given, load_checkpoint, denoise, log_likelihood).run()  # turns prompts into canvases
 
 

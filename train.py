@@ -50,12 +50,18 @@ METHODS = {  # the flags that each method sets; explicit flags win
 
 @dataclass
 class TrainConfig:
-    # files
+    groups = {  # in --help, from these flags on
+        "data": "files",
+        "method": "noise and objective",
+        "n_layer": "model",
+        "batch_size": "optimisation",
+        "evals": "output",
+        "device": "machine",
+    }
     data: str = flag("python", "corpus: a folder in data/")
     out_dir: str = flag("out", "where this run's ckpt.pt (the best), last.pt and log.csv go")
     init_from: str = flag("scratch", "scratch; resume, to go on from out_dir; or a checkpoint's path")
     eval_only: bool = flag(False, "print the bound of --init_from and stop")
-    # noise and objective
     method: Literal[tuple(METHODS)] = flag("default", "sets the flags below to those of a published method")
     level: flags.Level = flag(
         flags.Level("bell", 1.2), "how t is drawn: uniform, bell:S (of width S), grid:N, or a number"
@@ -71,7 +77,6 @@ class TrainConfig:
         flags.Span(0, 16), "leading tokens that are never masked: N, or M to N at random (M:N)"
     )
     attention: flags.Attention = flag(flags.Attention("canvas"), "canvas, shifted, block:K, causal (GPT), or draft:K")
-    # model
     n_layer: int = flag(4, "layers", least=1)
     n_head: int = flag(2, "attention heads", least=1)
     n_embd: int = flag(160, "width", least=1)
@@ -79,7 +84,6 @@ class TrainConfig:
     dropout: float = flag(0.0, "dropout probability", least=0, below=1)
     conv: int = flag(5, "taps of each layer's convolution; 0 for none", least=0)
     freeze: bool = flag(False, "with draft:K, train only what drafting adds to the GPT in --init_from")
-    # optimisation
     batch_size: int = flag(8, "windows per step", least=1)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", least=1)
     grad_checkpoint: bool = flag(False, "recompute layers in the backward pass, to save memory")
@@ -94,12 +98,10 @@ class TrainConfig:
     max_iters: int | None = flag(None, "steps to train for", least=1)
     epochs: float | None = flag(None, "passes over the training split to train for", above=0)
     max_minutes: float | None = flag(None, "minutes to train for (10 if there is no other limit)", above=0)
-    # output
     evals: int | None = flag(None, "evaluations over the run, each with a checkpoint (8, if time allows)", least=1)
     keep: int = flag(0, "keep the last N of these checkpoints, as step-NUMBER.pt", least=0)
     eval_tokens: int | None = flag(None, "validation tokens per evaluation (up to 65536; --eval_only: all)", least=1)
     log_every: int = flag(10, "steps between rows of log.csv", least=1)
-    # machine
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
     dtype: flags.Dtype = flag("auto", "precision of matrix products; --eval_only keeps weights stored in it")
     compile: bool = flag(False, "torch.compile the model")
@@ -335,7 +337,7 @@ def evaluate(run, tokens, own_prompt):
 
 
 def main():
-    given = flags.parse(TrainConfig, __doc__.splitlines()[0])
+    given = flags.parse(TrainConfig, __doc__)
     # From scratch, model, tokenizer and checkpoint are None.
     config, model, tokenizer, checkpoint = train_settings.settle(given, TrainConfig, METHODS, load_checkpoint)
     train_settings.check_training(config)

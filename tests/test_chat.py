@@ -223,7 +223,7 @@ def parrot(monkeypatch):
 def test_the_reply_alone_is_printed(parrot, monkeypatch, capsys):
     flags = ["--ckpt", "x.pt", "--chat", "--order", "confidence", "--dtype", "float32"]
     call(monkeypatch, sample.main, [*flags, "--prompt", "abc", "<mask*3>", "  x"])
-    assert capsys.readouterr().out == "a\n<\nx\n"
+    assert capsys.readouterr().out == "--- 1 of 3\na\n--- 2 of 3\n<\n--- 3 of 3\nx\n"
 
 
 def test_a_conversation_is_read_from_stdin_and_remembered(parrot, tmp_path, monkeypatch, capsys):
@@ -241,12 +241,22 @@ def test_a_conversation_is_read_from_stdin_and_remembered(parrot, tmp_path, monk
     assert [len(messages) for messages in seen] == [1, 3, 5]
     saved = (tmp_path / "x.html").read_text()
     count = [saved.count(json.dumps(list(word))[1:-1].replace(", ", ",")) for word in ("hello", "bye")]
-    assert count == [3, 1]
+    assert count == [2, 1]  # with all three turns, too little of the canvas would be left for the reply
+    flags += ["--overwrite"]
     call(monkeypatch, sample.main, flags)
     assert capsys.readouterr().out == ""
     with pytest.raises(Mistake, match=r"a conversation of \d+ tokens; the canvas has 96 \(--length\)"):
         call(monkeypatch, sample.main, flags, b"one\n" + b"x" * 96)
     assert capsys.readouterr().out == "o\n"  # what came before stands
+
+
+def test_the_last_turns_that_leave_a_quarter_of_the_canvas_are_kept():
+    chat, messages = Chat(BYTES, ByteTokenizer()), said("one", "1", "two", "2", "three")
+    for system in ([], [{"role": "system", "content": "be"}]):
+        whole, last_two, last = (chat.prompt(system + messages[i:]) for i in (0, 2, 4))
+        for kept, length in ((whole, len(whole) * 4), (last_two, len(whole)), (last, len(last) + 1)):
+            ids = chat.canvas(system + messages, length)
+            assert ids == kept + [256] * (length - len(kept))
 
 
 def test_a_reply_is_remembered_without_what_the_template_takes_for_itself(monkeypatch):

@@ -54,25 +54,29 @@ def test_a_corpus_is_the_text_cut_at_nine_tenths(tmp_path):
 
 
 def test_a_validation_split_may_come_from_a_file_of_its_own(tmp_path):
-    (tmp_path / "train").write_text("some text\n")
-    (tmp_path / "val").write_text("more\n")
+    texts = "some text\n" * 26, "more\n" * 52
+    for name, text in zip(("train", "val"), texts):
+        (tmp_path / name).write_text(text)
     prepare(tmp_path / "train", "two", ByteTokenizer(), tmp_path / "val")
-    assert [bytes(split.astype(np.uint8)) for split in load_corpus("two")[:2]] == [b"some text\n", b"more\n"]
+    assert [bytes(split.astype(np.uint8)).decode() for split in load_corpus("two")[:2]] == [*texts]
+    (tmp_path / "val").write_text("five\n")
+    with pytest.raises(Mistake, match="its val split has 5 tokens; 256 are needed"):
+        prepare(tmp_path / "train", "two", ByteTokenizer(), tmp_path / "val")
 
 
 def test_a_folder_is_its_texts_in_order(tmp_path, capsys):
     folder = tmp_path / "folder"
     (folder / "b").mkdir(parents=True)
     (folder / ".git").mkdir()
-    for name, text in (("b/2.txt", "two\r\n"), ("a.txt", "one "), ("c.txt", "three" * 10), (".git/x", "no")):
+    for name, text in (("b/2.txt", "two\r\n"), ("a.txt", "one "), ("c.txt", "three" * 2000), (".git/x", "no")):
         (folder / name).write_bytes(text.encode())
     (folder / "b" / "picture.png").write_bytes(b"\x89PNG")
     prepare(folder, "folder", bpe())
     assert "left out: " in (said := capsys.readouterr().err)
     assert "picture.png: not UTF-8 text" in said
     train, val, tokenizer, meta = load_corpus("folder")
-    assert tokenizer.decode([*train.tolist(), *val.tolist()]) == "one two\r\n" + "three" * 10
-    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 59
+    assert tokenizer.decode([*train.tolist(), *val.tolist()]) == "one two\r\n" + "three" * 2000
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 10_009
 
 
 @given(st.lists(st.text(max_size=20), max_size=10), st.integers(0, 300))
@@ -105,7 +109,7 @@ def test_text_that_cannot_be_a_corpus_leaves_nothing(content, reason, tmp_path, 
 
 
 def test_a_failed_preparation_leaves_the_corpus_that_was_there(tmp_path):
-    (tmp_path / "good").write_text("good text " * 100)
+    (tmp_path / "good").write_text("good text " * 300)
     (tmp_path / "bad").write_bytes(b"fine at first " * 200_000 + b"\xff")
     prepare(tmp_path / "good", "x", ByteTokenizer())
     with pytest.raises(Mistake):

@@ -101,7 +101,7 @@ FILES = {
     "a token too many": (header(20240520, 1, 3) + bytes(8), WHOLE),
     "half a token": (header(20240520, 1, 4) + bytes(7), WHOLE),
     "a negative number": (header(20240520, 1, -500) + bytes(24), WHOLE),
-    "no tokens": (header(20240520, 1, 0), "its train split is empty"),
+    "no tokens": (header(20240520, 1, 0), "its train split has 0 tokens"),
     "<mask>": (header(20240520, 1, 1) + b"\x03\x01", "it has a token 259, and the last is 258"),
     "a large id": (header(20240520, 1, 1) + b"\xff\xff", "it has a token 65535"),
 }

@@ -23,7 +23,16 @@ def canvas(prompt, length=None, suffix="", context=16):
 def test_holes_in_a_prompt():
     assert canvas("<mask*12>") == [256] * 12
     assert canvas("<masks> <MASK>")[:14] == [*b"<masks> <MASK>"]
-    for text in ("<mask*4:12>", "<mask*0>", "<mask*>", "<mask*9999999>", "<mask*99999999999>"):
+    for text in (
+        "<Mask*3>",
+        "<mask *3>",
+        "< MASK * 3 >",
+        "<mask*4:12>",
+        "<mask*0>",
+        "<mask*>",
+        "<mask*9999999>",
+        "<mask*99999999999>",
+    ):
         with pytest.raises(Mistake, match="a hole is <mask>"):
             canvas(text)
 
@@ -120,6 +129,6 @@ def test_prompts_of_every_kind_in_one_batch_are_written_as_alone(tmp_path, monke
     alone.append(sample_text(["--prompt_file", "-", *flags], monkeypatch, capsys).out)
     files = ["--prompt_file", tmp_path / "prompt.txt", "-"]
     together = sample_text(["--prompt", *prompts, *files, *flags], monkeypatch, capsys)
-    assert together.out == "".join(alone)
+    assert together.out == "".join(f"--- {i} of 5\n{text}" for i, text in enumerate(alone, 1))
     assert all(text.endswith("!\n\n") for text in alone)
     assert [len(text.encode()) for text in alone[:2]] == [29, 58] or "\ufffd" in "".join(alone)

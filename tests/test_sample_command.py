@@ -11,6 +11,7 @@ from world import sample_text
 
 import data.lib.session
 import sample
+import train
 from data.lib.checkpoint import save_checkpoint
 from data.lib.errors import Mistake
 from model import load_checkpoint
@@ -34,12 +35,14 @@ def test_sampling_repeats_itself_and_stdout_is_text_alone(world, monkeypatch, ca
     assert outputs[0].startswith("line")
 
 
-def test_two_models_write_the_same_prompt_one_after_the_other(world, monkeypatch, capsys):
+def test_two_models_write_the_same_prompt_one_after_the_other_by_their_names(world, monkeypatch, capsys):
     flags = ["--prompt", "line 1", "the", "--length", 20, "--dtype", "float32"]
     alone = [sample_text(["--ckpt", f"{name}/ckpt.pt", *flags], monkeypatch, capsys) for name in ("gpt", "out")]
     judged = ["--judge", "gpt/ckpt.pt"]
     both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", *judged, *flags], monkeypatch, capsys)
-    assert both.out == "".join(each.out for each in alone)
+    named = [each.out.replace("--- ", f"--- {name}/ckpt.pt, ") for name, each in zip(("gpt", "out"), alone)]
+    assert both.out == "".join(named)
+    assert both.out.startswith("--- gpt/ckpt.pt, 1 of 2\nline 1")
     for name, passes in (("gpt", 18), ("out", 17)):  # a GPT reads its prompts first, in a pass of their own
         line = next(line for line in both.err.splitlines() if f"{name}/ckpt.pt: 31 tokens in " in line)
         assert re.search(rf"tokens/s, {passes} forward passes; under gpt/ckpt.pt [\d.]+, [\d.]+ nats per byte", line)
@@ -63,7 +66,8 @@ def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, caps
     alone = ""
     for order in orders:
         steps = [] if order == "threshold" else ["--steps", 5]
-        alone += sample_text([*flags, "--order", order, *steps], monkeypatch, capsys).out
+        text = sample_text([*flags, "--order", order, *steps], monkeypatch, capsys).out
+        alone += text.replace("--- ", f"--- {order}, ")
     page = tmp_path / "gallery.html"
     flags += ["--order", *orders, "--steps", 5, "--save", page]
     together = sample_text(flags, monkeypatch, capsys)
@@ -72,7 +76,7 @@ def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, caps
         assert f"{order}: 31 tokens in" in together.err
     runs = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', page.read_text())[1])
     assert [[side["name"] for side in run] for run in runs] == [orders] * 2
-    both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", *flags], monkeypatch, capsys).err
+    both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", "--overwrite", *flags], monkeypatch, capsys).err
     for name in ("gpt/ckpt.pt, left", *(f"out/ckpt.pt, {order}" for order in orders)):
         assert f"{name}: 31 tokens in" in both
 
@@ -85,7 +89,7 @@ def test_without_ckpt_the_included_model_writes_whatever_one_has_trained(tmp_pat
     monkeypatch.setattr(data.lib.session, "SHIPPED", shipped)
     said = sample_text([], monkeypatch, capsys).err
     assert "data/shipped.pt: 32 tokens in" in said
-    assert said.startswith("the included model writes; `--ckpt out/ckpt.pt` takes the one that you trained\n")
+    assert said.endswith("\nthis was the included model; `--ckpt out/ckpt.pt` takes the one that you trained\n")
     assert Path("out/ckpt.pt").exists()
     said = sample_text(["--ckpt", "out/ckpt.pt"], monkeypatch, capsys).err
     assert "out/ckpt.pt: 32 tokens in" in said
@@ -101,3 +105,61 @@ def test_logits_that_are_not_finite_are_said(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", f"sample.py --ckpt {tmp_path}/large.pt --dtype float32 {flags}".split())
         with pytest.raises(Mistake, match="logits are not finite"):
             sample.main()
+
+
+def test_a_file_is_not_replaced_unless_one_says_so(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "run.html"
+    sample_text(["--save", page, "--prompt", "one <mask>"], monkeypatch, capsys)
+    before = page.read_bytes()
+    with pytest.raises(Mistake, match="there is such a file; --overwrite replaces it"):
+        sample_text(["--save", page, "--prompt", "two <mask>"], monkeypatch, capsys)
+    assert page.read_bytes() == before
+    sample_text(["--save", page, "--prompt", "two <mask>", "--overwrite"], monkeypatch, capsys)
+    assert page.read_bytes() != before
+
+
+def test_a_score_needs_no_other_flag_and_its_file_is_looked_for_first(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text("line 1 of a book")
+    alone = sample_text(["--score", path], monkeypatch, capsys).out
+    assert alone == sample_text(["--score", path, "--order", "confidence"], monkeypatch, capsys).out
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        sample_text(["--score", tmp_path / "none.txt", "--ckpt", "none.pt"], monkeypatch, capsys)
+
+
+def test_ctrl_c_says_how_far_it_was(monkeypatch, capsys):
+    denoise = sample.denoise
+
+    def interrupted(*args, **flags):
+        yield from list(denoise(*args, **flags))[:3]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "denoise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample_text(["--steps", 5], monkeypatch, capsys)
+    assert "out/ckpt.pt: stopped after 5 forward passes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["Hello", "you"], 'did you mean --prompt "Hello"?'),
+        (["--promt", "x"], "did you mean --prompt?"),
+        (["--temprature=1"], "did you mean --temperature?"),
+        (["--xyz"], "--help lists every flag"),
+    ],
+)
+def test_an_unknown_flag_suggests_the_nearest(flags, hint, monkeypatch, capsys):
+    with pytest.raises(Mistake) as mistake:
+        sample_text(flags, monkeypatch, capsys)
+    assert str(mistake.value).endswith(f"({hint})")
+
+
+def test_help_has_the_examples_first_and_the_flags_in_groups(monkeypatch, capsys):
+    for script, titles in ((sample, sample.SampleConfig.groups), (train, train.TrainConfig.groups)):
+        monkeypatch.setattr(sys, "argv", ["x", "--help"])
+        with pytest.raises(SystemExit):
+            script.main()
+        text = capsys.readouterr().out
+        places = [text.index(part) for part in ("    python ", *(f"\n{title}:\n" for title in titles.values()))]
+        assert places == sorted(places)

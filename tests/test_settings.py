@@ -102,6 +102,7 @@ SAMPLE = {
     "score": ["book.txt"],
     "watch": [True],
     "save": ["run.html", "run.svg"],
+    "overwrite": [True],
     "dtype": ["float32", "bfloat16", "float16"],
     "device": ["cpu"],
     "seed": ["0", "5"],

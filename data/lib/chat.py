@@ -80,9 +80,16 @@ class Chat:
         return self.encode([content.strip(), *self.closing])
 
     def canvas(self, messages, length):
-        """Return the canvas for a reply to messages, `length` ids: the prompt's, then holes."""
+        """Return the canvas for a reply to messages, `length` ids: the prompt's, then holes.
+
+        A quarter of the canvas is for the reply. If a conversation is too long, its first turns are left out.
+        """
         self.check(messages)
-        ids = self.prompt(messages)
+        ids, turns = self.prompt(messages), [i for i, message in enumerate(messages) if message["role"] == "user"]
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        for i in turns[1:]:
+            if len(ids) > length * 3 // 4:
+                ids = self.prompt(system + messages[i:])
         if len(ids) >= length:
             raise Mistake(f"--chat: a conversation of {len(ids)} tokens; the canvas has {length} (--length)")
         return ids + [self.tokenizer.mask_id] * (length - len(ids))

@@ -43,8 +43,11 @@ class BytePairs(NamedTuple):
     template, state, special = None, {"kind": "bpe"}, {}  # conversations need a token that ends a text; it has none
 
 
-def write_corpus(name, pieces, tokenizer, source, by_line=False):
-    """Write data/NAME from (split, text) pairs, which are read one at a time. by_line: each text is a line."""
+def write_corpus(name, pieces, tokenizer, source, by_line=False, least=1):
+    """Write data/NAME from (split, text) pairs, which are read one at a time. by_line: each text is a line.
+
+    least: the fewest tokens that a split may have.
+    """
     if isinstance(tokenizer, BytePairs):
         pieces = [*pieces]  # read twice
         tokens = learn_byte_pairs((text for split, text in pieces if split == "train"), tokenizer.n)
@@ -54,10 +57,10 @@ def write_corpus(name, pieces, tokenizer, source, by_line=False):
         (split, ids := encode(text), len(text.encode()) - (text.endswith("\n") and tokenizer.eos_id in ids))
         for split, text in pieces
     )
-    return write_tokens(name, encoded, tokenizer, source)
+    return write_tokens(name, encoded, tokenizer, source, least=least)
 
 
-def write_tokens(name, pieces, tokenizer, source, template=None):
+def write_tokens(name, pieces, tokenizer, source, template=None, least=1):
     """Write data/NAME from (split, ids, bytes) or, with a template, (split, ids, bytes of the reply, prompt length)."""
     check_name(name)
     counts, digests = {split: Counter() for split in SPLITS}, {split: hashlib.sha256() for split in SPLITS}
@@ -75,8 +78,9 @@ def write_tokens(name, pieces, tokenizer, source, template=None):
             if split == "train":
                 np.add.at(occurrences, ids, 1)
         for split in SPLITS:
-            if not (counts[split]["tokens"] and counts[split]["bytes"]):
-                raise Mistake(f"{source}: too little text, its {split} split is empty")
+            n = counts[split]["tokens"]
+            if n < least or not counts[split]["bytes"]:
+                raise Mistake(f"{source}: too little text, its {split} split has {n} tokens; {least} are needed")
             counts[split]["sha256"] = digests[split].hexdigest()
         meta = {"source": str(source), **counts, "tokenizer": tokenizer.state, "occurrences": occurrences.tolist()}
         meta |= {"chat": template} if template else {}

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import math
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -105,17 +106,31 @@ def argument(help, default=dataclasses.MISSING):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Mistake(f"{message.removeprefix('argument ')} (--help lists every flag)")
+        hint = "--help lists every flag"
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        if near := difflib.get_close_matches(unknown, self._option_string_actions, 1):
+            hint = f"did you mean {near[0]}?"
+        elif unknown and not unknown.startswith("-") and "--prompt" in self._option_string_actions:
+            hint = f'did you mean --prompt "{unknown}"?'
+        raise Mistake(f"{message.removeprefix('argument ')} ({hint})")
 
 
-def parse(config_class, description=None, words=None):
+def parse(config_class, doc="", words=None):
     """Read words, by default sys.argv, into a dict of the fields that were given. Mistake if a flag is wrong.
 
     `config_class(**parse(config_class))` fills in the defaults, and a resumed run can tell which flags are new.
+    doc: the script's docstring; --help shows its first line and its examples. A class may have `groups`, the titles
+    under which --help lists the flags from a certain one on.
     """
-    parser, hints = Parser(description=description, allow_abbrev=False), get_type_hints(config_class)
+    examples = "\n".join(line for line in doc.splitlines() if line.startswith("    python "))
+    description = "\n\n".join(part for part in (doc.partition("\n")[0], examples) if part)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, usage=argparse.SUPPRESS, formatter_class=layout, allow_abbrev=False)
+    group, hints = parser, get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        name, kind, default, options = f"--{field.name}", hints[field.name], field.default, {}
+        if field.name in getattr(config_class, "groups", {}):
+            group = parser.add_argument_group(config_class.groups[field.name])
+        name, kind, default, options, shown = f"--{field.name}", hints[field.name], field.default, {}, ""
         if type(None) in get_args(kind):  # int | None
             kind = get_args(kind)[0]
         if "positional" in field.metadata:
@@ -125,13 +140,15 @@ def parse(config_class, description=None, words=None):
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
+            options |= {"choices": get_args(kind), "metavar": field.name.upper()}
+            shown = f": {', '.join(get_args(kind))}"
         elif kind in (int, float):
             options["type"] = number(kind, **field.metadata["bounds"])
         else:
             options["type"] = getattr(kind, "from_text", kind)
-        shown = "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {default})"
-        parser.add_argument(name, help=field.metadata["help"] + shown, **{"default": argparse.SUPPRESS, **options})
+        if field.default not in (None, (), "", False, dataclasses.MISSING):
+            shown += f" (default: {default})"
+        group.add_argument(name, help=field.metadata["help"] + shown, **{"default": argparse.SUPPRESS, **options})
     return vars(parser.parse_args(words))
 
 
@@ -158,10 +175,9 @@ def script(main):
     """
     fields = [(*hint, default) for hint, default in zip(get_type_hints(main).items(), main.__defaults__)]
     config_class = dataclasses.make_dataclass("Config", fields)
-    description = main.__globals__["__doc__"].splitlines()[0]
 
     def run():
-        main(**vars(config_class(**parse(config_class, description))))
+        main(**vars(config_class(**parse(config_class, main.__globals__["__doc__"]))))
 
     if main.__module__ == "__main__":
         command(run)

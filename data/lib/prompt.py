@@ -7,7 +7,7 @@ from pathlib import Path
 from data.lib.errors import Mistake
 
 MOST = 10**6  # the most tokens in one hole
-MASK_TAG = re.compile(r"<mask(\*[^>]*)?>")
+MASK_TAG = re.compile(r"(<mask>|(?i:<\s*mask\s*\*[^<>]*>))")  # and what somebody may have meant as a hole
 
 
 def standing(ids, tokenizer):
@@ -32,15 +32,15 @@ def make_canvas(prompt, suffix, length, tokenizer, context):
         raise Mistake("--suffix: holes go into --prompt, which may have several")
     if tokenizer.kinds and length not in (None, tokenizer.canvas_len):
         raise Mistake(f"--length {length}: the model's canvas has {tokenizer.canvas_len} tokens")
-    parts = MASK_TAG.split(prompt)  # text, the size of a hole, text, .., text
+    parts = MASK_TAG.split(prompt)  # text, a hole, text, .., text
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for i, part in enumerate(parts):
         if i % 2 == 0:
             ids += tokenizer.encode(part)
-        elif (size := re.fullmatch(r"\*(\d{1,7})", part or "*1")) and 0 < int(size[1]) <= MOST:
-            ids += [tokenizer.mask_id] * int(size[1])
+        elif (size := re.fullmatch(r"<mask(?:\*(\d{1,7}))?>", part)) and 0 < int(size[1] or 1) <= MOST:
+            ids += [tokenizer.mask_id] * int(size[1] or 1)
         else:
-            raise Mistake(f"--prompt: <mask{part}>: a hole is <mask>, and eight are <mask*8>; at most {MOST:,}")
+            raise Mistake(f"--prompt: {part}: a hole is <mask>, and eight are <mask*8>; at most {MOST:,}")
     is_whole = length is None and len(parts) > 1 and not tokenizer.kinds  # there are no holes but the prompt's
     after = tokenizer.encode(suffix) + [tokenizer.eos_id] * (tokenizer.eos_id is not None and bool(is_whole or suffix))
     n = len(ids) + len(after)

@@ -32,12 +32,13 @@ class Session:
     """One call of sample.py, with its models. given: the flags on the command line. The functions are sample.py's."""
 
     def __init__(self, config, given, load_checkpoint, denoise, log_likelihood):
-        self.config, self.denoise, self.log_likelihood = config, denoise, log_likelihood
+        self.config, self.given, self.denoise, self.log_likelihood = config, given, denoise, log_likelihood
         self.prompts = [*config.prompt, *map(read_text, config.prompt_file)]
         check_flags(config, given, self.prompts)
-        if not config.ckpt:
-            config.ckpt = [os.path.relpath(SHIPPED)]
-            print("the included model writes; `--ckpt out/ckpt.pt` takes the one that you trained", file=sys.stderr)
+        if config.score is not None:
+            self.text = read_text(config.score)
+            config.order = config.order if "order" in given else ["confidence"]
+        config.ckpt = config.ckpt or [os.path.relpath(SHIPPED)]
         self.device, keep = pick_device(config.device), getattr(torch, config.dtype, None)
         loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
@@ -64,6 +65,8 @@ class Session:
                 self.answer([[{"role": "user", "content": text}] for text in self.prompts])
             else:
                 converse(self.chat, lambda messages: self.answer([messages]))
+        if "ckpt" not in self.given:
+            print("this was the included model; `--ckpt out/ckpt.pt` takes the one that you trained", file=sys.stderr)
 
     def answer(self, prompts):
         """Write a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
@@ -71,11 +74,16 @@ class Session:
         canvases = [list(map(writer.canvas_of, prompts)) for writer in self.writers]
         with Watch(len(canvases)) if config.watch and sys.stderr.isatty() else nullcontext() as watch:
             for pane, writer in enumerate(self.writers):
-                results.append(self.write(writer, canvases[pane], watch and partial(watch.show, pane)))
+                try:
+                    results.append(self.write(writer, canvases[pane], watch and partial(watch.show, pane)))
+                except KeyboardInterrupt:
+                    print(f"\n{writer.name}: stopped after {len(self.passes)} forward passes", file=sys.stderr)
+                    raise
         for writer, (histories, speed) in zip(self.writers, results):
             for number, history in enumerate(histories, 1):
-                if len(histories) > 1:
-                    print(f"--- {number} of {len(histories)}", file=sys.stderr, flush=True)
+                names = [writer.name] * (len(results) > 1) + [f"{number} of {len(histories)}"] * (len(histories) > 1)
+                if names:
+                    print(f"--- {', '.join(names)}", flush=True)
                 print(as_shown(history.text, writer.tokenizer) if sys.stdout.isatty() else history.text, flush=True)
             if self.judge:
                 nats = (nats_per_byte(*self.judge[:2], history.text, self.log_likelihood) for history in histories)
@@ -88,20 +96,22 @@ class Session:
 
     def write(self, writer, canvases, show):
         """Write num_samples texts for each canvas. Return their histories, and a line about speed."""
-        config, tokenizer, passes, seconds = self.config, writer.tokenizer, [], 0.0
+        config, tokenizer, seconds, self.passes = self.config, writer.tokenizer, 0.0, []
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
         rows = [(History(tokenizer, ids, writer.name), ids, seed) for ids in canvases for seed in seeds]
-        with writer.model.layers[0].register_forward_hook(lambda *_: passes.append(1)):
+        with writer.model.layers[0].register_forward_hook(lambda *_: self.passes.append(1)):
             for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
                 histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
                 canvas = torch.tensor(starts)
                 log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
                 drafts = torch.zeros(canvas.shape, dtype=torch.bool)  # tokens on the canvas that aren't certain yet
                 steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, drafts=drafts, **how)
-                took, began = 0.0, time.perf_counter()
-                for canvas in tqdm(steps, unit="step", leave=False, disable=bool(show)):
+                took, began, n_holes = 0.0, time.perf_counter(), canvas.eq(tokenizer.mask_id).sum().item()
+                bar = tqdm(total=n_holes, unit=" tokens", leave=False, disable=bool(show))
+                for canvas in steps:
                     took += time.perf_counter() - began  # excludes the time to record and show the step
+                    bar.update(n_holes - canvas.eq(tokenizer.mask_id).sum().item() - bar.n)
                     if show or config.save is not None:
                         columns = canvas.tolist(), log_p.exp().tolist(), drafts.tolist()
                         for history, ids, p, is_draft in zip(histories, *columns):
@@ -110,15 +120,16 @@ class Session:
                         show(histories[0], len(histories))
                     began = time.perf_counter()
                 seconds += took
+                bar.close()
                 for history, start, ids in zip(histories, starts, canvas.tolist()):
                     shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
                     history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
         n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
-        speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(passes)} forward passes"
+        speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(self.passes)} forward passes"
         return [history for history, _, _ in rows], speed
 
     def print_score(self):
-        (writer,), text = self.writers, read_text(self.config.score)
+        (writer,), text = self.writers, self.text
         tokenizer, order = writer.tokenizer, writer.flags["order"]
         if order in ("random", "remask"):
             raise Mistake(f"--score: under --order {order} a text has no one probability; try confidence")
@@ -152,6 +163,8 @@ def check_flags(config, given, prompts):
         raise Mistake("--chat: not with --suffix; a conversation has one --ckpt, one --order, and one sample at a time")
     if config.save is not None and Path(config.save).suffix not in (".html", ".svg"):
         raise Mistake(f"--save {config.save}: its name must end in .html or .svg")
+    if config.save is not None and Path(config.save).exists() and not config.overwrite:
+        raise Mistake(f"--save {config.save}: there is such a file; --overwrite replaces it")
 
 
 def flags_for(config, given, path, model, all_causal):

@@ -34,7 +34,7 @@ def prepare(path, name, tokenizer, val=None):
     splits = split_at(pieces, size * 9 // 10)
     if val is not None:
         splits = chain(zip(repeat("train"), pieces), zip(repeat("val"), pieces_of(val)[0]))
-    return write_corpus(name, splits, tokenizer, Path(path).name)
+    return write_corpus(name, splits, tokenizer, Path(path).name, least=256)  # a window, as train.py has by default
 
 
 @script

@@ -49,7 +49,7 @@ def main(experiment, **more):
 
 
 def run(experiment, config_class):
-    config = config_class(**parse(config_class, sys.modules["__main__"].__doc__.splitlines()[0]))
+    config = config_class(**parse(config_class, sys.modules["__main__"].__doc__))
     device, here = pick_device(config.device), Path.cwd()
     if not config.quick:
         os.chdir(ROOT)

@@ -95,7 +95,7 @@ def print_score(path):
 
 
 def main():
-    config = HmmConfig(**parse(HmmConfig, __doc__.splitlines()[0]))
+    config = HmmConfig(**parse(HmmConfig, __doc__))
     if config.score is not None:
         return print_score(config.score)
     letters = draw(config.tokens, source(), SEED + 1)

@@ -387,7 +387,7 @@ class BenchConfig:
 
 
 def main():
-    config = BenchConfig(**parse(BenchConfig, __doc__.splitlines()[0]))
+    config = BenchConfig(**parse(BenchConfig, __doc__))
     device = pick_device(config.device)
     tables = {"roberta": roberta_rows, "orders": order_rows, "bound": bound_rows, "dial": dial_rows}
     rows = next((rows for name, rows in tables.items() if getattr(config, name)), speed_rows)

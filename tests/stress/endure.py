@@ -195,7 +195,7 @@ def converting(config):
 
 
 def main():
-    config = EndureConfig(**parse(EndureConfig, __doc__.splitlines()[0]))
+    config = EndureConfig(**parse(EndureConfig, __doc__))
     globals()[config.what](config)
 
 

@@ -327,7 +327,7 @@ class FuzzConfig:
 
 
 def main():
-    config = FuzzConfig(**parse(FuzzConfig, __doc__.splitlines()[0]))
+    config = FuzzConfig(**parse(FuzzConfig, __doc__))
     torch.set_num_threads(1)
     numbers, failed = range(config.first, config.first + config.cases), 0
     with tempfile.TemporaryDirectory() as good:
