@@ -343,8 +343,9 @@ def main():
     train_settings.check_training(config)
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
-    if model is None:
-        model = Transformer(train_settings.model_config(Transformer.Config, config, corpus_tokenizer))
+    shape = model.config if model else train_settings.model_config(Transformer.Config, config, corpus_tokenizer)
+    train_settings.check_memory(config, shape, (model or Transformer).Layer)
+    model = model or Transformer(shape)
     config, chat = train_settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
     run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=chat)
     if config.eval_only:

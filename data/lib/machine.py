@@ -1,6 +1,7 @@
 """The device that a command runs on, the precision of its matrix products, and copies to the device."""
 
 import ctypes
+import math
 import os
 import sys
 
@@ -19,6 +20,16 @@ def pick_device(name):
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError):  # a torch without CUDA raises the first
         raise Mistake(f"--device {name}: not on this machine") from None
+
+
+def memory_of(device):
+    """The bytes of memory that a device has; infinite if the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return math.inf
 
 
 def release_memory():

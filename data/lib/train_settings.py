@@ -11,7 +11,7 @@ from data.lib.checkpoint import refused
 from data.lib.corpus import canvas_len
 from data.lib.errors import Mistake
 from data.lib.flags import Attention, Level, Rate, Span, from_plain
-from data.lib.machine import pick_device
+from data.lib.machine import memory_of, pick_device
 from data.lib.processes import world_size
 
 SHAPE = "n_layer", "n_head", "n_embd", "conv"  # fields that a checkpoint's model fixes
@@ -110,6 +110,23 @@ def model_config(config_class, config, tokenizer):
     shape |= attention_fields(config.attention, tokenizer.mask_id)
     shape |= {"special_ids": tokenizer.special_ids, "kinds": tokenizer.kinds}
     return config_class(tokenizer.vocab_size, tokenizer.mask_id, **shape)
+
+
+def check_memory(config, model_config, layer_class):
+    """Raise Mistake, before anything is allocated, if training needs more memory than there is.
+
+    This is the least that it needs: float32 for weights, gradients and their averages; eight vectors of 16 bits per
+    token and layer, which the backward pass reads; and the batch itself.
+    """
+    n_layer, C, n_tokens = model_config.n_layer, model_config.n_embd, config.batch_size * config.context
+    with torch.device("meta"):
+        in_layers = n_layer * sum(p.numel() for p in layer_class(model_config).parameters())
+    n_parameters = in_layers + 2 * model_config.vocab_size * C
+    activations = 16 * n_layer * C * n_tokens // (config.grad_accum * world_size())
+    need = 12 * n_parameters + 32 * n_tokens + activations * (not config.grad_checkpoint)
+    if need > (there := memory_of(pick_device(config.device))) and not (config.shard or config.eval_only):
+        said = f"{n_parameters:,} parameters and {n_tokens:,} tokens per step take {need / 1e9:,.0f} GB or more"
+        raise Mistake(f"--batch_size, --context, --n_layer, --n_embd: {said}; there are {there / 1e9:,.0f} GB")
 
 
 def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint):
