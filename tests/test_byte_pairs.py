@@ -122,3 +122,13 @@ def test_conversations_need_a_token_that_ends_them(data_folder, mistake, tmp_pat
     assert "no token that ends a text" in mistake(
         tmp_path / "a.jsonl", "--tokenizer", "bpe:300", main=chat_prepare.main
     )
+
+
+def test_a_failed_download_of_gpt2_s_pairs_is_one_sentence(data_folder, mistake, tmp_path, monkeypatch):
+    def fail(name):
+        raise ConnectionError("HTTPSConnectionPool(host=..): Max retries exceeded (Caused by ...)")
+
+    monkeypatch.setattr("tiktoken.get_encoding", fail)
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    said = mistake(tmp_path / "a.txt", "--tokenizer", "gpt2", main=text_prepare.main)
+    assert said.endswith("--tokenizer gpt2: tiktoken could not download it; bpe:N needs no download\n")
