@@ -126,8 +126,23 @@ def test_two_models_fill_a_pane_each(checkpoint):
     assert panes[0][-1].partition("|")[2].strip() == ""  # the second waits
     left = [[row.partition("|")[0] for row in pane] for pane in panes]
     assert left[2][:-1] == left[5][: len(left[2]) - 1]  # and the first stays
+    assert [pane[0].count("ckpt.pt") for pane in panes] == [1, 1, 1, 2, 2, 2]  # by the names of their models
     assert "step 3, 100% filled" in left[5][-1]
     assert "step 3, 100% filled" in panes[5][-1].partition("|")[2]
+
+
+def test_captions_fit_a_terminal_of_80_columns(monkeypatch, capfd):
+    """Two orders side by side, each for several texts."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    watch = Watch(2)
+    for pane, name in enumerate(("confidence", "entropy-bound")):
+        history = History(ByteTokenizer(), [256] * 9999, name)
+        history.add([97] * 9999, [1.0] * 9999, 1.0)
+        history.steps *= 128
+        watch.show(pane, history, 16)
+    lines = [re.sub("\x1b\\[[?0-9;]*[a-zA-Z]", "", line) for line in capfd.readouterr().err.split("\n")]
+    assert "confidence, the first of 16 | entropy-bound, the first of 16" in lines
+    assert "step 128, 100% filled, 9,999 tokens/s | step 128, 100% filled, 9,999 tokens/s" in lines
 
 
 def test_watch_shows_drafts_and_counts_only_what_is_certain(monkeypatch, capfd):

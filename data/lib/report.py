@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import sys
 import textwrap
 from contextlib import AbstractContextManager, suppress
@@ -39,7 +40,7 @@ class Report(AbstractContextManager):
         self.file = open(path, "w", newline="", buffering=1)  # line by line, so that it can be watched
         self.log = csv.writer(self.file)
         self.log.writerows([COLUMNS, *rows])
-        layout, seconds = "{percentage:3.0f}%|{bar:20}| {desc}", 0.5 if sys.stderr.isatty() else 10
+        layout, seconds = "{percentage:3.0f}%|{bar:10}| {desc}", 0.5 if sys.stderr.isatty() else 10
         self.bar = tqdm(total=1, initial=run.progress(), bar_format=layout, mininterval=seconds, disable=rank() > 0)
         self.tokens, self.shown, self.since = 0, run.minutes, run.minutes  # for the speed since then
 
@@ -76,10 +77,12 @@ class Report(AbstractContextManager):
 
     def evaluation(self, nats):
         text = textwrap.indent(self.sample(), "  | ", lambda line: True)
-        self.bar.write(
+        said = (
             f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.run.bound} "
-            f"{nats:.3f} nats per token = {nats * self.bits_per_nat:.3f} bits per byte. A sample:\n{text}"
+            f"{nats:.3f} nats per token = {nats * self.bits_per_nat:.3f} bits per byte. A sample:"
         )
+        columns = shutil.get_terminal_size((10**6, 0)).columns  # in a file, the sentence is one line
+        self.bar.write(f"{textwrap.fill(said, columns)}\n{text}")
         release_memory()
         self.since = self.run.clock()
 

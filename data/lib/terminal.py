@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 
+from data.lib.escape import inert
 from data.lib.layout import half_blocks, lines_of, split_picture
 
 CODES = {"hole": "\x1b[2m", "draft": "\x1b[4;35m", "new": "\x1b[1;32m"}
@@ -13,7 +14,7 @@ class Watch:
     """Draws on stderr, over and over in one place, with n_panes side by side."""
 
     def __init__(self, n_panes):
-        self.panes, self.back = [([], [], None, "")] * n_panes, ""  # back moves the cursor to the first line drawn
+        self.panes, self.back = [([], [], None, "", "")] * n_panes, ""  # back moves the cursor to the first line drawn
 
     def __enter__(self):
         print("\x1b[?25l\x1b[?7l", end="", file=sys.stderr)  # hide the cursor, and don't let the terminal wrap lines
@@ -28,8 +29,8 @@ class Watch:
         n_set = n_holes - history.kinds.count("hole") - history.kinds.count("draft")
         speed = n_set / max(1e-3, history.seconds[-1])
         status = f"step {len(history.steps)}, {n_set / max(1, n_holes):.0%} filled, {speed:,.0f} tokens/s"
-        status += f" (the first of {n_canvases})" if n_canvases > 1 else ""
-        self.panes[pane] = history.tokens, history.kinds, history.pixels, status
+        title = [inert(history.name)] * (len(self.panes) > 1) + [f"the first of {n_canvases}"] * (n_canvases > 1)
+        self.panes[pane] = history.tokens, history.kinds, history.pixels, ", ".join(title), status
         width, height = os.get_terminal_size(sys.stderr.fileno())
         width = max(8, (width + 3) // len(self.panes) - 3)  # " | " between two panes
         bodies, statuses = zip(*(draw_pane(*each, width, height) for each in self.panes))
@@ -41,9 +42,11 @@ class Watch:
         self.back = f"\x1b[{len(rows)}F"
 
 
-def draw_pane(tokens, kinds, pixels, status, width, height):
+def draw_pane(tokens, kinds, pixels, title, status, width, height):
     text, picture = split_picture(tokens, pixels)
-    picture, lines = half_blocks(picture, pixels, width)[: max(0, height - 3)], []
-    for line in lines_of(text, kinds, width, max(1, height - 2 - len(picture))):  # leaves the status and cursor a line
+    lines = [f"\x1b[1m{title[-width:]}\x1b[0m"] if title else []
+    picture = half_blocks(picture, pixels, width)[: max(0, height - 3 - len(lines))]
+    room = height - 2 - len(lines) - len(picture)  # leaves the status and the cursor a line
+    for line in lines_of(text, kinds, width, max(1, room)):
         lines.append("".join(f"{CODES[kind]}{run}\x1b[0m" if kind in CODES else run for run, kind in line))
     return [*lines, *picture], f"\x1b[7m{status[:width]}\x1b[0m"
