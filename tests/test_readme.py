@@ -46,7 +46,7 @@ def test_from_a_text_to_samples_as_a_user_would(tmp_path):
     assert "tokens/s" in sampled.stderr
     assert sampled.stdout.count("the ") >= 2
     assert "<mask>" not in sampled.stdout
-    assert "--- 2 of 2" in sampled.stderr
+    assert "--- 2 of 2" in sampled.stdout
 
 
 def test_the_loop_of_the_readme_runs_as_printed(monkeypatch, capsys):
@@ -54,6 +54,18 @@ def test_the_loop_of_the_readme_runs_as_printed(monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
     assert len(capsys.readouterr().out) > 8
+
+
+def test_the_example_in_python_runs_as_printed(monkeypatch, capsys):
+    """Its numbers are what the commands print."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    *canvases, exact, bound = capsys.readouterr().out.splitlines()
+    assert len(canvases) == 4
+    assert [text.count("<mask>") for text in canvases] == [3, 2, 1, 0]
+    assert 0.5 < float(exact.split()[0]) < 3
+    assert 0.5 < float(bound.split()[0]) < 3
 
 
 def printed_commands():
