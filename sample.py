@@ -23,6 +23,7 @@ from data.lib.ahead import Ahead, gumbel_noise
 from data.lib.errors import Mistake, command
 from data.lib.flags import Dtype, flag, parse
 from data.lib.kernels import in_parts, rows_at_once
+from data.lib.live import serve
 from data.lib.machine import send
 from data.lib.session import Session
 from data.lib.window import blocks
@@ -62,6 +63,7 @@ class SampleConfig:
     judge: str | None = flag(None, "checkpoint that says how likely each text is, in nats per byte")
     score: str | None = flag(None, "print a file's likelihood under this order and steps; - is stdin")
     watch: bool = flag(False, "show the canvas while it fills, in a terminal")
+    page: bool = flag(False, "serve a page on this machine, where you type, watch and set letters by hand")
     save: str | None = flag(None, "save how texts filled, as a page (run.html), or the first as an animation (run.svg)")
     overwrite: bool = flag(False, "let --save replace a file")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")
@@ -400,7 +402,8 @@ def log_likelihood(model, tokens, steps=None, **flags):
 
 def main():
     given = parse(SampleConfig, __doc__)
-    Session(SampleConfig(**given), given, load_checkpoint, denoise, log_likelihood).run()  # turns prompts into canvases
+    session = Session(SampleConfig(**given), given, load_checkpoint, denoise, log_likelihood)
+    serve(session) if session.config.page else session.run()  # turns prompts into canvases
 
 
 if __name__ == "__main__":

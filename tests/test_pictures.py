@@ -250,7 +250,7 @@ def test_the_page_and_the_animated_picture_have_the_pixels(tmp_path):
     assert re.findall(r'class="pixel" d="M12 (\d+)h(\d+)', first) == [("51", "51"), ("68", "51")]
     save_histories(tmp_path / "run.html", [[history]])
     page = (tmp_path / "run.html").read_text()
-    ((run,),) = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    ((run,),) = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["texts"]
     assert run["pixels"] == {"first": 4, "columns": 3, "greys": "⓪①②③④"}
     assert run["start"][4:] == [HOLE] * 6
     assert run["steps"][2] == [[4, None, None]]

@@ -74,7 +74,7 @@ def test_several_orders_write_what_each_writes_alone(tmp_path, monkeypatch, caps
     assert together.out == alone
     for order in orders:
         assert f"{order}: 31 tokens in" in together.err
-    runs = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', page.read_text())[1])
+    runs = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', page.read_text())[1])["texts"]
     assert [[side["name"] for side in run] for run in runs] == [orders] * 2
     both = sample_text(["--ckpt", "gpt/ckpt.pt", "out/ckpt.pt", "--overwrite", *flags], monkeypatch, capsys).err
     for name in ("gpt/ckpt.pt, left", *(f"out/ckpt.pt, {order}" for order in orders)):

@@ -188,7 +188,7 @@ def test_each_text_has_its_own_drafts(checkpoint, tmp_path, monkeypatch, capsys)
     assert text == "--- 1 of 2\ncccc\n--- 2 of 2\ncccc\n"
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     certain = [[i, "c", 0.607] for i in range(4)]
-    steps = [run["steps"] for (run,) in json.loads(page.partition(' id="data">')[2].partition("</script>")[0])]
+    steps = [run["steps"] for (run,) in json.loads(page.partition(' id="data">')[2].partition("</script>")[0])["texts"]]
     assert steps == [[[], certain], [[[2, "b", "draft"]], certain]]
 
 

@@ -1,18 +1,13 @@
 """Views of how a canvas filled: its history, the page, the animation, and that no text in them can do anything."""
 
-import fcntl
 import json
-import os
 import re
-import select
-import shutil
-import subprocess
 import time
 import xml.etree.ElementTree as ElementTree
-from contextlib import contextmanager
 
 import pytest
 import torch
+from browser import browser_page, evaluator
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import tiny_model
@@ -173,7 +168,7 @@ def test_text_in_the_page_is_inert(tmp_path):
     template = (ROOT / "data" / "lib" / "page.html").read_text(encoding="utf-8")
     assert page.count("<") == template.count("<")
     assert "\x1b" not in page
-    ((run,),) = json.loads(data_of(page))
+    ((run,),) = json.loads(data_of(page))["texts"]
     assert "".join(run["start"][:-1]) == inert(NASTY)
 
 
@@ -222,83 +217,11 @@ def test_a_picture_of_append_and_draft_plays_each_at_its_speed(tmp_path):
     assert frames[-1] == ["append.pt: step 28 of 28, 2.75 s", text, *done]
 
 
-@contextmanager
-def browser_page(path, *flags):
-    """A function that calls a method of Chromium's DevTools protocol on a page that shows a file."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
-    ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_in, write_out)]
-
-    def three_and_four():  # where it listens and speaks
-        os.dup2(ends[0], 3)
-        os.dup2(ends[1], 4)
-
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", *flags]
-    command += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={path.parent}/profile"]
-    process = subprocess.Popen(
-        [*command, path.as_uri()], preexec_fn=three_and_four, pass_fds=(3, 4), stderr=subprocess.DEVNULL
-    )
-    for end in (read_in, write_out, *ends):
-        os.close(end)
-    session, number = {}, 0
-
-    def call(method, **params):
-        nonlocal number
-        number += 1
-        os.write(
-            write_in,
-            json.dumps({"id": number, "method": method, "params": params, **session}).encode() + b"\0",
-        )
-        while True:
-            answer = b""
-            while not answer.endswith(b"\0"):
-                assert select.select([read_out], [], [], 60)[0], "the browser does not answer"
-                byte = os.read(read_out, 1)
-                assert byte, "the browser has ended"
-                answer += byte
-            answer = json.loads(answer[:-1])
-            if answer.get("id") == number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    try:
-        for _ in range(100):
-            pages = [t for t in call("Target.getTargets")["targetInfos"] if t["url"] == path.as_uri()]
-            if pages:
-                break
-            time.sleep(0.1)
-        assert pages, "the browser has not opened the page"
-        session["sessionId"] = call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
-        yield call
-    finally:
-        process.kill()
-        process.wait()
-        for end in (write_in, read_out):
-            os.close(end)
-
-
-def evaluator(call):
-    """A function that runs a script in the page, once that is there, and returns its value."""
-
-    def evaluate(script):
-        result = call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    for _ in range(100):
-        if evaluate("typeof choose == 'function' && document.readyState == 'complete'"):
-            break
-        time.sleep(0.1)
-    return evaluate
-
-
 def test_the_page_in_a_browser(tmp_path):
     """The slider and the keys show every canvas; play runs to the end; hover says step and probability."""
     runs = [run_of([*b"def <b>\n", *[256] * 60], order=order) for order in ("random", "remask")]
     save_histories(tmp_path / "run.html", [[run] for run, _ in runs])
-    with browser_page(tmp_path / "run.html") as call:
+    with browser_page((tmp_path / "run.html").as_uri(), tmp_path / "profile") as call:
         evaluate = evaluator(call)
 
         def press(key):
@@ -313,7 +236,7 @@ def test_the_page_in_a_browser(tmp_path):
 
         for number, (_, canvases) in enumerate(runs):
             evaluate(f"select.selectedIndex = {number}; select.dispatchEvent(new Event('change'))")
-            assert step() == 8  # the whole text, before anyone presses play
+            assert evaluate("play.textContent") == "Pause"  # it opens at the first step and plays
             for k in (0, 3, 8):
                 evaluate(f"slider.value = {k}; slider.dispatchEvent(new Event('input'))")
                 assert text() == "".join(tokens_of(BYTES, canvases[k][0]))
@@ -349,9 +272,9 @@ def test_the_page_in_a_browser(tmp_path):
 def test_two_models_are_side_by_side_in_the_time_that_each_took(tmp_path):
     (quick, _), (slow, canvases) = run_of([256] * 30), run_of([256] * 30, 30, "left")
     quick.seconds, slow.seconds = [0.1 * k for k in range(1, 9)], [0.2 * k for k in range(1, 31)]
-    quick.name, slow.name = "set.pt", "<append>.pt"
+    quick.about, slow.about = "set.pt", "<append>.pt"
     save_histories(tmp_path / "run.html", [[quick, slow]])
-    with browser_page(tmp_path / "run.html") as call:
+    with browser_page((tmp_path / "run.html").as_uri(), tmp_path / "profile") as call:
         evaluate = evaluator(call)
 
         for place, steps in ((0, (0, 0)), (50, (8, 7)), (200, (8, 30))):  # of 6 seconds
@@ -370,9 +293,9 @@ def test_the_page_shows_drafts_in_a_browser(tmp_path):
     _, run = append_and_draft(b"What is drafted is verified.")
     save_histories(tmp_path / "run.html", [[run], [run_of([256] * 8)[0]]])
     frames = [[*map(list, frame)] for frame in run.frames()]
-    with browser_page(tmp_path / "run.html") as call:
+    with browser_page((tmp_path / "run.html").as_uri(), tmp_path / "profile") as call:
         evaluate = evaluator(call)
-        evaluate("choose(0)")
+        evaluate("choose(0); pause()")
         for k in (*range(11), *range(9, -1, -1)):
             evaluate(f"go({k})")
             spans = "[...document.querySelector('.canvas').children]"
@@ -392,7 +315,7 @@ def test_the_page_shows_drafts_in_a_browser(tmp_path):
 
 def test_a_page_without_drafts_does_not_explain_them(tmp_path):
     save_histories(tmp_path / "run.html", [[run_of([256] * 8)[0]]])
-    with browser_page(tmp_path / "run.html") as call:
+    with browser_page((tmp_path / "run.html").as_uri(), tmp_path / "profile") as call:
         assert evaluator(call)("at('drafts').offsetWidth") == 0
 
 
@@ -400,7 +323,7 @@ def test_all_texts_are_side_by_side_if_they_are_few(tmp_path):
     """Two prompts in two orders, with no choice made; a choice shows one of the prompts."""
     runs = [[run_of([*prompt, *[256] * 30], order=order)[0] for order in ("left", "random")] for prompt in (b"a", b"b")]
     save_histories(tmp_path / "run.html", runs)
-    with browser_page(tmp_path / "run.html") as call:
+    with browser_page((tmp_path / "run.html").as_uri(), tmp_path / "profile") as call:
         evaluate = evaluator(call)
 
         def shown():

@@ -51,6 +51,13 @@ def make_canvas(prompt, suffix, length, tokenizer, context):
     return standing(ids + [tokenizer.mask_id] * (T - len(ids) - len(after)) + after, tokenizer)
 
 
+def prompt_of(ids, tokenizer):
+    """The prompt that makes a canvas, a list of ids; empty if there are only holes."""
+    text = tokenizer.decode(ids)
+    text = re.sub(r"(?:<mask>){2,}", lambda holes: f"<mask*{len(holes[0]) // len('<mask>')}>", text)
+    return "" if set(ids) == {tokenizer.mask_id} else text
+
+
 def shown_of(ids, canvas, mask_id, end_ids):
     """The ids that filled a canvas, up to the first end that the model wrote after the prompt."""
     last = max((i for i, token in enumerate(canvas) if token != mask_id), default=-1)

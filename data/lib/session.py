@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import namedtuple
@@ -18,14 +19,14 @@ from data.lib.errors import Mistake
 from data.lib.history import History
 from data.lib.layout import as_shown
 from data.lib.machine import autocast, pick_device
-from data.lib.prompt import make_canvas, read_text, shown_of, standing
+from data.lib.prompt import make_canvas, prompt_of, read_text, shown_of, standing
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
 
 SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
 
 # A model that writes in one order. canvas_of makes a canvas, list[int], of a prompt; flags are those of denoise.
-Writer = namedtuple("Writer", "name model tokenizer canvas_of flags")
+Writer = namedtuple("Writer", "name path model tokenizer canvas_of flags")
 
 
 class Session:
@@ -40,7 +41,7 @@ class Session:
             config.order = config.order if "order" in given else ["confidence"]
         config.ckpt = config.ckpt or [os.path.relpath(SHIPPED)]
         self.device, keep = pick_device(config.device), getattr(torch, config.dtype, None)
-        loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
+        self.loaded = loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
         context = min((model.config.context for model, _, _ in loaded if not model.config.kinds), default=0)
         all_causal = all(model.config.block == 1 for model, _, _ in loaded)
@@ -53,7 +54,7 @@ class Session:
                 canvas_of = partial(self.chat.canvas, length=config.length or context)
             for flags in flags_for(config, given, path, model, all_causal):
                 names = [path] * (len(loaded) > 1) + [flags["order"]] * (len(config.order) > 1)
-                self.writers.append(Writer(", ".join(names or [path]), model, tokenizer, canvas_of, flags))
+                self.writers.append(Writer(", ".join(names or [path]), path, model, tokenizer, canvas_of, flags))
 
     def run(self):
         with autocast(self.device, self.config.dtype):
@@ -91,7 +92,7 @@ class Session:
             print(f"{writer.name}: {speed}", file=sys.stderr)
         if config.save is not None:
             self.saved += zip(*(histories for histories, _ in results))
-            save_histories(config.save, self.saved)
+            save_histories(config.save, self.saved, shlex.join(["python", *sys.argv]))
         return results[0][0][0].text
 
     def write(self, writer, canvases, show):
@@ -99,7 +100,12 @@ class Session:
         config, tokenizer, seconds, self.passes = self.config, writer.tokenizer, 0.0, []
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
-        rows = [(History(tokenizer, ids, writer.name), ids, seed) for ids in canvases for seed in seeds]
+        about = f"{writer.path}, order {writer.flags['order']}, temperature {config.temperature:g}, seed"
+        rows = [
+            (History(tokenizer, ids, writer.name, f"{about} {seed}", prompt_of(ids, tokenizer), seed), ids, seed)
+            for ids in canvases
+            for seed in seeds
+        ]
         with writer.model.layers[0].register_forward_hook(lambda *_: self.passes.append(1)):
             for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
                 histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))

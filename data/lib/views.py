@@ -13,19 +13,29 @@ from data.lib.layout import lines_of, shade, split_picture
 
 LETTER, LINE, MARGIN = 7.85, 17, 12  # width and height of a character, and the space beside the text
 SECONDS, REST = 0.16, 3.0  # how long a frame is shown, and the last one
+RUN = "name", "about", "prompt", "seed", "start", "holes", "steps", "seconds", "pixels"  # fields of a History in a page
 
 
-def save_histories(path, texts):
+def save_histories(path, texts, command=""):
     """Write a page of all texts, each a list of histories side by side, or an animation of the first text."""
     if Path(path).suffix == ".html":
-        fields = "name", "start", "holes", "steps", "seconds", "pixels"
-        runs = [[{field: getattr(history, field) for field in fields} for history in sides] for sides in texts]
-        data = json.dumps(runs, separators=(",", ":")).replace("<", "\\u003c")  # no text can end the script it is in
-        content = Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("[/* runs */]", data)
+        content = page([list(map(run_of, sides)) for sides in texts], command)
     else:
         content = animation(texts[0])
     with replacing(path) as file:
         file.write(content.encode())
+
+
+def run_of(history):
+    """A history as the page reads it."""
+    return {name: getattr(history, name) for name in RUN}
+
+
+def page(texts, command="", live=None):
+    """The page of texts, each a list of what `run_of` returns. live: what data/lib/live.py offers, if it serves it."""
+    data = json.dumps({"texts": texts, "command": command, "live": live}, separators=(",", ":"))
+    data = data.replace("<", "\\u003c")  # no text can end the script it is in
+    return Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("{/* data */}", data)
 
 
 def animation(sides):
