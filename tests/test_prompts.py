@@ -9,7 +9,7 @@ from toys import tiny_model
 from world import sample_text
 
 from data.lib.errors import Mistake
-from data.lib.prompt import make_canvas, shown_of
+from data.lib.prompt import make_canvas, read_text, shown_of
 from data.lib.tokenizer import ByteTokenizer
 from data.lib.window import blocks
 from model import Transformer
@@ -35,6 +35,13 @@ def test_holes_in_a_prompt():
     ):
         with pytest.raises(Mistake, match="a hole is <mask>"):
             canvas(text)
+
+
+def test_a_prompt_file_is_bounded(tmp_path):
+    (tmp_path / "a").write_text("é" * 4)
+    assert read_text(tmp_path / "a") == read_text(tmp_path / "a", 8) == "é" * 4
+    with pytest.raises(Mistake, match="a prompt of more than 7 bytes"):
+        read_text(tmp_path / "a", 7)
 
 
 def test_canvas_of_a_prompt():
@@ -124,7 +131,7 @@ def test_prompts_of_every_kind_in_one_batch_are_written_as_alone(tmp_path, monke
     flags = ["--suffix", "!\n", "--steps", 4, "--dtype", "float32"]
     alone = [sample_text(["--prompt", prompt, *flags], monkeypatch, capsys).out for prompt in prompts]
     alone.append(sample_text(["--prompt_file", tmp_path / "prompt.txt", *flags], monkeypatch, capsys).out)
-    stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"<mask*4>"))
+    stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda _: b"<mask*4>"))
     monkeypatch.setattr(sys, "stdin", stdin)
     alone.append(sample_text(["--prompt_file", "-", *flags], monkeypatch, capsys).out)
     files = ["--prompt_file", tmp_path / "prompt.txt", "-"]

@@ -1,8 +1,8 @@
 """Turns a prompt into a canvas: `<mask>` is a hole in it, and `<mask*8>` is eight."""
 
+import contextlib
 import re
 import sys
-from pathlib import Path
 
 from data.lib.errors import Mistake
 
@@ -64,9 +64,13 @@ def shown_of(ids, canvas, mask_id, end_ids):
     return ids[: next((i for i in range(last + 1, len(ids)) if ids[i] in end_ids), None)]
 
 
-def read_text(path):
-    """The UTF-8 text of a file, or of stdin for `-`."""
+def read_text(path, most=-1):
+    """The UTF-8 text of a file, or of stdin for `-`. Mistake if it has more than `most` bytes (-1: any number)."""
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        content = file.read(most + 1 if most >= 0 else -1)
+    if len(content) > most >= 0:
+        raise Mistake(f"{path}: a prompt of more than {most:,} bytes")
     try:
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
+        return content.decode()
     except UnicodeDecodeError:
         raise Mistake(f"{path}: it is not UTF-8") from None

@@ -19,7 +19,7 @@ from data.lib.errors import Mistake
 from data.lib.history import History
 from data.lib.layout import as_shown
 from data.lib.machine import autocast, pick_device
-from data.lib.prompt import make_canvas, prompt_of, read_text, shown_of, standing
+from data.lib.prompt import MOST, make_canvas, prompt_of, read_text, shown_of, standing
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
 
@@ -34,7 +34,7 @@ class Session:
 
     def __init__(self, config, given, load_checkpoint, denoise, log_likelihood):
         self.config, self.given, self.denoise, self.log_likelihood = config, given, denoise, log_likelihood
-        self.prompts = [*config.prompt, *map(read_text, config.prompt_file)]
+        self.prompts = [*config.prompt, *(read_text(path, MOST) for path in config.prompt_file)]
         check_flags(config, given, self.prompts)
         if config.score is not None:
             self.text = read_text(config.score)

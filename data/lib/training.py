@@ -113,6 +113,8 @@ class Run:
         """Call everything that torch.compile has to compile before the clock starts: the loss of a batch, and the
         functions in `more`.
         """
+        if rank() == 0:
+            print("torch.compile compiles the network first, which takes minutes", file=sys.stderr)
         for part in self.micro_batches(batch):
             with self.precision:
                 loss_of(self.network, *part).sum().backward()
