@@ -259,9 +259,9 @@ class Transformer(nn.Module):
 
     def unembed(self, x, positions):
         """Logits (.., V) of the last layer's vectors (.., N, C), at positions (N,)."""
-        bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias
-        is_mask = torch.arange(len(bias), device=x.device) == self.config.mask_id
-        logits = F.linear(self.final_norm(x), self.head.weight, bias.masked_fill(is_mask, -torch.inf))
+        bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias.clone()
+        bias[self.config.mask_id] = -torch.inf
+        logits = F.linear(self.final_norm(x), self.head.weight, bias)
         if not self.config.kinds:
             return logits
         allowed = allowed_tokens(self.config.kinds, len(bias), x.device)  # (T, V)
