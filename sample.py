@@ -32,7 +32,7 @@ from model import load_checkpoint
 
 @dataclass
 class SampleConfig:
-    groups = {  # in --help, from these flags on
+    groups = {  # --help starts a section at each of these flags
         "ckpt": "what to write",
         "steps": "how to write it",
         "num_samples": "how many, and where to",

@@ -50,7 +50,7 @@ METHODS = {  # the flags that each method sets; explicit flags win
 
 @dataclass
 class TrainConfig:
-    groups = {  # in --help, from these flags on
+    groups = {  # --help starts a section at each of these flags
         "data": "files",
         "method": "noise and objective",
         "n_layer": "model",
@@ -344,7 +344,7 @@ def main():
     train_split, val_split, corpus_tokenizer, meta = corpus.load_corpus(config.data, config.context)
     torch.manual_seed(config.seed)
     shape = model.config if model else train_settings.model_config(Transformer.Config, config, corpus_tokenizer)
-    train_settings.check_memory(config, shape, (model or Transformer).Layer)
+    train_settings.check_memory(config, shape, model, Transformer.Layer)
     model = model or Transformer(shape)
     config, chat = train_settings.with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint)
     run = training.Run(config, model, meta=meta, tokenizer=corpus_tokenizer, template=chat)

@@ -77,6 +77,6 @@ def evaluator(call):
 
     for _ in range(100):
         if evaluate("typeof choose == 'function' && document.readyState == 'complete'"):
-            break
+            return evaluate
         time.sleep(0.1)
-    return evaluate
+    raise AssertionError("the page has not loaded")

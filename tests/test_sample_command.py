@@ -25,7 +25,7 @@ def test_passes_are_reported(monkeypatch, capsys):
         assert f" {passes} forward passes" in printed.err
 
 
-def test_sampling_repeats_itself_and_stdout_is_text_alone(world, monkeypatch, capsys):
+def test_sampling_repeats_itself_and_stdout_is_the_text(world, monkeypatch, capsys):
     outputs = []
     for seed in (1, 1, 2):
         monkeypatch.setattr(sys, "argv", f"sample.py --prompt line --length 30 --seed {seed}".split())
@@ -89,7 +89,7 @@ def test_without_ckpt_the_included_model_writes_whatever_one_has_trained(tmp_pat
     monkeypatch.setattr(data.lib.session, "SHIPPED", shipped)
     said = sample_text([], monkeypatch, capsys).err
     assert "data/shipped.pt: 32 tokens in" in said
-    assert said.endswith("\nthis was the included model; `--ckpt out/ckpt.pt` takes the one that you trained\n")
+    assert said.endswith("\nthis was the included model; --ckpt out/ckpt.pt takes the one that you trained\n")
     assert Path("out/ckpt.pt").exists()
     said = sample_text(["--ckpt", "out/ckpt.pt"], monkeypatch, capsys).err
     assert "out/ckpt.pt: 32 tokens in" in said
@@ -111,7 +111,7 @@ def test_a_file_is_not_replaced_unless_one_says_so(tmp_path, monkeypatch, capsys
     page = tmp_path / "run.html"
     sample_text(["--save", page, "--prompt", "one <mask>"], monkeypatch, capsys)
     before = page.read_bytes()
-    with pytest.raises(Mistake, match="there is such a file; --overwrite replaces it"):
+    with pytest.raises(Mistake, match="that file exists; --overwrite replaces it"):
         sample_text(["--save", page, "--prompt", "two <mask>"], monkeypatch, capsys)
     assert page.read_bytes() == before
     sample_text(["--save", page, "--prompt", "two <mask>", "--overwrite"], monkeypatch, capsys)
@@ -147,6 +147,8 @@ def test_ctrl_c_says_how_far_it_was(monkeypatch, capsys):
         (["--promt", "x"], "did you mean --prompt?"),
         (["--temprature=1"], "did you mean --temperature?"),
         (["--xyz"], "--help lists every flag"),
+        ([""], "--help lists every flag"),
+        (["--order", "unrecognized"], "--help lists every flag"),
     ],
 )
 def test_an_unknown_flag_suggests_the_nearest(flags, hint, monkeypatch, capsys):

@@ -283,6 +283,26 @@ def test_evaluations_take_a_tenth_of_a_run_at_most(minutes, step, save, monkeypa
     assert 4 * T <= n_tokens <= 65536
 
 
+def test_a_resumed_run_knows_what_its_evaluations_took(monkeypatch):
+    """Half a run, whose evaluations took a tenth of all its minutes, resumes, and has no further one but the last."""
+    clock, n = [0.0], 0
+    monkeypatch.setattr("data.lib.training.time.perf_counter", lambda: clock[0])
+    config = TrainConfig(max_iters=100, device="cpu")
+    first = Run(config, tiny_model())
+    first.step, first.minutes, first.eval_minutes = 50, 1.0, [0.0, 0.1, 0.1]
+    names = "step", "minutes", "best", "bound", "corpus", "eval_minutes"
+    state = {name: getattr(first, name) for name in names} | {"optimizers": first.optimizer.state()}
+    run = Run(config, tiny_model())
+    run.restore(state | {"scaler": first.scaler.state_dict(), "random": first.generator.get_state()})
+    run.start_clock()
+    while run.progress() < 1:
+        clock[0] += 1.2
+        run.step += 1
+        run.tick()
+        n += run.evaluation_is_due()
+    assert (n, run.step) == (1, 100)
+
+
 def test_flags_say_how_many_evaluations_there_are(monkeypatch):
     """However long they take."""
     clock, n = [0.0], 0

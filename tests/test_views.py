@@ -235,8 +235,9 @@ def test_the_page_in_a_browser(tmp_path):
             return int(evaluate("document.getElementById('step').value"))
 
         for number, (_, canvases) in enumerate(runs):
-            evaluate(f"select.selectedIndex = {number}; select.dispatchEvent(new Event('change'))")
-            assert evaluate("play.textContent") == "Pause"  # it opens at the first step and plays
+            chosen = f"select.selectedIndex = {number}; select.dispatchEvent(new Event('change'))"
+            assert evaluate(f"{chosen}; slider.value + play.textContent") == "0Pause"  # it opens at the start and plays
+            assert evaluate("at('form').offsetHeight") == 0  # which only the served page has
             for k in (0, 3, 8):
                 evaluate(f"slider.value = {k}; slider.dispatchEvent(new Event('input'))")
                 assert text() == "".join(tokens_of(BYTES, canvases[k][0]))

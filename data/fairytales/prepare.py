@@ -33,7 +33,7 @@ def main(
     dir: str | None = flag(None, "a copy of the folder section-stories, instead of the download"),
     val: Literal["val", "test"] = flag("val", "the published split to validate on"),
     name: str = flag("fairytales", "folder of data/ to write"),
-    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N byte pairs, or a checkpoint's path"),
+    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
     check_name(name, own="fairytales")
     tokenizer = tokenizer_by_name(tokenizer)

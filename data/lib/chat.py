@@ -82,7 +82,7 @@ class Chat:
     def canvas(self, messages, length):
         """Return the canvas for a reply to messages, `length` ids: the prompt's, then holes.
 
-        A quarter of the canvas is for the reply. If a conversation is too long, its first turns are left out.
+        The first turns are dropped until a quarter of the canvas is free for the reply, but never the last turn.
         """
         self.check(messages)
         ids, turns = self.prompt(messages), [i for i, message in enumerate(messages) if message["role"] == "user"]

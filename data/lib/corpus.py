@@ -215,7 +215,7 @@ def tokenizer_by_name(name):
     if name == "gpt2":
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except OSError:  # those of the library that tiktoken downloads with are, too
+        except OSError:  # requests' errors are OSErrors, too
             raise Mistake("--tokenizer gpt2: tiktoken could not download it; bpe:N needs no download") from None
         tokens = [encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(encoding.eot_token)]
         return BPETokenizer(tokens, encoding._pat_str)

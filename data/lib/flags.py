@@ -107,7 +107,8 @@ def argument(help, default=dataclasses.MISSING):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         hint = "--help lists every flag"
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
+        unknown = unknown.partition(" ")[0]
         if near := difflib.get_close_matches(unknown, self._option_string_actions, 1):
             hint = f"did you mean {near[0]}?"
         elif unknown and not unknown.startswith("-") and "--prompt" in self._option_string_actions:
@@ -146,7 +147,7 @@ def parse(config_class, doc="", words=None):
             options["type"] = number(kind, **field.metadata["bounds"])
         else:
             options["type"] = getattr(kind, "from_text", kind)
-        if field.default not in (None, (), "", False, dataclasses.MISSING):
+        if field.default is not False and field.default not in (None, (), "", dataclasses.MISSING):
             shown += f" (default: {default})"
         group.add_argument(name, help=field.metadata["help"] + shown, **{"default": argparse.SUPPRESS, **options})
     return vars(parser.parse_args(words))

@@ -20,7 +20,7 @@ class History:
 
     def __init__(self, tokenizer, canvas, name="", about="", prompt="", seed=0):
         self.tokenizer, self.pixels, self.name, self.text = tokenizer, tokenizer.pixels, name, ""
-        self.about, self.prompt, self.seed = about or name, prompt, seed  # for the captions of a page
+        self.about, self.prompt, self.seed = inert(about or name), inert(prompt), seed  # for the captions of a page
         self.canvas, self.probability, self.drafts = canvas, [1.0] * len(canvas), [False] * len(canvas)
         self.holes = [i == tokenizer.mask_id for i in canvas]
         self.start, self.steps, self.seconds = tokens_of(tokenizer, canvas), [], []  # seconds: when a step was done

@@ -1,9 +1,8 @@
-"""Serves a page on 127.0.0.1 on which one types, watches canvases fill, and sets letters by hand (`--page`)."""
+"""Serves a page on 127.0.0.1 where you type a prompt, watch canvases fill and set letters by hand (`--page`)."""
 
 import contextlib
 import dataclasses
 import heapq
-import itertools
 import json
 import secrets
 import sys
@@ -18,7 +17,7 @@ from data.lib.errors import Mistake
 from data.lib.escape import inert
 from data.lib.flags import parse
 from data.lib.history import History
-from data.lib.machine import autocast
+from data.lib.machine import autocast, device_of
 from data.lib.prompt import make_canvas, prompt_of, standing
 from data.lib.session import flags_for
 from data.lib.views import page, run_of
@@ -38,7 +37,7 @@ def canvas_of(request, config, model, tokenizer):
             is_id = type(cell) is int and 0 <= cell < tokenizer.vocab_size
             ids += [tokenizer.mask_id] if cell is None else [cell] if is_id else tokenizer.encode(str(cell))
         if tokenizer.kinds and (len(ids) != tokenizer.canvas_len or standing(ids, tokenizer) != ids):
-            raise Mistake("this can't stand at that place of the canvas")
+            raise Mistake("that token can't go there on the canvas")
     if not 0 < len(ids) <= MOST_TOKENS:
         raise Mistake(f"a canvas of {len(ids):,} tokens; the page shows up to {MOST_TOKENS:,}")
     return ids
@@ -51,65 +50,87 @@ def settings_of(session, request):
     return dataclasses.replace(session.config, **given), given
 
 
-def write(session, request):
-    """Yield what happens while the models of a request fill its canvas, as dicts.
+def sides_of(session, request):
+    """The texts that a request asks for: a History of each, with the number of its model, and the steps that write it.
 
-    First each side's run comes, then its steps. Several models take turns so that each keeps its own speed.
+    Also the two tensors that the steps fill in, log_p and drafts.
     """
     config, given = settings_of(session, request)
-    queue = []
-    for side, number in enumerate(request["models"]):
+    sides = []
+    for number in request["models"]:
         path, (model, tokenizer, _) = config.ckpt[number], session.loaded[number]
-        flags = flags_for(config, given, path, model, all_causal=False)[0]
         ids = canvas_of(request, config, model, tokenizer)
-        about = f"{path}, order {flags['order']}, temperature {config.temperature:g}, seed {config.seed}"
-        history = History(tokenizer, ids, path, about, prompt_of(ids, tokenizer), config.seed)
-        start = [None if i == tokenizer.mask_id else i for i in ids]
-        yield {"side": side, "run": run_of(history) | {"ids": start, "model": number}}
         log_p, drafts = torch.zeros(1, len(ids)), torch.zeros(1, len(ids), dtype=torch.bool)
-        how = {"seeds": [config.seed], "temperature": config.temperature, "log_p": log_p, "drafts": drafts, **flags}
-        steps = session.denoise(model, torch.tensor([ids]), **how)
-        queue.append((0.0, side, history, steps, log_p, drafts))
+        how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+        how |= flags_for(config, given, path, model, all_causal=False)[0]
+        about = f"{path}, order {how['order']}, temperature {config.temperature:g}, seed {config.seed}"
+        history = History(tokenizer, ids, path, about, prompt_of(ids, tokenizer), config.seed)
+        steps = session.denoise(model, torch.tensor([ids]), seeds=[config.seed], log_p=log_p, drafts=drafts, **how)
+        sides.append((number, history, steps, log_p, drafts))
+    if not sides:
+        raise Mistake("no model")
+    return sides
+
+
+def events(sides):
+    """Yield what happens while texts are written, as dicts: first the canvas of each side, then all steps.
+
+    The next step is always that of the text that has taken the least time, so each keeps its own speed.
+    """
+    for side, (number, history, *_) in enumerate(sides):
+        ids = [None if is_hole else i for i, is_hole in zip(history.canvas, history.holes)]
+        yield {"side": side, "run": run_of(history) | {"ids": ids, "model": number}}
+    queue = [(0.0, side) for side in range(len(sides))]
     while queue:
-        seconds, side, history, steps, log_p, drafts = heapq.heappop(queue)
+        seconds, side = heapq.heappop(queue)
+        _, history, steps, log_p, drafts = sides[side]
         began = time.perf_counter()
         canvas = next(steps, None)
         if canvas is not None:
             seconds += time.perf_counter() - began
             history.add(canvas[0].tolist(), log_p[0].exp().tolist(), seconds, drafts[0].tolist())
-            changes = [[*change, history.canvas[change[0]]] for change in history.steps[-1]]
-            changes = [[i, text, p, None if text is None else token] for i, text, p, token in changes]
+            changes = [  # a draft that isn't certain yet is a hole
+                [i, text, p, None if text is None or p == "draft" else history.canvas[i]]
+                for i, text, p in history.steps[-1]
+            ]
             yield {"side": side, "changes": changes, "second": history.seconds[-1]}
-            heapq.heappush(queue, (seconds, side, history, steps, log_p, drafts))
+            heapq.heappush(queue, (seconds, side))
 
 
-def look(session, request):
-    """The likeliest tokens of each hole in the first block that has one, with their probabilities, by place."""
+def canvas_to_look_at(session, request):
+    """Model, tokenizer, and the canvas up to the end of the first block with a hole: the model can see no further."""
     model, tokenizer, _ = session.loaded[request["models"][0]]
     ids = canvas_of(request, session.config, model, tokenizer)
     if len(ids) > model.config.context:
         raise Mistake(f"the model sees {model.config.context} tokens at once, and the canvas has {len(ids)}")
     K = model.config.block or len(ids)
-    ids = ids[: (ids.index(tokenizer.mask_id) // K + 1) * K]
+    return model, tokenizer, ids[: (ids.index(tokenizer.mask_id) // K + 1) * K]
+
+
+@torch.no_grad()
+def look(model, tokenizer, ids):
+    """The five likeliest tokens of each hole of a canvas, from left to right, with their probabilities."""
     holes = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
-    with torch.no_grad():
-        top = model(torch.tensor([ids], device=session.device))[0, holes].float().softmax(-1).topk(5)  # (N, 5)
+    logits = model(torch.tensor([ids], device=device_of(model)))[0, holes]  # (N, V)
+    top = logits.float().softmax(-1).topk(5)
     names = [[inert(tokenizer.decode([i])) for i in row] for row in top.indices.tolist()]
-    return {i: list(zip(*row)) for i, *row in zip(holes, names, top.values.tolist())}
+    return [list(zip(*row)) for row in zip(names, top.values.tolist())]
 
 
 def serve(session):
     """Serve the page until Ctrl-C. The address has a secret, so that no other page can use the models."""
-    secret, lock = secrets.token_urlsafe(16), threading.Lock()
-    (order,) = get_args(get_type_hints(type(session.config))["order"])  # list[Literal]
-    live = {"models": session.config.ckpt, "orders": [name for name in get_args(order) if name != "draft"]}
+    secret, lock, config = secrets.token_urlsafe(16), threading.Lock(), session.config
+    (orders,) = get_args(get_type_hints(type(config))["order"])  # list[Literal]
+    flags = {name: getattr(config, name) for name in FLAGS} | {"order": config.order[0]}
+    live = {"models": config.ckpt, "orders": [name for name in get_args(orders) if name != "draft"], "flags": flags}
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 60  # seconds that a reader may keep us waiting
+
         def do_GET(self):
             if self.path != f"/{secret}/":
                 return self.send_error(404)
-            self.answer(200, "text/html; charset=utf-8")
-            self.wfile.write(page([], live=live).encode())
+            self.answer(200, "text/html; charset=utf-8", page([], live=live).encode())
 
         def do_POST(self):
             size = self.headers.get("Content-Length", "")
@@ -117,51 +138,48 @@ def serve(session):
                 return self.send_error(404)
             if not size.isdecimal() or int(size) > MOST_BYTES:
                 return self.send_error(413)
-            if not lock.acquire(timeout=5):  # a text that was stopped ends after its step
-                return self.refuse("another text is being written; stop it, or wait")
-            with contextlib.ExitStack() as stack:
-                stack.callback(lock.release)
-                stack.enter_context(autocast(session.device, session.config.dtype))
+            with contextlib.suppress(OSError):  # the page was closed, or stopped it, so the computation ends, too
+                body = self.rfile.read(int(size))
+                if not lock.acquire(timeout=5):  # a text that was stopped ends after its step
+                    return self.refuse("the model is busy; stop the text that is being written, or wait")
                 try:
-                    self.respond(json.loads(self.rfile.read(int(size))))
-                except Mistake as mistake:
-                    self.refuse(str(mistake))
-                except (AttributeError, LookupError, TypeError, ValueError):
-                    self.refuse("that is not a request of this page")
-                except ConnectionError:  # the page was closed or stopped it, so the computation ends, too
-                    pass
+                    with autocast(session.device, config.dtype):
+                        self.respond(body)
+                finally:
+                    lock.release()
 
-        def respond(self, request):
-            if self.path.endswith("look"):
-                content = json.dumps(look(session, request)).encode()
-                self.answer(200, "application/json")
-                return self.wfile.write(content)
-            events = write(session, request)
-            first = next(events)  # a Mistake comes before any of the answer
+        def respond(self, body):
+            prepare = canvas_to_look_at if self.path.endswith("look") else sides_of
+            try:
+                prepared = prepare(session, json.loads(body))
+            except Mistake as mistake:
+                return self.refuse(str(mistake))
+            except (AttributeError, LookupError, TypeError, ValueError):
+                return self.refuse("that is not a request of this page")
+            if prepare is canvas_to_look_at:
+                return self.answer(200, "application/json", json.dumps(look(*prepared)).encode())
             self.answer(200, "application/x-ndjson")
             try:
-                for event in itertools.chain([first], events):
+                for event in events(prepared):
                     self.wfile.write(json.dumps(event).encode() + b"\n")
             except Mistake as error:
                 self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")
 
         def refuse(self, sentence):
-            self.answer(400, "text/plain; charset=utf-8")
-            self.wfile.write(sentence.encode())
+            self.answer(400, "text/plain; charset=utf-8", sentence.encode())
 
-        def answer(self, code, kind):
+        def answer(self, code, kind, content=b""):
             self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    print(
-        f"http://127.0.0.1:{server.server_port}/{secret}/ shows the page; Ctrl-C ends it", file=sys.stderr, flush=True
-    )
+    address = f"http://127.0.0.1:{server.server_port}/{secret}/"
+    print(f"{address} shows the page; Ctrl-C ends it", file=sys.stderr, flush=True)
     with server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -7,7 +7,7 @@ import sys
 from data.lib.errors import Mistake
 
 MOST = 10**6  # the most tokens in one hole
-MASK_TAG = re.compile(r"(<mask>|(?i:<\s*mask\s*\*[^<>]*>))")  # and what somebody may have meant as a hole
+MASK_TAG = re.compile(r"(<mask>|(?i:<\s*mask\s*\*[^<>]*>))")  # also near misses such as <Mask*3>, which are refused
 
 
 def standing(ids, tokenizer):
@@ -52,7 +52,7 @@ def make_canvas(prompt, suffix, length, tokenizer, context):
 
 
 def prompt_of(ids, tokenizer):
-    """The prompt that makes a canvas, a list of ids; empty if there are only holes."""
+    """A canvas, a list of ids, written as a prompt, for captions. It is empty if there are only holes."""
     text = tokenizer.decode(ids)
     text = re.sub(r"(?:<mask>){2,}", lambda holes: f"<mask*{len(holes[0]) // len('<mask>')}>", text)
     return "" if set(ids) == {tokenizer.mask_id} else text

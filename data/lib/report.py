@@ -1,6 +1,7 @@
 """What a training run shows and logs: a progress bar, log.csv, and evaluations with a sample."""
 
 import csv
+import dataclasses
 import math
 import os
 import shutil
@@ -28,7 +29,7 @@ class Report(AbstractContextManager):
 
     def __init__(self, run, denoise, split, meta):
         self.run, self.denoise, self.split, self.out_dir = run, denoise, split, Path(run.config.out_dir)
-        tokens, prompt_len = self.windows()
+        tokens, prompt_len = validation_windows(split, dataclasses.replace(run.config, eval_tokens=2**16))
         self.prompt = tokens[0, : prompt_len[0]]  # (n,), empty unless the corpus has examples
         self.bits_per_nat = bits_per_nat(tokens, prompt_len, run.model.config.special_ids, meta["val"])
         n_parameters = sum(p.numel() for p in run.model.parameters())
@@ -95,8 +96,8 @@ class Report(AbstractContextManager):
 
         It takes a pass for each window of an evaluation, 8 at least and 64 at most.
         """
-        steps = max(8, min(64, len(self.windows()[0])))
         run, config, tokenizer, T = self.run, self.run.model.config, self.run.tokenizer, self.run.config.context
+        steps = max(8, min(64, (run.config.eval_tokens or 2**16) // T))
         ids = make_canvas("", suffix="", length=T, tokenizer=tokenizer, context=T)
         ids[: len(self.prompt)] = self.prompt.tolist()
         run.model.eval()

@@ -23,6 +23,7 @@ from data.lib.prompt import MOST, make_canvas, prompt_of, read_text, shown_of, s
 from data.lib.terminal import Watch
 from data.lib.views import save_histories
 
+OWN = Path("out/ckpt.pt")  # where train.py writes by default
 SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
 
 # A model that writes in one order. canvas_of makes a canvas, list[int], of a prompt; flags are those of denoise.
@@ -66,8 +67,8 @@ class Session:
                 self.answer([[{"role": "user", "content": text}] for text in self.prompts])
             else:
                 converse(self.chat, lambda messages: self.answer([messages]))
-        if "ckpt" not in self.given:
-            print("this was the included model; `--ckpt out/ckpt.pt` takes the one that you trained", file=sys.stderr)
+        if "ckpt" not in self.given and OWN.exists():
+            print(f"this was the included model; --ckpt {OWN} takes the one that you trained", file=sys.stderr)
 
     def answer(self, prompts):
         """Write a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
@@ -163,6 +164,9 @@ def check_flags(config, given, prompts):
             raise Mistake(f"--score: not with --{', --'.join(sorted(others))}; it is at temperature 1")
         if several:
             raise Mistake("--score: it takes one --ckpt and one --order")
+    alone = {"prompt", "prompt_file", "suffix", "chat", "num_samples", "judge", "score", "watch", "save"}
+    if config.page and (others := given.keys() & alone):
+        raise Mistake(f"--page: not with --{', --'.join(sorted(others))}")
     if re.search("[\ud800-\udfff]", "".join([*prompts, config.suffix])):  # how Python reads bytes that aren't UTF-8
         raise Mistake("--prompt: it is not UTF-8")
     if config.chat and (config.suffix or (not prompts and (several or config.num_samples > 1))):
@@ -170,7 +174,7 @@ def check_flags(config, given, prompts):
     if config.save is not None and Path(config.save).suffix not in (".html", ".svg"):
         raise Mistake(f"--save {config.save}: its name must end in .html or .svg")
     if config.save is not None and Path(config.save).exists() and not config.overwrite:
-        raise Mistake(f"--save {config.save}: there is such a file; --overwrite replaces it")
+        raise Mistake(f"--save {config.save}: that file exists; --overwrite replaces it")
 
 
 def flags_for(config, given, path, model, all_causal):

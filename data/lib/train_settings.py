@@ -112,21 +112,27 @@ def model_config(config_class, config, tokenizer):
     return config_class(tokenizer.vocab_size, tokenizer.mask_id, **shape)
 
 
-def check_memory(config, model_config, layer_class):
-    """Raise Mistake, before anything is allocated, if training needs more memory than there is.
+def check_memory(config, model_config, model, layer_class):
+    """Raise Mistake if training needs more memory than there is; from scratch, before the model (None) is made.
 
-    This is the least that it needs: float32 for weights, gradients and their averages; eight vectors of 16 bits per
-    token and layer, which the backward pass reads; and the batch itself.
+    The estimate is a lower bound: float32 for weights and, unless they are frozen, for gradients and their averages;
+    eight vectors of 16 bits per token and layer, which the backward pass reads; and the batch, on the CPU.
     """
-    n_layer, C, n_tokens = model_config.n_layer, model_config.n_embd, config.batch_size * config.context
-    with torch.device("meta"):
-        in_layers = n_layer * sum(p.numel() for p in layer_class(model_config).parameters())
-    n_parameters = in_layers + 2 * model_config.vocab_size * C
-    activations = 16 * n_layer * C * n_tokens // (config.grad_accum * world_size())
-    need = 12 * n_parameters + 32 * n_tokens + activations * (not config.grad_checkpoint)
-    if need > (there := memory_of(pick_device(config.device))) and not (config.shard or config.eval_only):
-        said = f"{n_parameters:,} parameters and {n_tokens:,} tokens per step take {need / 1e9:,.0f} GB or more"
-        raise Mistake(f"--batch_size, --context, --n_layer, --n_embd: {said}; there are {there / 1e9:,.0f} GB")
+    if config.eval_only or config.shard:
+        return
+    if model is None:
+        with torch.device("meta"):
+            in_layer = sum(p.numel() for p in layer_class(model_config).parameters())
+        n_parameters = model_config.n_layer * in_layer + 2 * model_config.vocab_size * model_config.n_embd
+    else:
+        n_parameters = sum(p.numel() for p in model.parameters())
+    n_tokens = config.batch_size * config.context
+    activations = 16 * model_config.n_layer * model_config.n_embd * n_tokens // (config.grad_accum * world_size())
+    training = n_parameters * (4 if config.freeze else 12) + activations * (not config.grad_checkpoint)
+    for need, device in ((training, pick_device(config.device)), (32 * n_tokens, torch.device("cpu"))):
+        if need > (there := memory_of(device)):
+            said = f"{n_parameters:,} parameters and {n_tokens:,} tokens per step"
+            raise Mistake(f"training needs {need / 1e9:,.0f} GB or more for {said}; there are {there / 1e9:,.0f} GB")
 
 
 def with_corpus(config, given, model, tokenizer, corpus_tokenizer, meta, checkpoint):

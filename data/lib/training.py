@@ -49,6 +49,7 @@ class Run:
         self.best, self.bound = math.inf, bound_name(config, model.config, meta or {})  # best: lowest nats per token
         self.step, self.minutes, self.evals_done = 0, 0.0, 0
         self.step_minutes, self.eval_minutes, self.evaluated = 0.0, [0.0], False  # of the last step; of each evaluation
+        self.paused = 0.0  # when the last evaluation began, in minutes
         self.start_clock()
 
     def progress(self):
@@ -64,10 +65,10 @@ class Run:
 
     def tick(self, stopped=False):
         """Read the clock; every process gets rank 0's time. Returns whether any of them was told to stop."""
-        said = gather(torch.tensor([self.clock(), stopped], dtype=torch.float64))  # (world_size, 2)
+        said = gather(torch.tensor([self.clock(), stopped, self.paused], dtype=torch.float64))  # (world_size, 3)
         before, self.minutes = self.minutes, said[0, 0].item()
         if self.evaluated:
-            self.eval_minutes.append(max(0.0, self.minutes - before - self.step_minutes))
+            self.eval_minutes.append(max(0.0, self.minutes - said[0, 2].item() - self.step_minutes))
         else:
             self.step_minutes = self.minutes - before
         self.evaluated = False
@@ -76,8 +77,8 @@ class Run:
     def evaluation_is_due(self):
         """Whether the next of the run's evenly spaced evaluations is due; true once for each.
 
-        Unless flags say otherwise, evaluations with their samples and checkpoints take a tenth of the run at most: they
-        read a tenth as many tokens as training does, and those that would take longer are left out, except the last.
+        Unless flags say otherwise, evaluations with their samples and checkpoints take a tenth of the run: they read a
+        tenth as many tokens as training does, and one that would exceed it is skipped, except the first and the last.
         """
         config, done = self.config, self.progress()
         before, self.evals_done = self.evals_done, int(done * (config.evals or 8))
@@ -132,6 +133,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             self.generator.set_state(state["random"])
             self.step, self.minutes = int(state["step"]), float(state["minutes"])
+            self.eval_minutes = [float(minutes) for minutes in state.get("eval_minutes", [0.0])]
             self.best = float(state["best"]) if self.bound == state["bound"] else math.inf
             if min(self.step, self.minutes) < 0:
                 raise ValueError("its step or minutes are negative")
@@ -143,7 +145,8 @@ class Run:
         """Write last.pt, and also ckpt.pt if this bound (nats per token) is the lowest so far or there is none yet."""
         last, best = (Path(self.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
         is_best, before, self.best = nats < self.best or not best.exists(), self.best, min(nats, self.best)
-        state = {name: getattr(self, name) for name in ("step", "minutes", "best", "bound", "corpus")}
+        names = "step", "minutes", "best", "bound", "corpus", "eval_minutes"
+        state = {name: getattr(self, name) for name in names}
         state |= {"chat": self.template} if self.template else {}
         state |= {"train": as_plain(self.config), "optimizers": self.optimizer.state()}
         state |= {"scaler": self.scaler.state_dict(), "random": self.generator.get_state()}

@@ -32,7 +32,7 @@ def run_of(history):
 
 
 def page(texts, command="", live=None):
-    """The page of texts, each a list of what `run_of` returns. live: what data/lib/live.py offers, if it serves it."""
+    """The page of texts, each a list of what `run_of` returns. live: the models, orders and flags of a served page."""
     data = json.dumps({"texts": texts, "command": command, "live": live}, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # no text can end the script it is in
     return Path(__file__).with_name("page.html").read_text(encoding="utf-8").replace("{/* data */}", data)

@@ -17,7 +17,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def main(
     file: str | None = flag(None, "a copy that is already there, instead of the download"),
     name: str = flag("shakespeare", "folder of data/ to write"),
-    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N byte pairs, or a checkpoint's path"),
+    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
     path = download(URL, DATA / "shakespeare" / "input.txt", SHA256, copy=file)
     prepare(path, name, tokenizer_by_name(tokenizer))

@@ -42,7 +42,7 @@ def main(
     path: str = argument("a text file, or a folder whose texts are all taken, in order of their paths"),
     val: str | None = flag(None, "a file or folder for the validation split (default: the last tenth of the text)"),
     name: str | None = flag(None, "folder of data/ to write (default: the name of the path)"),
-    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N byte pairs, or a checkpoint's path"),
+    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
     name = name or Path(path).resolve().stem
     check_name(name, own="")

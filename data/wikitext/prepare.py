@@ -22,7 +22,7 @@ def main(
     corpus: Literal["wikitext2", "wikitext103"] = argument("11 MB, or 50 times the articles to train on", "wikitext2"),
     file: str | None = flag(None, "a copy of the zip, instead of the download"),
     name: str | None = flag(None, "folder of data/ to write (default: the corpus)"),
-    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N byte pairs, or a checkpoint's path"),
+    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
     tokenizer, (folder, sha256) = tokenizer_by_name(tokenizer), CORPORA[corpus]
     path = download(URL.format(folder), DATA / corpus / f"{folder}-v1.zip", sha256, copy=file)
