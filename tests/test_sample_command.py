@@ -165,3 +165,11 @@ def test_help_has_the_examples_first_and_the_flags_in_groups(monkeypatch, capsys
         text = capsys.readouterr().out
         places = [text.index(part) for part in ("    python ", *(f"\n{title}:\n" for title in titles.values()))]
         assert places == sorted(places)
+
+
+def test_remask_says_if_the_model_has_not_learned_visible_tokens(tmp_path, monkeypatch, capsys):
+    model, tokenizer, checkpoint = load_checkpoint("out/ckpt.pt")
+    save_checkpoint(tmp_path / "visible.pt", model, tokenizer, train={**checkpoint["train"], "visible": 0.1})
+    for path, says in (("out/ckpt.pt", True), (tmp_path / "visible.pt", False)):
+        said = sample_text(["--ckpt", path, "--order", "remask", "--steps", 3], monkeypatch, capsys).err
+        assert ("--order remask: the model in out/ckpt.pt was trained without --visible" in said) == says

@@ -53,6 +53,10 @@ class Session:
             if config.chat:
                 self.chat = Chat(checkpoint.get("chat"), tokenizer)
                 canvas_of = partial(self.chat.canvas, length=config.length or context)
+            learned = model.family != "setitem" or checkpoint.get("train", {}).get("visible")  # BERTs have, too
+            if "remask" in config.order and not (learned or all_causal):
+                said = "was trained without --visible, so it hardly knows what belongs where a token stands"
+                print(f"--order remask: the model in {path} {said}", file=sys.stderr)
             for flags in flags_for(config, given, path, model, all_causal):
                 names = [path] * (len(loaded) > 1) + [flags["order"]] * (len(config.order) > 1)
                 self.writers.append(Writer(", ".join(names or [path]), path, model, tokenizer, canvas_of, flags))
