@@ -19,7 +19,7 @@ from data.lib.corpus import load_corpus
 from data.lib.download import download
 from data.lib.errors import Mistake
 
-TEXT = b"To be, or not to be\n" * 100
+TEXT = b"To be, or not to be\n" * 200
 SHA256 = hashlib.sha256(TEXT).hexdigest()
 
 

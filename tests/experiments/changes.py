@@ -60,11 +60,11 @@ def changes(config, device):
         for project in right, spread:  # these two change how the model writes, and not how it is trained
             shutil.copytree(plain / "out", project / "out")
         for project in (right, plain)[: 1 if config.quick else None]:
-            run(project, "sample.py", "--score text.txt --order left --steps 256")
+            run(project, "sample.py", "--ckpt out/ckpt.pt --score text.txt --order left --steps 256")
         for steps in (16, 64, 256)[: 1 if config.quick else None]:
             # The likelihood of a random order is only known by its bound in that many steps.
             run(plain, "train.py", f"--eval_only --init_from out/ckpt.pt --eval_tokens 8192 --level grid:{steps}")
-            run(spread, "sample.py", f"--score text.txt --order spread --steps {steps}")
+            run(spread, "sample.py", f"--ckpt out/ckpt.pt --score text.txt --order spread --steps {steps}")
 
 
 if __name__ == "__main__":
