@@ -93,7 +93,7 @@ def use(run, tmp_path, capsys):
         capsys.readouterr()
         run("--ckpt", path, "--prompt", "def", "--watch", main=sample.main)
         assert capsys.readouterr().out.startswith("def")
-        (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 200)
+        (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 2000)
         run("--ckpt", path, "--score", tmp_path / "text.txt", "--order", "left", main=sample.main)
         assert "nats per token" in capsys.readouterr().out
         run(tmp_path / "text.txt", "--name", "own", "--tokenizer", path, main=text_prepare.main)

@@ -76,7 +76,7 @@ def test_a_download_is_whole_checked_and_made_once(server, tmp_path):
 @pytest.mark.parametrize("length", [True, False], ids=["a length", "no length"])
 def test_a_download_has_a_largest_size(length, server, tmp_path):
     server.length = length
-    with pytest.raises(Mistake, match="more than 1,999 bytes"):
+    with pytest.raises(Mistake, match="more than 3,999 bytes"):
         download(server.url, tmp_path / "large", most=len(TEXT) - 1)
     assert [*tmp_path.iterdir()] == []
     download(server.url, tmp_path / "large", most=len(TEXT))

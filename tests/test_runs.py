@@ -168,7 +168,7 @@ def test_compiled_or_not_the_losses_are_the_same(flags, tmp_path, monkeypatch):
     logs = []
     for compiled in ("", "--compile"):
         out = tmp_path / f"run{compiled}"
-        more = f"{flags} {compiled} --dtype float32 --out_dir {out}"
+        more = f"{flags} {compiled} --dtype float32 --evals 8 --out_dir {out}"
         run_train(monkeypatch, f"--data book --max_iters 20 --log_every 1 {more} {SMALL}")
         with open(out / "log.csv") as file:
             rows = list(csv.DictReader(file))

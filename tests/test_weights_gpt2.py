@@ -201,7 +201,7 @@ def test_a_judge_with_other_tokens_says_nats_per_byte(checkpoint, original, run,
     text = capsys.readouterr().out.removesuffix("\n")
     run("--ckpt", byte, checkpoint, "--judge", checkpoint, *flags, main=sample.main)
     written = capsys.readouterr()
-    assert written.out.startswith(text)
+    assert written.out.startswith(f"--- {byte}\n{text}")
     model, tokenizer, _ = load_checkpoint(checkpoint)
     start, ids = original[1].config.bos_token_id, tokenizer.encode(text)
     assert len(ids) <= 24 < len(text.encode())  # so that it is one window

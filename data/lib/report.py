@@ -121,7 +121,11 @@ def print_bound(run, sequence_bounds, split, meta):
     draws = 1 if is_exact else 1 + math.ceil(256 / len(tokens))  # two of 256 windows suffice for a standard error
     settings = {"seed": config.seed, "level": config.level, "rate": config.rate}
     bar = tqdm(desc="evaluating", total=draws * len(tokens), unit=" windows", leave=False, disable=rank() > 0)
-    run.model.register_forward_hook(lambda _, inputs, __: bar.update(len(inputs[0]) * world_size()))
+
+    def count(model, inputs, logits):  # what a hook returns would take the place of the logits
+        bar.update(len(inputs[0]) * world_size())
+
+    run.model.register_forward_hook(count)
     with run.precision, bar:
         bounds, n_maskable = sequence_bounds(run.model, tokens, own_prompt + config.prompt_len.low, draws, **settings)
     nats = (bounds.mean(0).sum() / n_maskable.sum()).item()

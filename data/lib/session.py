@@ -54,7 +54,7 @@ class Session:
                 self.chat = Chat(checkpoint.get("chat"), tokenizer)
                 canvas_of = partial(self.chat.canvas, length=config.length or context)
             learned = model.family != "setitem" or checkpoint.get("train", {}).get("visible")  # BERTs have, too
-            if "remask" in config.order and not (learned or all_causal):
+            if "remask" in config.order and not (learned or all_causal or config.score is not None):
                 said = "was trained without --visible, so it hardly knows what belongs where a token stands"
                 print(f"--order remask: the model in {path} {said}", file=sys.stderr)
             for flags in flags_for(config, given, path, model, all_causal):
