@@ -51,12 +51,8 @@ def settings_of(session, request):
 
 
 def sides_of(session, request):
-    """The texts that a request asks for: a History of each, with the number of its model, and the steps that write it.
-
-    Also the two tensors that the steps fill in, log_p and drafts.
-    """
-    config, given = settings_of(session, request)
-    sides = []
+    """The texts of a request, each as (number of its model, History, steps, and the log_p and drafts of `denoise`)."""
+    (config, given), sides = settings_of(session, request), []
     for number in request["models"]:
         path, (model, tokenizer, _) = config.ckpt[number], session.loaded[number]
         ids = canvas_of(request, config, model, tokenizer)
