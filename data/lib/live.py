@@ -16,10 +16,9 @@ import torch
 from data.lib.errors import Mistake
 from data.lib.escape import inert
 from data.lib.flags import parse
-from data.lib.history import History
 from data.lib.machine import autocast, device_of
-from data.lib.prompt import make_canvas, prompt_of, standing
-from data.lib.session import flags_for
+from data.lib.prompt import make_canvas, standing
+from data.lib.session import flags_for, new_history
 from data.lib.views import page, run_of
 
 MOST_BYTES, MOST_TOKENS = 2**20, 4096  # of a request, and of a canvas
@@ -59,8 +58,7 @@ def sides_of(session, request):
         log_p, drafts = torch.zeros(1, len(ids)), torch.zeros(1, len(ids), dtype=torch.bool)
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
         how |= flags_for(config, given, path, model, all_causal=False)[0]
-        about = f"{path}, order {how['order']}, temperature {config.temperature:g}, seed {config.seed}"
-        history = History(tokenizer, ids, path, about, prompt_of(ids, tokenizer), config.seed)
+        history = new_history(tokenizer, ids, path, path, how, config.seed)
         steps = session.denoise(model, torch.tensor([ids]), seeds=[config.seed], log_p=log_p, drafts=drafts, **how)
         sides.append((number, history, steps, log_p, drafts))
     if not sides:

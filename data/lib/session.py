@@ -105,9 +105,8 @@ class Session:
         config, tokenizer, seconds, self.passes = self.config, writer.tokenizer, 0.0, []
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
-        about = f"{writer.path}, order {writer.flags['order']}, temperature {config.temperature:g}, seed"
         rows = [
-            (History(tokenizer, ids, writer.name, f"{about} {seed}", prompt_of(ids, tokenizer), seed), ids, seed)
+            (new_history(tokenizer, ids, writer.name, writer.path, how, seed), ids, seed)
             for ids in canvases
             for seed in seeds
         ]
@@ -150,6 +149,12 @@ class Session:
         nats = nats_per_byte(writer.model, tokenizer, text, self.log_likelihood, **writer.flags)
         per_token = nats * (tokenizer.canvas_len or len(text.encode())) / len(ids)
         print(f"{per_token:.4f} nats per token, {nats / math.log(2):.4f} bits per byte; {len(ids):,} tokens")
+
+
+def new_history(tokenizer, ids, name, path, how, seed):
+    """The History of a canvas that the model in path fills with these flags (how) of denoise, with its captions."""
+    about = f"{path}, order {how['order']}, temperature {how['temperature']:g}, seed {seed}"
+    return History(tokenizer, ids, name, about, prompt_of(ids, tokenizer), seed)
 
 
 def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="confidence", **flags):
