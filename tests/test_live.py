@@ -17,6 +17,8 @@ import torch
 from browser import browser_page, evaluator
 from world import ROOT
 
+from data.lib.history import History
+from data.lib.live import events
 from data.lib.tokenizer import ByteTokenizer
 from model import load_checkpoint
 from sample import denoise
@@ -165,6 +167,20 @@ def test_a_closed_tab_ends_the_computation_and_ctrl_c_the_server(world):
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+def test_a_draft_is_a_hole_until_it_is_certain():
+    log_p, drafts = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)
+
+    def steps():
+        drafts[0, 1] = True
+        yield torch.tensor([[97, 98]])
+        drafts[0, 1] = False
+        yield torch.tensor([[97, 98]])
+
+    _, drafted, certain = events([(0, History(BYTES, [256, 256]), steps(), log_p, drafts)])
+    assert drafted["changes"] == [[0, "a", 1.0, 97], [1, "b", "draft", None]]
+    assert certain["changes"] == [[1, "b", 1.0, 98]]
 
 
 def wait(evaluate, condition):
