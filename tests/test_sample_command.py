@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import sample
 import train
 from data.lib.checkpoint import save_checkpoint
 from data.lib.errors import Mistake
-from model import load_checkpoint
+from data.lib.tokenizer import ByteTokenizer
+from model import ModelConfig, Transformer, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")
 
@@ -94,6 +96,49 @@ def test_without_ckpt_the_included_model_writes_whatever_one_has_trained(tmp_pat
     said = sample_text(["--ckpt", "out/ckpt.pt"], monkeypatch, capsys).err
     assert "out/ckpt.pt: 32 tokens in" in said
     assert "included" not in said
+
+
+def test_in_a_race_the_next_step_is_of_the_model_that_has_taken_the_least_time(tmp_path, monkeypatch, capsys):
+    """A step of append takes one second by the test's clock, a step of draft two, and one of set five."""
+    model = Transformer(ModelConfig(n_embd=16, n_layer=1, context=32, block=1, shift_id=256, draft_len=2))
+    save_checkpoint(tmp_path / "draft.pt", model, ByteTokenizer())
+    clock, turns, panes = [0.0], [], []
+
+    def denoise(model, canvas, order, **flags):
+        for _ in range(3):
+            clock[0] += {"left": 1, "draft": 2, "random": 5}[order]
+            turns.append(order)
+            yield canvas
+
+    class Shown:
+        def __init__(self, n_panes):
+            assert n_panes == 3
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def show(self, pane, history, n_canvases):
+            panes.append((pane, history.name, history.seconds[-1]))
+
+    monkeypatch.setattr(data.lib.session, "SHIPPED_DRAFT", tmp_path / "draft.pt")
+    monkeypatch.setattr(data.lib.session, "Watch", Shown)
+    monkeypatch.setattr(sample, "denoise", denoise)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    said = sample_text(["--race"], monkeypatch, capsys).err
+    assert turns == ["left", "draft", "random", "left", "left", "draft", "draft", "random", "random"]
+    assert panes[:4] == [(0, "append", 1), (1, "draft", 2), (2, "set", 5), (0, "append", 2)]
+    assert [line.split(" in ")[:2] for line in said.splitlines() if " tokens in " in line] == [
+        ["append: 32 tokens", "3.00 s: 11 tokens/s, 0 forward passes"],
+        ["draft: 32 tokens", "6.00 s: 5 tokens/s, 0 forward passes"],
+        ["set: 32 tokens", "15.00 s: 2 tokens/s, 0 forward passes"],
+    ]
+    named = sample_text(["--race", "--ckpt", tmp_path / "draft.pt", "out/ckpt.pt"], monkeypatch, capsys).err
+    assert f"{tmp_path}/draft.pt, append: 32" in named
+    assert "out/ckpt.pt, set: 32" in named
 
 
 def test_logits_that_are_not_finite_are_said(tmp_path, monkeypatch):

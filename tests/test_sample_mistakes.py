@@ -37,6 +37,7 @@ MISTAKES = {
     "--save ": "--save",
     "--save data/.svg": ".html",
     "--page --prompt a --top_k 3": "--page: not with --prompt",
+    "--race --chat": "--race: not with --chat",
     "--score book.txt --order random": "no one probability",
     "--score book.txt --order remask": "no one probability",
     "--score book.txt --order left --temperature 1": "--temperature",

@@ -1,13 +1,14 @@
 """Serves a page on 127.0.0.1 where you type a prompt, watch canvases fill and set letters by hand (`--page`)."""
 
 import contextlib
+import copy
 import dataclasses
 import heapq
 import json
+import operator
 import secrets
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import get_args, get_type_hints
 
@@ -18,7 +19,7 @@ from data.lib.escape import inert
 from data.lib.flags import parse
 from data.lib.machine import autocast, device_of
 from data.lib.prompt import make_canvas, standing
-from data.lib.session import flags_for, new_history
+from data.lib.session import Writer, Written, flags_for
 from data.lib.views import page, run_of
 
 MOST_BYTES, MOST_TOKENS = 2**20, 4096  # of a request, and of a canvas
@@ -42,53 +43,45 @@ def canvas_of(request, config, model, tokenizer):
     return ids
 
 
-def settings_of(session, request):
-    """The SampleConfig of a request, and the flags that were given. Mistake if one is wrong."""
-    words = [f"--{name}={request[name]}" for name in FLAGS if name in request]
-    given = parse(type(session.config), words=words)
-    return dataclasses.replace(session.config, **given), given
-
-
 def sides_of(session, request):
-    """The texts of a request, each as (number of its model, History, steps, and the log_p and drafts of `denoise`)."""
-    (config, given), sides = settings_of(session, request), []
+    """What `events` takes: a Session with the flags of a request, and for each text its model's number, Writer, ids."""
+    given = parse(type(session.config), words=[f"--{name}={request[name]}" for name in FLAGS if name in request])
+    config, sides = dataclasses.replace(session.config, **given), []
     for number in request["models"]:
         path, (model, tokenizer, _) = config.ckpt[number], session.loaded[number]
+        flags = flags_for(config, given, path, model, all_causal=False)[0]
         ids = canvas_of(request, config, model, tokenizer)
-        log_p, drafts = torch.zeros(1, len(ids)), torch.zeros(1, len(ids), dtype=torch.bool)
-        how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-        how |= flags_for(config, given, path, model, all_causal=False)[0]
-        history = new_history(tokenizer, ids, path, path, how, config.seed)
-        steps = session.denoise(model, torch.tensor([ids]), seeds=[config.seed], log_p=log_p, drafts=drafts, **how)
-        sides.append((number, history, steps, log_p, drafts))
+        sides.append((number, Writer(path, path, model, tokenizer, None, flags), ids))
     if not sides:
         raise Mistake("no model")
-    return sides
+    session = copy.copy(session)
+    session.config = config
+    return session, sides
 
 
-def events(sides):
+def events(session, sides):
     """Yield what happens while texts are written, as dicts: first the canvas of each side, then all steps.
 
     The next step is always that of the text that has taken the least time, so each keeps its own speed.
     """
-    for side, (number, history, *_) in enumerate(sides):
-        ids = [None if is_hole else i for i, is_hole in zip(history.canvas, history.holes)]
-        yield {"side": side, "run": run_of(history) | {"ids": ids, "model": number}}
-    queue = [(0.0, side) for side in range(len(sides))]
-    while queue:
-        seconds, side = heapq.heappop(queue)
-        _, history, steps, log_p, drafts = sides[side]
-        began = time.perf_counter()
-        canvas = next(steps, None)
-        if canvas is not None:
-            seconds += time.perf_counter() - began
-            history.add(canvas[0].tolist(), log_p[0].exp().tolist(), seconds, drafts[0].tolist())
+    runs = (events_of(session, side, *which) for side, which in enumerate(sides))
+    return heapq.merge(*runs, key=operator.itemgetter("second"))
+
+
+def events_of(session, side, number, writer, ids):
+    """Yield an event with the canvas of a text, and one after each step; `second` is how long the steps have taken."""
+    written = Written()
+    for seconds in session.write(writer, [ids], written, show=lambda *_: None):
+        (history,) = written.histories
+        if not history.steps:
+            ids = [None if is_hole else i for i, is_hole in zip(ids, history.holes)]
+            yield {"side": side, "run": run_of(history) | {"ids": ids, "model": number}, "second": seconds}
+        else:
             changes = [  # a draft that isn't certain yet is a hole
                 [i, text, p, None if text is None or p == "draft" else history.canvas[i]]
                 for i, text, p in history.steps[-1]
             ]
-            yield {"side": side, "changes": changes, "second": history.seconds[-1]}
-            heapq.heappush(queue, (seconds, side))
+            yield {"side": side, "changes": changes, "second": seconds}
 
 
 def canvas_to_look_at(session, request):
@@ -154,7 +147,7 @@ def serve(session):
                 return self.answer(200, "application/json", json.dumps(look(*prepared)).encode())
             self.answer(200, "application/x-ndjson")
             try:
-                for event in events(prepared):
+                for event in events(*prepared):
                     self.wfile.write(json.dumps(event).encode() + b"\n")
             except Mistake as error:
                 self.wfile.write(json.dumps({"error": str(error)}).encode() + b"\n")

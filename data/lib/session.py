@@ -1,5 +1,7 @@
 """Everything that `python sample.py` does around the sampler: it checks flags, loads models, writes and scores."""
 
+import heapq
+import itertools
 import math
 import os
 import re
@@ -24,10 +26,30 @@ from data.lib.terminal import Watch
 from data.lib.views import save_histories
 
 OWN = Path("out/ckpt.pt")  # where train.py writes by default
-SHIPPED = Path(__file__).parents[1] / "shakespeare" / "ckpt.pt"  # its folder's README.md says how it was made
+TALES = Path(__file__).parents[1] / "fairytales"  # its README.md says how the included models were made
+SHIPPED, SHIPPED_DRAFT = TALES / "canvas.pt", TALES / "draft.pt"
 
 # A model that writes in one order. canvas_of makes a canvas, list[int], of a prompt; flags are those of denoise.
 Writer = namedtuple("Writer", "name path model tokenizer canvas_of flags")
+
+
+class Written:
+    """What a writer has written, and what it took: passes counts them, seconds is without recording and showing."""
+
+    def __init__(self):
+        self.histories, self.n_tokens, self.passes, self.seconds = [], 0, 0, 0.0
+
+    def step(self, model, steps):
+        """The canvas after the next of the steps, or None after the last."""
+
+        def count(*_):
+            self.passes += 1
+
+        began = time.perf_counter()
+        with model.layers[0].register_forward_hook(count):
+            canvas = next(steps, None)
+        self.seconds += time.perf_counter() - began
+        return canvas
 
 
 class Session:
@@ -40,7 +62,8 @@ class Session:
         if config.score is not None:
             self.text = read_text(config.score)
             config.order = config.order if "order" in given else ["confidence"]
-        config.ckpt = config.ckpt or [os.path.relpath(SHIPPED)]
+        config.ckpt = config.ckpt or [*map(os.path.relpath, [SHIPPED_DRAFT] * config.race + [SHIPPED])]
+        config.watch |= config.race
         self.device, keep = pick_device(config.device), getattr(torch, config.dtype, None)
         self.loaded = loaded = [load_checkpoint(path, self.device, keep) for path in config.ckpt]
         self.judge = None if config.judge is None else load_checkpoint(config.judge, self.device, keep)
@@ -59,6 +82,9 @@ class Session:
                 print(f"--order remask: the model in {path} {said}", file=sys.stderr)
             for flags in flags_for(config, given, path, model, all_causal):
                 names = [path] * (len(loaded) > 1) + [flags["order"]] * (len(config.order) > 1)
+                if config.race:
+                    verb = {"left": "append"}.get(flags["order"], "draft") if model.config.is_gpt else "set"
+                    names = [path] * ("ckpt" in given) + [verb]
                 self.writers.append(Writer(", ".join(names or [path]), path, model, tokenizer, canvas_of, flags))
 
     def run(self):
@@ -76,33 +102,38 @@ class Session:
 
     def answer(self, prompts):
         """Write a text for each prompt, or with --chat a reply to each list of messages. Return the first."""
-        config, results = self.config, []
+        config, results = self.config, [Written() for _ in self.writers]
         canvases = [list(map(writer.canvas_of, prompts)) for writer in self.writers]
         with Watch(len(canvases)) if config.watch and sys.stderr.isatty() else nullcontext() as watch:
-            for pane, writer in enumerate(self.writers):
-                try:
-                    results.append(self.write(writer, canvases[pane], watch and partial(watch.show, pane)))
-                except KeyboardInterrupt:
-                    print(f"\n{writer.name}: stopped after {len(self.passes)} forward passes", file=sys.stderr)
-                    raise
-        for writer, (histories, speed) in zip(self.writers, results):
+            shows = [watch and partial(watch.show, pane) for pane in range(len(canvases))]
+            runs = [*map(self.write, self.writers, canvases, results, shows)]
+            try:  # side by side, the writer that has taken the least time goes next, so each has its own speed
+                for _ in heapq.merge(*runs) if watch else itertools.chain(*runs):
+                    pass
+            except KeyboardInterrupt:
+                for writer, written in zip(self.writers, results):
+                    print(f"\n{writer.name}: stopped after {written.passes} forward passes", file=sys.stderr)
+                raise
+        for writer, written in zip(self.writers, results):
+            histories, seconds, n = written.histories, written.seconds, written.n_tokens
             for number, history in enumerate(histories, 1):
                 names = [writer.name] * (len(results) > 1) + [f"{number} of {len(histories)}"] * (len(histories) > 1)
                 if names:
                     print(f"--- {', '.join(names)}", flush=True)
                 print(as_shown(history.text, writer.tokenizer) if sys.stdout.isatty() else history.text, flush=True)
+            speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {written.passes} forward passes"
             if self.judge:
                 nats = (nats_per_byte(*self.judge[:2], history.text, self.log_likelihood) for history in histories)
                 speed += f"; under {config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
             print(f"{writer.name}: {speed}", file=sys.stderr)
         if config.save is not None:
-            self.saved += zip(*(histories for histories, _ in results))
+            self.saved += zip(*(written.histories for written in results))
             save_histories(config.save, self.saved, shlex.join(["python", *sys.argv]))
-        return results[0][0][0].text
+        return results[0].histories[0].text
 
-    def write(self, writer, canvases, show):
-        """Write num_samples texts for each canvas. Return their histories, and a line about speed."""
-        config, tokenizer, seconds, self.passes = self.config, writer.tokenizer, 0.0, []
+    def write(self, writer, canvases, written, show):
+        """Write num_samples texts for each canvas. Yield, before the first step and after each, the seconds taken."""
+        config, tokenizer = self.config, writer.tokenizer
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
         rows = [
@@ -110,33 +141,31 @@ class Session:
             for ids in canvases
             for seed in seeds
         ]
-        with writer.model.layers[0].register_forward_hook(lambda *_: self.passes.append(1)):
-            for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
-                histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
-                canvas = torch.tensor(starts)
-                log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
-                drafts = torch.zeros(canvas.shape, dtype=torch.bool)  # tokens on the canvas that aren't certain yet
-                steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, drafts=drafts, **how)
-                took, began, n_holes = 0.0, time.perf_counter(), canvas.eq(tokenizer.mask_id).sum().item()
-                bar = tqdm(total=n_holes, unit=" tokens", leave=False, disable=bool(show))
-                for canvas in steps:
-                    took += time.perf_counter() - began  # excludes the time to record and show the step
-                    bar.update(n_holes - canvas.eq(tokenizer.mask_id).sum().item() - bar.n)
-                    if show or config.save is not None:
-                        columns = canvas.tolist(), log_p.exp().tolist(), drafts.tolist()
-                        for history, ids, p, is_draft in zip(histories, *columns):
-                            history.add(ids, p, took, is_draft)
-                    if show:
-                        show(histories[0], len(histories))
-                    began = time.perf_counter()
-                seconds += took
-                bar.close()
-                for history, start, ids in zip(histories, starts, canvas.tolist()):
-                    shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
-                    history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
-        n = sum(ids.count(tokenizer.mask_id) for _, ids, _ in rows)
-        speed = f"{n:,} tokens in {seconds:.2f} s: {n / seconds:,.0f} tokens/s, {len(self.passes)} forward passes"
-        return [history for history, _, _ in rows], speed
+        written.histories = [history for history, _, _ in rows]
+        yield written.seconds
+        for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
+            histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
+            canvas = torch.tensor(starts)
+            log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
+            drafts = torch.zeros(canvas.shape, dtype=torch.bool)  # tokens on the canvas that aren't certain yet
+            steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, drafts=drafts, **how)
+            before, n_holes = written.seconds, canvas.eq(tokenizer.mask_id).sum().item()
+            written.n_tokens += n_holes
+            bar = tqdm(total=n_holes, unit=" tokens", leave=False, disable=bool(show))
+            while (after := written.step(writer.model, steps)) is not None:
+                canvas = after
+                bar.update(n_holes - canvas.eq(tokenizer.mask_id).sum().item() - bar.n)
+                if show or config.save is not None:
+                    columns = canvas.tolist(), log_p.exp().tolist(), drafts.tolist()
+                    for history, ids, p, is_draft in zip(histories, *columns):
+                        history.add(ids, p, written.seconds - before, is_draft)
+                if show:
+                    show(histories[0], len(histories))
+                yield written.seconds
+            bar.close()
+            for history, start, ids in zip(histories, starts, canvas.tolist()):
+                shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
+                history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
 
     def print_score(self):
         (writer,), text = self.writers, self.text
@@ -173,11 +202,13 @@ def check_flags(config, given, prompts):
             raise Mistake(f"--score: not with --{', --'.join(sorted(others))}; it is at temperature 1")
         if several:
             raise Mistake("--score: it takes one --ckpt and one --order")
-    alone = {"prompt", "prompt_file", "suffix", "chat", "num_samples", "judge", "score", "watch", "save"}
+    alone = {"prompt", "prompt_file", "suffix", "chat", "num_samples", "judge", "score", "watch", "race", "save"}
     if config.page and (others := given.keys() & alone):
         raise Mistake(f"--page: not with --{', --'.join(sorted(others))}")
     if re.search("[\ud800-\udfff]", "".join([*prompts, config.suffix])):  # how Python reads bytes that aren't UTF-8
         raise Mistake("--prompt: it is not UTF-8")
+    if config.chat and config.race:
+        raise Mistake("--race: not with --chat")
     if config.chat and (config.suffix or (not prompts and (several or config.num_samples > 1))):
         raise Mistake("--chat: not with --suffix; a conversation has one --ckpt, one --order, and one sample at a time")
     if config.save is not None and Path(config.save).suffix not in (".html", ".svg"):
@@ -203,7 +234,8 @@ def flags_for(config, given, path, model, all_causal):
         wrong += ["--order"] if "order" in given and orders != config.order else []
         if wrong and all_causal:
             raise Mistake(f"{', '.join(wrong)}: the model in {path} is causal and writes from the left")
-        return [{"order": order, "draft_len": config.draft_len} for order in orders or ["draft" if drafts else "left"]]
+        default = ["left"] * config.race + ["draft"] if drafts else ["left"]  # in a race it takes part twice
+        return [{"order": order, "draft_len": config.draft_len} for order in orders or default]
     if K and K % (config.block or 1):
         raise Mistake(f"--block {config.block}: it must divide the blocks of {path}, of {K} tokens")
     if (config.block or 0) >= W:

@@ -28,7 +28,7 @@ class Watch:
         n_holes = sum(history.holes)
         n_set = n_holes - history.kinds.count("hole") - history.kinds.count("draft")
         speed = n_set / max(1e-3, history.seconds[-1])
-        status = f"step {len(history.steps)}, {n_set / max(1, n_holes):.0%} filled, {speed:,.0f} tokens/s"
+        status = f"{n_set / max(1, n_holes):.0%} filled, {speed:,.0f} tokens/s, step {len(history.steps)}"
         title = [inert(history.name)] * (len(self.panes) > 1) + [f"the first of {n_canvases}"] * (n_canvases > 1)
         self.panes[pane] = history.tokens, history.kinds, history.pixels, ", ".join(title), status
         width, height = os.get_terminal_size(sys.stderr.fileno())

@@ -1,47 +1,83 @@
-"""Does the shipped model write words, and does it copy? Counts words that the training text has, and copied characters.
+"""Does an included model write words, does it copy, and how likely does a language model find its text?
 
-python tests/experiments/counts.py --texts 8     # 4 minutes on two cores; it prints, and draws no figure
+python data/fairytales/prepare.py --tokenizer bpe:8192
+python data/weights/prepare.py smollm2-135m-instruct     # the judge
+python tests/experiments/counts.py                       # half an hour on two cores; it prints, and draws no figure
+python tests/experiments/counts.py --ckpt data/fairytales/draft.pt
+
+A word exists if it occurs in the training text or in the file --words. A text's first and last word, which may be cut,
+don't count. A copy is a run of words that the training text has, too; its length is printed.
 """
 
+import itertools
 import re
+from collections import Counter
+from math import log2
+from pathlib import Path
 
-import numpy as np
-from common import context_of, main, windows, write
+from common import context_of, main, train_model, windows, write
+from pretrained import judge_texts
 
 from data.lib.corpus import load_corpus
-from data.lib.session import SHIPPED
 from model import load_checkpoint
 
 WORD = re.compile(r"[^\W\d_]+")
-RUN = 30  # characters in a row that count as copied if they stand in the training text
 
 
-def copied(text, runs):
-    """The fraction of a text's characters that are in one of `runs`, strings of RUN characters."""
-    is_copied = np.zeros(len(text), dtype=bool)
-    for i in range(len(text) - RUN + 1):
-        is_copied[i : i + RUN] |= text[i : i + RUN] in runs
-    return is_copied.mean()
+def ways(model, T):
+    """The flags of `denoise` that are compared, each with its name: every order with two or three temperatures."""
+    if model.config.is_gpt:
+        return {f"`--temperature {t}`": {"temperature": t} for t in (0.7, 0.85, 1.0)}
+    flags = [{"order": "random", "steps": steps} for steps in (T // 8, T // 4, T // 2, T)]
+    flags += [{"order": order, "steps": T} for order in ("confidence", "entropy", "margin")]
+    flags += [{"order": "entropy", "steps": T, "block": T // 8}, {"order": "left", "steps": T}]
+    flags += [{"order": "threshold", "tau": 0.6}, {"order": "entropy-bound", "gamma": 0.5}]
+    named = {}
+    for each, t in itertools.product(flags, (0.5, 0.7, 0.9)):
+        each = {**each, "temperature": t}
+        named[f"`{' '.join(f'--{name} {value}' for name, value in each.items())}`"] = each
+    return named
+
+
+def pairs_entropy(texts):
+    """Entropy of the pairs of successive words in texts, lists of words, in bits."""
+    counts = Counter(itertools.chain.from_iterable(itertools.pairwise(words) for words in texts))
+    return -sum(n / counts.total() * log2(n / counts.total()) for n in counts.values())
+
+
+def longest_copy(words, learned):
+    """The length of the longest run of words that stands in `learned`, a string of words between spaces."""
+    first, longest = 0, 0
+    for end in range(1, len(words) + 1):
+        while first < end and f" {' '.join(words[first:end])} " not in learned:
+            first += 1
+        longest = max(longest, end - first)
+    return longest
 
 
 def counts(config, device):
-    model, tokenizer, _ = load_checkpoint(SHIPPED, device)
-    learned = tokenizer.decode(load_corpus("shakespeare")[0].tolist())
-    known, runs = set(WORD.findall(learned)), {learned[i : i + RUN] for i in range(len(learned) - RUN + 1)}
+    ckpt, judge = config.ckpt, config.judge
+    if config.quick:
+        ckpt, judge = (train_model(config, name, f"--data python {flag}") for name, flag in
+                       (("out-canvas", ""), ("out-judge", "--attention causal")))  # fmt: skip
+    model, tokenizer, checkpoint = load_checkpoint(ckpt, device)
+    judge, corpus = load_checkpoint(judge, device)[:2], checkpoint["train"]["data"]
     T = context_of(config) if config.quick else model.config.context
-    ways = (T // 2, "random", 0.7), (T, "random", 0.5), (T // 16, "random", 0.7), (T, "confidence", 0.9)
-    texts_of = {"of the validation split": windows("shakespeare", T, T * config.texts)}
-    for steps, order, temperature in (*ways, (None, "threshold", 1.0)):
-        name = f"`--order {order}{f' --steps {steps}' if steps else ''} --temperature {temperature}`"
-        texts_of[name], _ = write(model, config.texts, T, steps, order, temperature=temperature)
-    print("| text | words that the training text has | characters copied |")
-    for name, tokens in texts_of.items():
+    learned = WORD.findall(tokenizer.decode(load_corpus(corpus)[0].tolist()).lower())
+    listed = Path(config.words).read_text().lower().split() if Path(config.words).exists() else []
+    known, learned = {*learned, *listed}, f" {' '.join(learned)} "
+    print("| text | passes | words that exist | longest copy, words | judge, nats per byte | word pairs, bits |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, flags in {"of the validation split": None, **ways(model, T)}.items():
+        tokens, passes = write(model, config.texts, T, **flags) if flags else (windows(corpus, T, T * config.texts), "")
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
-        # The first and the last word of a text may be cut.
-        words = [word in known for text in texts for word in WORD.findall(text)[1:-1]]
-        fraction = np.mean([copied(text, runs) for text in texts])
-        print(f"| {name} | {np.mean(words):.1%} of {len(words):,} | {fraction:.1%} |")
+        words = [WORD.findall(text.lower())[1:-1] for text in texts]
+        there = [word in known for text in words for word in text]
+        row = f"{sum(there) / max(1, len(there)):.1%} of {len(there):,} | "
+        row += f"{max(longest_copy(text, learned) for text in words)} | {judge_texts(texts, judge)[0]:.3f}"
+        print(f"| {name} | {passes} | {row} | {pairs_entropy(words):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(counts, texts=32)
+    names = {"ckpt": "data/fairytales/canvas.pt", "judge": "data/weights/smollm2-135m-instruct.pt"}
+    main(counts, texts=20, words="/usr/share/dict/words", **names)
