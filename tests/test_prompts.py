@@ -8,9 +8,10 @@ import torch
 from toys import tiny_model
 from world import sample_text
 
+from data.lib.byte_pairs import PATTERN
 from data.lib.errors import Mistake
 from data.lib.prompt import make_canvas, read_text, shown_of
-from data.lib.tokenizer import ByteTokenizer
+from data.lib.tokenizer import BPETokenizer, ByteTokenizer
 from data.lib.window import blocks
 from model import Transformer
 from sample import denoise
@@ -57,6 +58,17 @@ def test_canvas_of_a_prompt():
     for prompt, length in (("too long", 4), ("a" * 17, None), ("a<mask*4>", 4)):
         with pytest.raises(Mistake, match="the canvas has"):
             canvas(prompt, length)
+
+
+def test_a_space_before_a_hole_is_left_to_it_if_the_tokens_of_words_begin_with_one():
+    tokenizer = BPETokenizer([*map(chr, range(256))], PATTERN)
+    for prompt, same in (("a <mask> b", "a<mask> b"), ("a  <mask>", "a <mask>"), ("a\n<mask>", "a\n<mask>")):
+        assert [*map(chr, make_canvas(prompt, "", None, tokenizer, 16))] == [
+            *same.replace("<mask>", chr(tokenizer.mask_id))
+        ]
+    assert make_canvas("a ", "", 3, tokenizer, 16) == [97, 256, 256]
+    assert make_canvas("<mask>a ", "", None, tokenizer, 16) == [256, 97, 32]
+    assert canvas("a <mask>") == [97, 32, 256]
 
 
 def test_what_is_shown_ends_at_the_first_end_that_was_written():

@@ -26,22 +26,23 @@ def make_canvas(prompt, suffix, length, tokenizer, context):
     """The canvas of a prompt, a list of ids: the prompt, holes up to `length` tokens in all, and the suffix.
 
     Without a length, holes fill the context, unless the prompt has its own. If the text may go on after the canvas, it
-    gets no closing token.
+    gets no closing token. A space before a hole is left to the hole if tokens begin with spaces, as RoBERTa does.
     """
     if MASK_TAG.search(suffix):
         raise Mistake("--suffix: holes go into --prompt, which may have several")
     if tokenizer.kinds and length not in (None, tokenizer.canvas_len):
         raise Mistake(f"--length {length}: the model's canvas has {tokenizer.canvas_len} tokens")
     parts = MASK_TAG.split(prompt)  # text, a hole, text, .., text
+    is_whole = length is None and len(parts) > 1 and not tokenizer.kinds  # there are no holes but the prompt's
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            ids += tokenizer.encode(part)
+            at_hole = tokenizer.begins_with_space and (i + 1 < len(parts) or not is_whole)
+            ids += tokenizer.encode(part.removesuffix(" ") if at_hole else part)
         elif (size := re.fullmatch(r"<mask(?:\*(\d{1,7}))?>", part)) and 0 < int(size[1] or 1) <= MOST:
             ids += [tokenizer.mask_id] * int(size[1] or 1)
         else:
             raise Mistake(f"--prompt: {part}: a hole is <mask>, and eight are <mask*8>; at most {MOST:,}")
-    is_whole = length is None and len(parts) > 1 and not tokenizer.kinds  # there are no holes but the prompt's
     after = tokenizer.encode(suffix) + [tokenizer.eos_id] * (tokenizer.eos_id is not None and bool(is_whole or suffix))
     n = len(ids) + len(after)
     T = tokenizer.canvas_len or length or (n if is_whole else context)

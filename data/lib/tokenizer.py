@@ -28,6 +28,7 @@ class Tokenizer:
     kinds = ()  # for a canvas whose places accept different tokens: (n, first, end) for each stretch of n places
     pixels = None  # for a picture: its first place, its columns, and how its greys are shown
     template = None  # for a checkpoint that chats
+    begins_with_space = False  # whether the token of a word includes the space before it
 
     def __init__(self, special, bytes_of):
         self.special, self.special_ids = special, tuple(sorted(special.values()))
@@ -81,6 +82,8 @@ class BPETokenizer(Tokenizer):
     tokens: byte strings as latin-1, in the order in which they merge. ids: their ids; -1 marks a byte outside the
     vocabulary, which `encode` drops. form: the Unicode normal form that a text is brought into first, such as NFC.
     """
+
+    begins_with_space = True
 
     def __init__(self, tokens, pattern, ids=None, special=None, form=None):
         special = special or {"<mask>": len(tokens)}
