@@ -173,6 +173,15 @@ def test_what_has_no_place_on_the_canvas_is_refused(prompt, suffix, words):
         canvas_of(prompt, suffix)
 
 
+def test_a_caption_that_no_picture_has_is_refused():
+    named = PictureTokenizer(4, 3, 2, 5, ["two", "four"])
+    for prompt in ("two", "four", "f", "<mask>o<mask>r", "", "two<mask>", "two\n⓪①②\n③④⓪", "⓪"):
+        assert len(canvas_of(prompt, tokenizer=named)) == T
+    for prompt, name in (("dog", "dog"), ("fo<mask>l", "fo<mask>l"), ("twos", "twos")):
+        with pytest.raises(Mistake, match=f"no picture is called '{name}'; there are two, four"):
+            canvas_of(prompt, tokenizer=named)
+
+
 def test_a_canvas_has_all_its_places():
     with pytest.raises(Mistake, match="--length 9: the model's canvas has 10 tokens"):
         make_canvas("", "", 9, TOKENIZER, T)

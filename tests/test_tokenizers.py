@@ -101,3 +101,5 @@ def test_a_pgm_of_another_size_or_with_other_numbers_is_refused(text):
 def test_a_state_that_is_no_picture_is_refused(change):
     with pytest.raises(ValueError, match="no size"):
         tokenizer_from_state({**PICTURE.state, **change})
+    with pytest.raises(ValueError, match="names are not captions"):
+        tokenizer_from_state({**PICTURE.state, "names": ["zero", "seven"]})

@@ -76,7 +76,7 @@ def main(
         splits = [as_by_others(pictures[:FORM], digits[:FORM]), (pictures[FORM:], digits[FORM:])]
         source = "UCI, Optical Recognition of Handwritten Digits"
     _, height, width = splits[0][0].shape
-    tokenizer = PictureTokenizer(CAPTION, width, height, GREYS)
+    tokenizer = PictureTokenizer(CAPTION, width, height, GREYS, WORDS)
     pieces = (
         (split, tokenizer.canvas(WORDS[digit], pixels.flatten()), tokenizer.canvas_len)
         for split, pairs in zip(SPLITS, splits)

@@ -11,7 +11,10 @@ MASK_TAG = re.compile(r"(<mask>|(?i:<\s*mask\s*\*[^<>]*>))")  # also near misses
 
 
 def standing(ids, tokenizer):
-    """If a tokenizer has kinds, insert holes before each id so that it lands on the next place that accepts it."""
+    """If a tokenizer has kinds, insert holes before each id so that it lands on the next place that accepts it.
+
+    Mistake if there is no such place, or no picture with such a caption.
+    """
     places, placed = [range(first, end) for n, first, end in tokenizer.kinds for _ in range(n)], []
     for i in ids:
         while i != tokenizer.mask_id and len(placed) < len(places) and i not in places[len(placed)]:
@@ -19,6 +22,10 @@ def standing(ids, tokenizer):
         placed.append(i)
         if places and len(placed) > len(places):
             raise Mistake(f"{tokenizer.pieces([i])[0]!r} has no place left on the model's canvas")
+    names = [name.ljust(tokenizer.caption).encode() for name in tokenizer.names]
+    if names and not any(all(i in (tokenizer.mask_id, c) for i, c in zip(placed, name)) for name in names):
+        caption = prompt_of(placed[: tokenizer.caption], tokenizer).strip()
+        raise Mistake(f"no picture is called {caption!r}; there are {', '.join(tokenizer.names)}")
     return placed
 
 

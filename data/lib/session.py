@@ -34,7 +34,7 @@ Writer = namedtuple("Writer", "name path model tokenizer canvas_of flags")
 
 
 class Written:
-    """What a writer has written, and what it took: passes counts them, seconds is without recording and showing."""
+    """The texts of a writer, and the forward passes and seconds that they took, without recording and showing them."""
 
     def __init__(self):
         self.histories, self.n_tokens, self.passes, self.seconds = [], 0, 0, 0.0

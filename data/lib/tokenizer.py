@@ -27,6 +27,7 @@ class Tokenizer:
 
     kinds = ()  # for a canvas whose places accept different tokens: (n, first, end) for each stretch of n places
     pixels = None  # for a picture: its first place, its columns, and how its greys are shown
+    names = ()  # for a picture with a caption: the captions that there are
     template = None  # for a checkpoint that chats
     begins_with_space = False  # whether the token of a word includes the space before it
 
@@ -111,14 +112,17 @@ class PictureTokenizer(Tokenizer):
     """A canvas of two kinds of tokens: a caption of ASCII letters, padded with spaces, and the pixels of a picture.
 
     caption: its number of letters. A pixel's value is a grey from 0 (white) to greys - 1; in text it is one of the
-    characters in GREYS.
+    characters in GREYS. names: the captions that there are; none means any.
     """
 
-    def __init__(self, caption, width, height, greys):
+    def __init__(self, caption, width, height, greys, names=()):
         sizes = {"caption": caption, "width": width, "height": height, "greys": greys}
         if not all(type(n) is int and 1 <= n <= 1000 for n in sizes.values()) or not 2 <= greys <= len(GREYS):
             raise ValueError("its picture has no size that we can show")
-        self.state, self.caption, self.width = {"kind": "picture", **sizes}, caption, width
+        if not all(type(name) is str and len(name) <= caption for name in names):
+            raise ValueError("its names are not captions")
+        self.state = {"kind": "picture", **sizes, "names": list(names)}
+        self.caption, self.width, self.names = caption, width, names
         self.size = [width, height, width * height]
         self.kinds = (caption, 32, 127), (width * height, 257, 257 + greys)
         self.pixels = {"first": caption, "columns": width, "greys": GREYS[:greys]}

@@ -40,7 +40,7 @@ def page(texts, command="", live=None):
 
 def animation(sides):
     """The SVG of a text, or of several side by side: a group for each frame, which CSS shows in turn."""
-    columns = 72 if len(sides) == 1 else 48
+    columns = {1: 72, 2: 48}.get(len(sides), 32)
     panel, height = 2 * MARGIN + round(LETTER * columns), 0
     frames = [list(history.frames()) for history in sides]
     n = min(39, max(len(history.steps) for history in sides))  # frames after the first
