@@ -2,10 +2,10 @@
 
 An autoregressive model calls `.append(token)` on its text. This one calls `.setitem(i, token)` on its canvas.
 
-    python sample.py --prompt "ROMEO:" --watch
-    python sample.py --prompt "Good morrow, my <mask*6>." --order confidence
+    python sample.py --prompt "Once upon a time" --watch
+    python sample.py --prompt "The king <mask*3> a golden <mask>." --order confidence
     python sample.py --length 2000 --order entropy --save run.html
-    python sample.py --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def " --watch    # a GPT beside it
+    python sample.py --race --ckpt out-gpt/ckpt.pt out/ckpt.pt --prompt "def "    # a GPT beside it
     python sample.py --ckpt out-sums/ckpt.pt --chat    # a conversation on stdin
 """
 
@@ -38,7 +38,7 @@ class SampleConfig:
         "num_samples": "how many, and where to",
         "device": "machine",
     }
-    ckpt: list[str] = flag((), "one or more checkpoints (the included model: data/shakespeare/ckpt.pt)")
+    ckpt: list[str] = flag((), "one or more checkpoints (the included model: data/fairytales/canvas.pt)")
     prompt: list[str] = flag((), "one or more texts to start from; <mask> is a hole, <mask*8> is eight")
     prompt_file: list[str] = flag((), "the same from files; - is stdin")
     suffix: str = flag("", "text after the holes")

@@ -15,9 +15,12 @@ import torch
 from changes import apply, readme_changes
 from world import ROOT, SMALL, copy_project, run_process, run_train, sample_text
 
+import data.lib.corpus
+from data.lib.corpus import tokenizer_by_name
 from data.lib.errors import Mistake
 from data.lib.flags import parse
-from data.lib.session import SHIPPED
+from data.lib.session import SHIPPED, SHIPPED_DRAFT
+from data.text.prepare import prepare
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_world")
@@ -64,8 +67,8 @@ def test_the_example_in_python_runs_as_printed(monkeypatch, capsys):
     *canvases, exact, bound = capsys.readouterr().out.splitlines()
     assert len(canvases) == 4
     assert [text.count("<mask>") for text in canvases] == [3, 2, 1, 0]
-    assert 0.5 < float(exact.split()[0]) < 3
-    assert 0.5 < float(bound.split()[0]) < 3
+    assert 0.5 < float(exact.split()[0]) < 6
+    assert 0.5 < float(bound.split()[0]) < 6
 
 
 def printed_commands():
@@ -126,26 +129,32 @@ def test_the_five_changes_can_be_made_and_do_what_their_page_says(world, tmp_pat
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
-        ("KING <mask*7> III:\n", "KING RICHARD III:\n"),
-        ("Good <mask*6>, my lord.", "Good father, my lord."),
-        ("Good morrow, my <mask*9>.", "Good morrow, my good lord."),
+        ("Once upon a <mask> there <mask> a king.", "Once upon a time there was a king."),
+        (
+            "Once upon a <mask> there <mask> a king who had three <mask>.",
+            "Once upon a time there was a king who had three sons.",
+        ),
     ],
 )
-def test_the_shipped_model_knows_its_shakespeare(prompt, text, monkeypatch, capsys):
+def test_the_shipped_model_knows_its_tales(prompt, text, monkeypatch, capsys):
     """Of one checkpoint and its likeliest text, which another may not share: these are easy."""
     flags = ["--ckpt", SHIPPED, "--prompt", prompt, "--order", "confidence", "--temperature", 0]
     written = sample_text(flags, monkeypatch, capsys)
     assert written.out == text + "\n"
 
 
-def test_the_shipped_model_is_small_and_can_be_trained_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", [SHIPPED, SHIPPED_DRAFT], ids=lambda path: path.stem)
+def test_a_shipped_model_is_small_and_can_be_trained_on(path, tmp_path, monkeypatch):
     """12 MB at most, in bfloat16, without what only resuming needs."""
-    assert SHIPPED.stat().st_size <= 12e6
-    stored = torch.load(SHIPPED, weights_only=True)
+    assert path.stat().st_size <= 12e6
+    stored = torch.load(path, weights_only=True)
     assert {tensor.dtype for tensor in stored["model"].values()} == {torch.bfloat16}
     assert "optimizers" not in stored
-    run_train(monkeypatch, f"--init_from {SHIPPED} --data book --out_dir {tmp_path} --max_iters 1 --evals 1")
-    assert load_checkpoint(tmp_path / "ckpt.pt")[0].config == load_checkpoint(SHIPPED)[0].config
+    monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path / "data")
+    (tmp_path / "tale.txt").write_text("Once upon a time there was a king who had three sons. " * 400)
+    prepare(tmp_path / "tale.txt", "tale", tokenizer_by_name(str(path)))
+    run_train(monkeypatch, f"--init_from {path} --data tale --out_dir {tmp_path / 'on'} --max_iters 1 --evals 1")
+    assert load_checkpoint(tmp_path / "on" / "ckpt.pt")[0].config == load_checkpoint(path)[0].config
 
 
 PARSE = "import ast, sys; [ast.parse(open(path, encoding='utf-8').read()) for path in sys.argv[1:]]\n"

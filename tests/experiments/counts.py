@@ -2,8 +2,9 @@
 
 python data/fairytales/prepare.py --tokenizer bpe:8192
 python data/weights/prepare.py smollm2-135m-instruct     # the judge
-python tests/experiments/counts.py                       # half an hour on two cores; it prints, and draws no figure
+python tests/experiments/counts.py                       # it prints, and draws no figure
 python tests/experiments/counts.py --ckpt data/fairytales/draft.pt
+python tests/experiments/counts.py --order random --texts 100
 
 A word exists if it occurs in the training text or in the file --words. A text's first and last word, which may be cut,
 don't count. A copy is a run of words that the training text has, too; its length is printed.
@@ -34,7 +35,7 @@ def ways(model, T):
     flags += [{"order": "threshold", "tau": 0.6}, {"order": "entropy-bound", "gamma": 0.5}]
     named = {}
     for each, t in itertools.product(flags, (0.5, 0.7, 0.9)):
-        each = {**each, "temperature": t}
+        each = each | {"temperature": t}
         named[f"`{' '.join(f'--{name} {value}' for name, value in each.items())}`"] = each
     return named
 
@@ -68,7 +69,9 @@ def counts(config, device):
     known, learned = {*learned, *listed}, f" {' '.join(learned)} "
     print("| text | passes | words that exist | longest copy, words | judge, nats per byte | word pairs, bits |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, flags in {"of the validation split": None, **ways(model, T)}.items():
+    for name, flags in {"of the validation split": {}, **ways(model, T)}.items():
+        if config.order not in ("all", flags.get("order", config.order)):
+            continue
         tokens, passes = write(model, config.texts, T, **flags) if flags else (windows(corpus, T, T * config.texts), "")
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
         words = [WORD.findall(text.lower())[1:-1] for text in texts]
@@ -80,4 +83,4 @@ def counts(config, device):
 
 if __name__ == "__main__":
     names = {"ckpt": "data/fairytales/canvas.pt", "judge": "data/weights/smollm2-135m-instruct.pt"}
-    main(counts, texts=20, words="/usr/share/dict/words", **names)
+    main(counts, texts=20, order="all", words="/usr/share/dict/words", **names)
