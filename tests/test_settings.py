@@ -177,7 +177,8 @@ def flags(row):
 def test_no_flag_is_missing():
     # data and out_dir are the world's; shard takes processes.
     assert vars(train.TrainConfig()).keys() == {*TRAIN, "data", "out_dir", "shard"}
-    assert vars(sample.SampleConfig()).keys() == {*SAMPLE, "page"}  # it doesn't end; tests/test_live.py has it
+    # --page doesn't end, and --race takes the included models: test_live.py and test_sample_command.py have them.
+    assert vars(sample.SampleConfig()).keys() == {*SAMPLE, "page", "race"}
 
 
 @pytest.mark.slow
