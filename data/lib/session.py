@@ -83,7 +83,7 @@ class Session:
             for flags in flags_for(config, given, path, model, all_causal):
                 names = [path] * (len(loaded) > 1) + [flags["order"]] * (len(config.order) > 1)
                 if config.race:
-                    verb = {"left": "append"}.get(flags["order"], "draft") if model.config.is_gpt else "set"
+                    verb = "set" if not model.config.is_gpt else "append" if flags["order"] == "left" else "draft"
                     names = [path] * ("ckpt" in given) + [verb]
                 self.writers.append(Writer(", ".join(names or [path]), path, model, tokenizer, canvas_of, flags))
 

@@ -108,7 +108,7 @@ def bound(model, tokens, **options):
 def write(model, n, T, steps=None, order="random", **flags):
     """Write n texts of T tokens from empty canvases: the texts (n, T), and the number of forward passes."""
     passes = []
-    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.layers[0].register_forward_hook(lambda *_: passes.append(1))
     canvas = torch.full((n, T), model.config.mask_id, device=device_of(model))
     with autocast(device_of(model)):
         *_, canvas = denoise(model, canvas, steps, order, **flags)
