@@ -213,10 +213,7 @@ class Drafter(nn.Module):
 
     def forward(self, x, before):
         """Vectors (.., C) of drafts, from the masks' x (.., C) and embeddings (.., LOOK, C) of the tokens before."""
-        return self.combine(x, self.mix(x), self.before(before.flatten(-2)))
-
-    def combine(self, x, mixed, looked):  # data/lib/ahead.py has computed mixed and looked earlier
-        return x + self.out(F.silu(mixed + looked))
+        return x + self.out(F.silu(self.mix(x) + self.before(before.flatten(-2))))
 
 
 class Transformer(nn.Module):
@@ -259,12 +256,11 @@ class Transformer(nn.Module):
 
     def unembed(self, x, positions):
         """Logits (.., V) of the last layer's vectors (.., N, C), at positions (N,)."""
-        bias = x.new_zeros(self.config.vocab_size) if self.head.bias is None else self.head.bias.clone()
-        bias[self.config.mask_id] = -torch.inf
-        logits = F.linear(self.final_norm(x), self.head.weight, bias)
+        logits = self.head(self.final_norm(x))
+        logits.detach()[..., self.config.mask_id] = -torch.inf  # detached, because its gradient is 0 anyway
         if not self.config.kinds:
             return logits
-        allowed = allowed_tokens(self.config.kinds, len(bias), x.device)  # (T, V)
+        allowed = allowed_tokens(self.config.kinds, self.config.vocab_size, x.device)  # (T, V)
         return logits.masked_fill(~allowed[positions], -torch.inf)
 
     def plan(self, n, places, group, cache=None):

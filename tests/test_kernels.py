@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from toys import rng, tiny_model
 
@@ -76,3 +77,32 @@ def test_attention_written_out_is_that_of_torch(dtype, sight, device):
     y = kernels.attend(q, k, v, Dropout(1e-9).train(), **flags)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 5, 32, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_with_a_packed_matrix_is_that_of_torch(bias, n):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU packs no matrices")
+    layer, x = nn.Linear(40, 70, bias), torch.randn(1, n, 40, generator=rng())
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.bfloat16(), 1)
+    with autocast(torch.device("cpu"), "bfloat16"):
+        before, _ = layer(x), layer.weight.zero_()  # the packed matrix is a copy, which isn't used for more rows
+        expected = layer(x) if n > 32 else before
+        torch.testing.assert_close(kernels.product(layer, packed, x), expected, atol=0.02, rtol=0.02)
+
+
+@torch.no_grad()
+def test_only_a_model_that_reads_few_rows_is_packed():
+    """Its logits stay what they are in bfloat16. In float32, and for a canvas, nothing changes."""
+    idx = torch.tensor([[0, 1, 2, 4]])
+    for block, dtype in ((1, "bfloat16"), (4, "bfloat16"), (1, "float32"), (None, "bfloat16")):
+        model = tiny_model(V=5, T=4, block=block, shift_id=5 if block == 1 else None)
+        context = autocast(torch.device("cpu"), dtype)
+        with context:
+            expected = model(idx)
+            kernels.pack(model, context.fast_dtype)
+            torch.testing.assert_close(model(idx), expected, atol=0.05, rtol=0.05)
+        can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert ("forward" in vars(model.head)) == (can_pack and dtype == "bfloat16" and block is not None)

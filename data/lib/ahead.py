@@ -20,8 +20,6 @@ class Ahead:
         self.model, self.T, self.K, self.n, self.device = model, T, K, n, device_of(model)
         self.lefts, self.cache = torch.full((B,), -1), None  # where each row's window begins; -1: it has none yet
         places = (torch.arange(1, n + 1)[:, None] + torch.arange(K)).flatten()  # of the masks, after the cache
-        self.near = torch.arange(model.drafter.LOOK if K else 0)  # offsets of the tokens that a draft looks at
-        self.product = functools.lru_cache(2**12)(self.product_of)  # a text repeats most of its tokens
         not_text = torch.tensor([model.config.mask_id, *model.config.special_ids])
         self.places, self.not_text = send(self.device, places, not_text)
 
@@ -41,7 +39,7 @@ class Ahead:
         (tokens,) = send(self.device, before.gather(1, places))
         masks = tokens.new_full((len(text), len(self.places)), config.mask_id)
         x = self.model.run(tokens, masks, self.places, max(1, self.K), self.cache)
-        self.vectors = x[:, self.n :].unflatten(1, (self.n, self.K)) if self.K else None
+        self.vectors = x[:, self.n :].unflatten(1, (self.n, self.K))
         return self.unembed(x[:, : self.n], places), (lefts + config.context).clamp(max=self.T) - ends
 
     def move(self, before, ends, lefts):
@@ -59,22 +57,14 @@ class Ahead:
 
     def guesses(self, last):
         """K functions (text, place (B, 1)) -> logits (B, 1, V), one for each draft. last (B,): the last token kept."""
-        if self.K == 0:
-            return []
         x = self.vectors[torch.arange(len(last)), last]  # (B, K, C)
-        mixed = self.model.drafter.mix(x)
-        return [functools.partial(self.guess, x[:, i], mixed[:, i]) for i in range(self.K)]
+        return [functools.partial(self.guess, x[:, i]) for i in range(self.K)]
 
-    def guess(self, x, mixed, text, place):
-        text = F.pad(text, (len(self.near), 0), value=self.model.config.shift_id)
-        before = text.gather(1, place + self.near).tolist()  # (B, LOOK)
-        looked = torch.stack([sum(self.product(i, token) for i, token in enumerate(row)) for row in before])  # (B, 4C)
-        return self.unembed(self.model.drafter.combine(x, mixed, looked)[:, None], place)
-
-    def product_of(self, i, token):
-        """The share of one token, the i-th of those before a draft, in the output of `drafter.before`: (4C,)."""
-        weight = self.model.drafter.before.weight.unflatten(1, (len(self.near), -1))[:, i]  # (4C, C)
-        return weight @ self.model.token_embedding.weight[token]
+    def guess(self, x, text, place):
+        look = self.model.drafter.LOOK
+        before = F.pad(text, (look, 0), value=self.model.config.shift_id).gather(1, place + torch.arange(look))
+        (before,) = send(self.device, before)  # (B, look)
+        return self.unembed(self.model.drafter(x, self.model.token_embedding(before))[:, None], place)
 
     def unembed(self, x, places):
         (places,) = send(self.device, places.clamp(max=self.T - 1))

@@ -78,10 +78,9 @@ class Report(AbstractContextManager):
 
     def evaluation(self, nats):
         text = textwrap.indent(self.sample(), "  | ", lambda line: True)
-        said = (
-            f"step {self.run.step:,} at {self.run.minutes:.1f} min: loss {self.loss:.3f}, validation {self.run.bound} "
-            f"{nats:.3f} nats per token = {nats * self.bits_per_nat:.3f} bits per byte. A sample:"
-        )
+        run, bits = self.run, nats * self.bits_per_nat
+        said = f"step {run.step:,} at {run.minutes:.1f} min: loss {self.loss:.3f}, validation {run.bound} "
+        said += f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:"
         columns = shutil.get_terminal_size((10**6, 0)).columns  # in a file, the sentence is one line
         self.bar.write(f"{textwrap.fill(said, columns)}\n{text}")
         release_memory()
@@ -131,10 +130,9 @@ def print_bound(run, sequence_bounds, split, meta):
     nats = (bounds.mean(0).sum() / n_maskable.sum()).item()
     error = "exact" if is_exact else f"standard error {standard_error(bounds, n_maskable):.4f}"
     bits = nats * bits_per_nat(tokens, own_prompt, run.model.config.special_ids, meta["val"])
-    print(
-        f"{config.data}: {run.bound} {nats:.4f} nats per token ({error}), {bits:.4f} bits per byte, perplexity "
-        f"{math.exp(nats):.3f}; {tokens.numel() - own_prompt.sum().item():,} validation tokens, {draws} draws"
-    )
+    size = f"{tokens.numel() - own_prompt.sum().item():,} validation tokens, {draws} draws"
+    said = f"{run.bound} {nats:.4f} nats per token ({error}), {bits:.4f} bits per byte, perplexity {math.exp(nats):.3f}"
+    print(f"{config.data}: {said}; {size}")
 
 
 def bits_per_nat(tokens, own_prompt, special_ids, counts):

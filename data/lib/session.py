@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data.lib.chat import Chat, converse
 from data.lib.errors import Mistake
 from data.lib.history import History
+from data.lib.kernels import pack
 from data.lib.layout import as_shown
 from data.lib.machine import autocast, pick_device
 from data.lib.prompt import MOST, make_canvas, prompt_of, read_text, shown_of, standing
@@ -72,6 +73,7 @@ class Session:
         canvas_of_text = partial(make_canvas, suffix=config.suffix, length=config.length, context=context)
         self.writers, self.saved = [], []  # saved: for each text, its History by each writer
         for path, (model, tokenizer, checkpoint) in zip(config.ckpt, loaded):
+            pack(model, autocast(self.device, config.dtype).fast_dtype)
             canvas_of = partial(canvas_of_text, tokenizer=tokenizer)
             if config.chat:
                 self.chat = Chat(checkpoint.get("chat"), tokenizer)
@@ -225,9 +227,8 @@ def flags_for(config, given, path, model, all_causal):
     flags = {name: getattr(config, name) for name in ("steps", "tau", "gamma", "block", "guidance")}
     drafts = model.config.draft_len is not None
     if ("draft" in config.order or config.draft_len) and not drafts:
-        raise Mistake(
-            f"--order draft: the model in {path} doesn't draft; train.py --attention draft:8 makes one that does"
-        )
+        makes = "train.py --attention draft:8 makes one that does"
+        raise Mistake(f"--order draft: the model in {path} doesn't draft; {makes}")
     if K == 1:
         orders = [order for order in config.order if order in ("left", "draft")]
         wrong = [f"--{name}" for name in flags if name in given]

@@ -192,6 +192,5 @@ def underway(run, checkpoint):
                 print(f"stopped at step {run.step}; `{again}` goes on from there", file=sys.stderr)
             sys.exit(128 + (came or [signal.SIGINT])[0])
     if rank() == 0:
-        print(
-            f"`python sample.py --ckpt {Path(run.config.out_dir) / 'ckpt.pt'}` writes with this model", file=sys.stderr
-        )
+        path = Path(run.config.out_dir) / "ckpt.pt"
+        print(f"`python sample.py --ckpt {path}` writes with this model", file=sys.stderr)

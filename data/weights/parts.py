@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from data.lib.kernels import Linear
 from model import MLP, Attention, Layer, ModelConfig, Transformer, rotary_angles
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu_python": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "swish": nn.SiLU()}
@@ -43,8 +42,8 @@ class PublishedAttention(Attention):
         super().__init__(config)
         self.head_dim, C = config.head_dim or self.head_dim, config.n_embd
         width, shared = (self.head_dim * n for n in (config.n_head, config.n_kv_head or config.n_head))
-        self.query, self.out = Linear(C, width, bias), Linear(width, C, bias)
-        self.key, self.value = (Linear(C, shared, bias) for _ in range(2))
+        self.query, self.out = nn.Linear(C, width, bias), nn.Linear(width, C, bias)
+        self.key, self.value = (nn.Linear(C, shared, bias) for _ in range(2))
         self.query_norm = self.key_norm = nn.Identity()
 
     def place(self, q, k, layout):
@@ -55,7 +54,7 @@ class PublishedMLP(MLP):
     def __init__(self, config, bias):
         super().__init__(config)
         width = config.mlp_width or 4 * config.n_embd
-        self.up, self.down = Linear(config.n_embd, width, bias), Linear(width, config.n_embd, bias)
+        self.up, self.down = nn.Linear(config.n_embd, width, bias), nn.Linear(width, config.n_embd, bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -65,7 +64,7 @@ class PublishedMLP(MLP):
 class GatedMLP(PublishedMLP):
     def __init__(self, config, bias):
         super().__init__(config, bias)
-        self.gate = Linear(config.n_embd, self.up.out_features, bias)
+        self.gate = nn.Linear(config.n_embd, self.up.out_features, bias)
 
     def forward(self, x):
         return self.down(self.activation(self.gate(x)) * self.up(x))  # GLU, 2002.05202
