@@ -162,25 +162,32 @@ def loss_of(model, x0, xt, holes, weights):
     return loss.sum(1)
 
 
-def loss_with_drafts(model, x0, xt, holes, weights, K, first):
+def loss_with_drafts(model, x0, xt, holes, weights, K, first, frozen=False):
     """The mean of two losses of each text, (B,): of what a GPT appends, and of its drafts, in groups of K from `first`.
 
-    With --freeze only the drafts learn. The other parameters are those of loss_of.
+    The drafts of a frozen GPT (--freeze) learn its distribution instead of the true tokens, and nothing else learns.
+    The other parameters are those of loss_of.
     """
     T = x0.shape[1]
     n_drafted = (T - first) // K * K
     is_drafted = (holes[1] >= first) & (holes[1] < first + n_drafted)  # (N,)
     append, draft = model(xt, where=holes, clean=x0, drafts_from=first)  # (N, V) each
+    if frozen:
+        append = append.detach()
+        drafts = kernels.soft_cross_entropy(draft, append)
+    else:
+        drafts = kernels.cross_entropy(draft, x0[holes])
+    nats = kernels.cross_entropy(append, x0[holes]) + drafts * is_drafted * (T / n_drafted)
     loss = torch.zeros_like(weights)  # (B, T)
-    nats = kernels.cross_entropy(append, x0[holes]), kernels.cross_entropy(draft, x0[holes])
-    loss[holes] = weights[holes] * (nats[0] + nats[1] * is_drafted * (T / n_drafted)) / 2
+    loss[holes] = weights[holes] * nats / 2
     return loss.sum(1)
 
 
 def loss_for(run):
     """The loss that a run trains with at its step. Over K steps, every position is the first of a group."""
-    K = run.model.config.draft_len
-    return functools.partial(loss_with_drafts, K=K, first=run.step % K) if K else loss_of
+    if not (K := run.model.config.draft_len):
+        return loss_of
+    return functools.partial(loss_with_drafts, K=K, first=run.step % K, frozen=run.config.freeze)
 
 
 def which_maskable(x0, prompt_len, special_ids):

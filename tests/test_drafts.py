@@ -189,6 +189,21 @@ def test_the_loss_is_the_mean_of_both_halves():
     torch.testing.assert_close(both, (append + nats) / 2)
 
 
+def test_the_drafts_of_a_frozen_gpt_learn_its_distribution():
+    """The loss is a cross-entropy with the GPT's distribution, which itself gets no gradient."""
+    model, (x0, *_) = drafter(4), texts(B=4)
+    where = torch.ones_like(x0, dtype=torch.bool).nonzero(as_tuple=True)
+    weights = torch.full((4, 8), 1 / 32)
+    append, draft = model(x0, where=where, clean=x0, drafts_from=0)
+    p, log_q = append.softmax(-1)[:, :MASK].detach(), draft.log_softmax(-1)[:, :MASK]
+    nats = -append.log_softmax(-1).gather(1, x0.view(-1, 1)).squeeze(1).detach() - (p * log_q).sum(1)
+    loss = loss_with_drafts(model, x0, torch.full_like(x0, MASK), where, weights, 4, 0, frozen=True)
+    torch.testing.assert_close(loss, nats.view(4, 8).sum(1) / 64)
+    expected = torch.autograd.grad(nats.sum() / 64, model.drafter.parameters())
+    for ours, theirs in zip(torch.autograd.grad(loss.sum(), model.drafter.parameters()), expected):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_bound_and_likelihood_are_those_of_the_gpt():
     model, x0 = drafter(3), texts(B=4)[0]
     gpt = tiny_model(V=5, T=8, **CAUSAL)

@@ -7,15 +7,14 @@ import sys
 from contextlib import redirect_stdout
 from unittest import mock
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from common import bound, context_of, main, train_model, windows
 from draft import overlap, write
 
 import model as network
 import train
 from data.lib import train_settings
+from train import loss_of, loss_with_drafts
 
 LENGTHS = 2, 4, 8, 16  # drafts in a pass when writing
 
@@ -50,20 +49,11 @@ def fields_with_adapters(*args, fields=train_settings.attention_fields):
     return {**fields(*args), "draft_rank": 20}
 
 
-def loss_towards_the_gpt(model, x0, xt, holes, weights, K, first):
-    """`train.loss_with_drafts`, but a draft learns the GPT's distribution instead of the true token."""
-    T = x0.shape[1]
-    n_drafted = (T - first) // K * K
-    is_drafted = (holes[1] >= first) & (holes[1] < first + n_drafted)  # (N,)
-    # Without the mask's logits, because minus infinity times a probability of 0 is not a number.
-    allowed = torch.arange(model.config.vocab_size, device=x0.device) != model.config.mask_id
-    append, draft = (x[:, allowed] for x in model(xt, where=holes, clean=x0, drafts_from=first))
-    nats = F.cross_entropy(append, x0[holes], reduction="none")
-    target = append.detach().float().softmax(-1)
-    loss = torch.zeros_like(weights)  # (B, T)
-    more = F.cross_entropy(draft.float(), target, reduction="none") * is_drafted * (T / n_drafted)
-    loss[holes] = weights[holes] * (nats + more) / 2
-    return loss.sum(1)
+def loss_towards_the_gpt(model, x0, xt, holes, weights, K, first, frozen):
+    """The loss of a frozen GPT's drafts, which learn its distribution, but the GPT learns as well."""
+    append = loss_of(model, x0, xt, holes, weights)
+    drafts = loss_with_drafts(model, x0, xt, holes, weights, K, first, frozen=True)  # append's value, no gradient
+    return drafts + (append - append.detach()) / 2
 
 
 VARIANTS = {  # K in training, what is replaced, and by what
