@@ -13,6 +13,7 @@ from model import load_checkpoint
 from sample import ORDERS
 
 # speeds: in tokens per second, for one text and for several at once; nats: per byte; bits: per pair of bytes
+POORER = 1.0  # bits per pair of bytes that a text may have less than the corpus to be drawn
 Point = namedtuple("Point", "attention curve way passes speeds nats bits")
 
 
@@ -55,24 +56,27 @@ def speed(config, device):
 
 
 def draw_speed(points, real, sizes):
-    """Draw quality against speed: a column for each way to set, a row for each batch size and measure of quality."""
-    columns = [name for name in dict.fromkeys(p.attention for p in points) if name != "causal"]
-    *panels, save = plot("speed", 4 * len(columns), 4)
-    panels[0].figure.set_size_inches(14, 12)
-    curves = ["", *dict.fromkeys(p.curve for p in points if p.curve)]
-    for i, panel in enumerate(panels):
-        row, attention = i // len(columns), columns[i % len(columns)]
-        shown = [p for p in points if p.attention in ("causal", attention)]
-        for curve, marker in zip(curves, "osD^v<>PX*"):
-            chosen = [p for p in shown if p.curve == curve]
-            speeds, values = [p.speeds[row // 2] for p in chosen], [(p.nats, p.bits)[row % 2] for p in chosen]
-            style = {"marker": marker, "markersize": 4, "linewidth": 1, "color": None if curve else "black"}
-            panel.plot(speeds, values, label=curve or "append", **style)
-        panel.axhline(real[row % 2], color="gray", linestyle=":", label="text of the corpus")
-        measure = ("nats per byte under the judge", "bits per pair of bytes")[row % 2]
-        panel.set(
-            title=f"{attention}, batch {sizes[row // 2]}", ylabel=measure, xlabel="tokens per second", xscale="log"
-        )
+    """Draw nats per byte against speed, for one text and for several at once.
+
+    A way whose text is too poor in pairs of bytes is left out, because it is likely for that reason alone.
+    """
+    *panels, save = plot("speed", len(sizes))
+    rich = [p for p in points if p.bits > real[1] - POORER]
+    for i, (panel, n) in enumerate(zip(panels, sizes)):
+        for number, attention in enumerate(dict.fromkeys(p.attention for p in points)):
+            chosen = sorted((p.speeds[i], p.nats) for p in rich if p.attention == attention)
+            best = [(x, y) for j, (x, y) in enumerate(chosen) if y < min((z for _, z in chosen[j + 1 :]), default=99)]
+            panel.plot(*zip(*chosen), "o", color=f"C{number}", markersize=4, alpha=0.4)
+            panel.plot(
+                *zip(*best),
+                "o-",
+                color=f"C{number}",
+                markersize=6,
+                label="append" if attention == "causal" else attention,
+            )
+        panel.axhline(real[0], color="gray", linestyle=":", label="text of the corpus")
+        panel.set(title=f"{n} at once" if n > 1 else "one text", xlabel="tokens per second", xscale="log")
+    panels[0].set(ylabel="nats per byte under the judge")
     panels[0].figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save()
 
