@@ -5,10 +5,12 @@
     python tests/stress/bench.py --bound     # error, variance and speed of the bound, for the model in out/: minutes
     python tests/stress/bench.py --dial      # training steps under each attention, and appending a token: 3 minutes
     python tests/stress/bench.py --roberta   # writing and fine-tuning as RoBERTa, beside transformers: 10 minutes
+    python tests/stress/bench.py --llama FOLDER    # appending with a published Llama, beside transformers: minutes
 
 Every speed is the best of several passes, and the two sides of a ratio are timed in turn.
 """
 
+import functools
 import itertools
 import resource
 import sys
@@ -27,12 +29,13 @@ import torch.nn.functional as F
 from data.lib.corpus import load_corpus, spaced_windows
 from data.lib.errors import command
 from data.lib.flags import Attention, flag, parse
-from data.lib.kernels import attend
+from data.lib.kernels import attend, pack
 from data.lib.machine import autocast, pick_device
 from data.lib.report import standard_error
 from data.lib.train_settings import attention_fields, with_implied
 from data.lib.training import Run
 from data.weights import bert, gpt2
+from data.weights.prepare import convert
 from model import ModelConfig, Transformer, load_checkpoint
 from sample import ORDERS, denoise
 from train import STRATA, TrainConfig, draw_batch, loss_of, nelbo, sequence_bounds, update
@@ -377,8 +380,39 @@ def roberta_rows(device):
         yield f"fine-tuning step, dropout {dropout}", f"{4096 / ours:,.0f} tokens/s, {our_memory:.2f} GB", measure
 
 
+def llama_writers(folder, dtype, device):
+    """Functions that append a hundred greedy tokens with the Llama in a folder: ours, and transformers' `generate`."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer, *_ = convert(Path(folder))
+    model, context = model.to(device, getattr(torch, dtype)), autocast(device, dtype)
+    pack(model, context.fast_dtype)
+    text = tokenizer.encode("Once upon a time there was a king who had three sons.")
+    prompt = torch.tensor([[model.config.shift_id, *text]], device=device)
+    canvas = F.pad(prompt[:, 1:], (0, 100), value=model.config.mask_id)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    rules = {"max_new_tokens": 100, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def ours():
+        with context:
+            *_, written = denoise(model, canvas, temperature=0.0)
+        return written
+
+    return ours, lambda: reference.generate(prompt, **rules)[:, 1:]
+
+
+def llama_rows(folder, device):
+    writers = {dtype: llama_writers(folder, dtype, device) for dtype in ("float32", "bfloat16")}
+    same = [ours().equal(theirs()) for ours, theirs in writers.values()]
+    ours, theirs = zip(*(best_seconds(*pair) for pair in writers.values()))
+    for dtype, seconds, reference, equal in zip(writers, ours, theirs, same):
+        text = "the same text" if equal else "another text"
+        yield f"100 tokens in {dtype}", f"{seconds:.2f} s", f"{min(theirs) / seconds:.2f} x", f"{reference:.2f} s", text
+
+
 @dataclass
 class BenchConfig:
+    llama: str | None = flag(None, "only appending, with the Llama or Qwen3 in a folder in the hub's layout")
     roberta: bool = flag(False, "only RoBERTa's figures")
     orders: bool = flag(False, "only what each order costs")
     bound: bool = flag(False, "only the figures of the bound, for the model in out/")
@@ -390,6 +424,7 @@ def main():
     config = BenchConfig(**parse(BenchConfig, __doc__))
     device = pick_device(config.device)
     tables = {"roberta": roberta_rows, "orders": order_rows, "bound": bound_rows, "dial": dial_rows}
+    tables["llama"] = functools.partial(llama_rows, config.llama)
     rows = next((rows for name, rows in tables.items() if getattr(config, name)), speed_rows)
     for row in rows(device):
         print("| " + " | ".join(row) + " |", flush=True)
