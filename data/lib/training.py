@@ -111,9 +111,7 @@ class Run:
             yield part
 
     def compile_ahead(self, batch, loss_of, *more):
-        """Call everything that torch.compile has to compile before the clock starts: the loss of a batch, and the
-        functions in `more`.
-        """
+        """Compile before the clock starts, by calling what a run calls: the loss of a batch, and the functions `more`."""
         if rank() == 0:
             print("torch.compile compiles the network first, which takes minutes", file=sys.stderr)
         for part in self.micro_batches(batch):
@@ -142,9 +140,10 @@ class Run:
         self.evals_done = int(self.progress() * (self.config.evals or 8))
 
     def save(self, nats=math.inf):
-        """Write last.pt, and also ckpt.pt if this bound (nats per token) is the lowest so far or there is none yet."""
+        """Write last.pt, and also ckpt.pt if this bound (nats per token) is the lowest so far, or --freeze fixes it."""
         last, best = (Path(self.config.out_dir) / name for name in ("last.pt", "ckpt.pt"))
-        is_best, before, self.best = nats < self.best or not best.exists(), self.best, min(nats, self.best)
+        is_best = nats < self.best or not best.exists() or self.config.freeze
+        before, self.best = self.best, min(nats, self.best)
         names = "step", "minutes", "best", "bound", "corpus", "eval_minutes"
         state = {name: getattr(self, name) for name in names}
         state |= {"chat": self.template} if self.template else {}
