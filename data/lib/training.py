@@ -111,7 +111,7 @@ class Run:
             yield part
 
     def compile_ahead(self, batch, loss_of, *more):
-        """Compile before the clock starts, by calling what a run calls: the loss of a batch, and the functions `more`."""
+        """Compile before the clock starts, by calling what a run calls: the loss of a batch, and `more` functions."""
         if rank() == 0:
             print("torch.compile compiles the network first, which takes minutes", file=sys.stderr)
         for part in self.micro_batches(batch):
