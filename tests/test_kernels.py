@@ -12,6 +12,8 @@ from data.lib import kernels
 from data.lib.kernels import Dropout, cross_entropy
 from data.lib.machine import autocast
 
+CAN_PACK = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def test_cross_entropy_is_that_of_torch():
     """Values and gradients agree at every dtype of the logits, however many rows are taken at a time."""
@@ -83,7 +85,7 @@ def test_attention_written_out_is_that_of_torch(dtype, sight, device):
 @pytest.mark.parametrize("n", [1, 5, 32, 33])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_with_a_packed_matrix_is_that_of_torch(bias, n):
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not CAN_PACK:
         pytest.skip("this CPU packs no matrices")
     layer, x = nn.Linear(40, 70, bias), torch.randn(1, n, 40, generator=rng())
     packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.bfloat16(), 1)
@@ -104,5 +106,4 @@ def test_only_a_model_that_reads_few_rows_is_packed():
             expected = model(idx)
             kernels.pack(model, context.fast_dtype)
             torch.testing.assert_close(model(idx), expected, atol=0.05, rtol=0.05)
-        can_pack = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        assert ("forward" in vars(model.head)) == (can_pack and dtype == "bfloat16" and block is not None)
+        assert ("forward" in vars(model.head)) == (CAN_PACK and dtype == "bfloat16" and block is not None)
