@@ -190,7 +190,7 @@ def test_the_loss_is_the_mean_of_both_halves():
 
 
 def test_the_drafts_of_a_frozen_gpt_learn_its_distribution():
-    """The loss is a cross-entropy with the GPT's distribution, which itself gets no gradient."""
+    """The drafts' loss is a cross-entropy with the GPT's distribution, not with the true tokens."""
     model, (x0, *_) = drafter(4), texts(B=4)
     where = torch.ones_like(x0, dtype=torch.bool).nonzero(as_tuple=True)
     weights = torch.full((4, 8), 1 / 32)
