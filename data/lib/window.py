@@ -36,7 +36,7 @@ def blocks(model, canvas, steps=None, block=None, guidance=0.0):
         end = (start // K + 1) * K  # the end of the model's own block
         left = max(0, -((context - min(end, start + block + ahead)) // jump) * jump) if T > context else 0
         if left != old_left:  # the window moved, so every position in it changed
-            old_left, cache = left, Cache(min(T, context)) if K < context else None  # one block is never final
+            old_left, cache = left, Cache(min(T, context)) if K < context else None  # one block alone is never final
         window = slice(left, min(left + context, T, end))
         n_steps = (steps_before[:, part.stop] - steps_before[:, start]).clamp(min=1)[:, None]
         yield number, part, n_steps, functools.partial(look, model, canvas, prompt, window, part, K, guidance, cache)

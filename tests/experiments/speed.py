@@ -12,8 +12,8 @@ from dial import attentions, trained_model
 from model import load_checkpoint
 from sample import ORDERS
 
+POORER = 1.0  # a text may have this many bits per pair of bytes less than the corpus, and is still drawn
 # speeds: in tokens per second, for one text and for several at once; nats: per byte; bits: per pair of bytes
-POORER = 1.0  # bits per pair of bytes that a text may have less than the corpus to be drawn
 Point = namedtuple("Point", "attention curve way passes speeds nats bits")
 
 
@@ -67,13 +67,8 @@ def draw_speed(points, real, sizes):
             chosen = sorted((p.speeds[i], p.nats) for p in rich if p.attention == attention)
             best = [(x, y) for j, (x, y) in enumerate(chosen) if y < min((z for _, z in chosen[j + 1 :]), default=99)]
             panel.plot(*zip(*chosen), "o", color=f"C{number}", markersize=4, alpha=0.4)
-            panel.plot(
-                *zip(*best),
-                "o-",
-                color=f"C{number}",
-                markersize=6,
-                label="append" if attention == "causal" else attention,
-            )
+            name = "append" if attention == "causal" else attention
+            panel.plot(*zip(*best), "o-", color=f"C{number}", markersize=6, label=name)
         panel.axhline(real[0], color="gray", linestyle=":", label="text of the corpus")
         panel.set(title=f"{n} at once" if n > 1 else "one text", xlabel="tokens per second", xscale="log")
     panels[0].set(ylabel="nats per byte under the judge")
