@@ -1,7 +1,8 @@
-"""Llama and Qwen3: the logits and the greedy text of transformers, and the tokens of `tokenizers`."""
+"""Llama, Qwen3 and TinyLlama: the logits and the greedy text of transformers, and the tokens of `tokenizers`."""
 
 import itertools
 import json
+import re
 import unicodedata
 
 import pytest
@@ -14,29 +15,38 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import data.weights.prepare
 import sample
 from data.lib.chat import Chat
+from data.lib.prompt import make_canvas
 from data.weights.hub import DIGITS_PATTERN, GPT2_PATTERN
 from model import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("data_folder")
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
+SPECIAL = dict.fromkeys(("llama", "qwen3"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"])
+SPECIAL["tinyllama"] = ["<unk>", "<s>", "</s>"]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CHATML = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 CHATML = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}" + CHATML
 FIRST = "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + SYSTEM + "<|im_end|>\n' }}"
 TEMPLATES = {"llama": "{% for message in messages %}" + FIRST + "{% endif %}" + CHATML}
 TEMPLATES["qwen3"] = "{% for message in messages %}" + CHATML  # it has no message of its own
-CLASSES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-}
+ROLE = "{% ROLE message['role'] == 'NAME' %}\n{{ '<|NAME|>\n' + message['content'] + eos_token }}\n"
+ROLES = zip(("if", "elif", "elif"), ("user", "system", "assistant"))
+ROLES = "".join(ROLE.replace("ROLE", test).replace("NAME", name) for test, name in ROLES)
+TEMPLATES["tinyllama"] = "{% for message in messages %}\n" + ROLES + "{% endif %}\n"
+TEMPLATES["tinyllama"] += (
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+CLASSES = dict.fromkeys(("llama", "tinyllama"), (transformers.LlamaConfig, transformers.LlamaForCausalLM))
+CLASSES["qwen3"] = transformers.Qwen3Config, transformers.Qwen3ForCausalLM
 
 
 # --- files as the hub has them -------------------------------------------------------------------
 
 
 def make_tokenizer(kind, text):
-    """A byte-level BPE as SmolLM2 has it, whose vocabulary lacks a few bytes, or as Qwen3 has it."""
+    """A byte-level BPE as SmolLM2 has it, whose vocabulary lacks a few bytes, or as Qwen3 has it; or TinyLlama's."""
+    if kind == "tinyllama":
+        return make_sentencepiece(text)
     tokenizer = Tokenizer(models.BPE())
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "llama")
     split = pre_tokenizers.Digits(True) if kind == "llama" else pre_tokenizers.Split(Regex(LLADA_WORDS), "isolated")
@@ -47,9 +57,27 @@ def make_tokenizer(kind, text):
     alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - absent)
     trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
     tokenizer.train_from_iterator([text], trainer)
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL[kind]])
     if kind == "qwen3":
         tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
+    return tokenizer
+
+
+def make_sentencepiece(text):
+    """As TinyLlama has it: the special tokens, the bytes, what merges make, and the characters that merge."""
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words = Tokenizer(models.BPE())
+    words.normalizer, words.pre_tokenizer = normalizer, pre_tokenizers.Split("▁", "merged_with_next")
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=[], show_progress=False)
+    words.train_from_iterator(["é 日本 😀", *text.split("\n")], trainer)
+    model = json.loads(words.to_str())["model"]
+    names = [*SPECIAL["tinyllama"], *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += sorted(model["vocab"], key=lambda name: (len(name) == 1, model["vocab"][name]))
+    pairs = [tuple(pair) for pair in model["merges"]]
+    vocab = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in SPECIAL["tinyllama"]])
     return tokenizer
 
 
@@ -61,12 +89,17 @@ def tokenizers():
 def write_llama(folder, tokenizer, kind="llama", more_rows=0, width=32, heads=4, template=True, **more):
     """A folder with the files of a random Llama or Qwen3; the reference, which is transformers' model of it."""
     folder.mkdir()
-    ids = {name: tokenizer.token_to_id(name) for name in SPECIAL}
-    bos = ids["<|im_start|>"] if kind == "llama" else ids["<|endoftext|>"]
+    starts = {"llama": "<|im_start|>", "qwen3": "<|endoftext|>", "tinyllama": "<s>"}
+    bos, eos = starts[kind], "</s>" if kind == "tinyllama" else "<|im_end|>"
     settings = {"vocab_size": tokenizer.get_vocab_size() + more_rows, "hidden_size": width, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": heads, "num_key_value_heads": 2, "intermediate_size": 48, "hidden_act": "silu"}
-    settings |= {"max_position_embeddings": 24, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
-    settings |= {"bos_token_id": bos, "eos_token_id": ids["<|im_end|>"], "attention_bias": False}
+    settings |= {
+        "max_position_embeddings": 24,
+        "attention_bias": False,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    settings |= {"bos_token_id": tokenizer.token_to_id(bos), "eos_token_id": tokenizer.token_to_id(eos)}
     settings |= {"head_dim": 10} if kind == "qwen3" else {}
     settings |= more
     base = settings.pop("rope_theta", 100_000)
@@ -77,8 +110,9 @@ def write_llama(folder, tokenizer, kind="llama", more_rows=0, width=32, heads=4,
     torch.manual_seed(0)
     model = model_class(config).eval()
     move_biases(model)
+    settings["model_type"] = "qwen3" if kind == "qwen3" else "llama"
     older, newer = {"rope_theta": base, "rope_scaling": None}, {"rope_parameters": config.rope_parameters}
-    named = {"model_type": kind, **settings, **(older if kind == "llama" else newer)}
+    named = {**settings, **(newer if kind == "qwen3" else older)}
     (folder / "config.json").write_text(json.dumps(named))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[kind]} if template else {}))
@@ -174,10 +208,19 @@ def test_a_row_without_a_token_is_the_mask_and_else_the_vocabulary_grows_by_one(
 def test_tokens_are_those_of_the_reference(kind, tokenizers, mixed_lines, tmp_path):
     write_llama(tmp_path / "model", tokenizers[kind], kind)
     _, tokenizer, _ = read(tmp_path / "model")
-    lines = [line for line in mixed_lines if not any(name in line for name in [*SPECIAL, "<think>"])]
+    lines = [line for line in mixed_lines if not any(name in line for name in [*SPECIAL[kind], "<think>"])]
     absent = {"\x06", "\x07"} if kind == "llama" else set()  # `tokenizers` may merge what stands on both sides of these
     lines = [line for line in lines if not absent & {*line} and all(unicodedata.category(c) != "Cn" for c in line)]
-    lines += ["I'M you'LL 'S", "a  1234567  b", " 1 ½ Ⅷ ٣", "x\r\n\r\n  1\n\n", "e\u0301 \u1100\u1161 \u212b", ""]
+    lines += [
+        "I'M you'LL 'S",
+        "a  1234567  b",
+        " 1 ½ Ⅷ ٣",
+        "x\r\n\r\n  1\n\n",
+        "e\u0301 \u1100\u1161 \u212b",
+        "",
+        " ▁ é",
+        "日 国🫠",
+    ]
     for line in lines:
         assert tokenizer.encode(line) == tokenizers[kind].encode(line).ids, line
     assert len(lines) > 15_000
@@ -210,6 +253,17 @@ def test_added_tokens_that_are_not_special_are_written_and_shown(tokenizers, tmp
     assert think not in tokenizer.encode("<think>")  # a prompt is text
 
 
+def test_a_text_around_holes_has_no_space_that_was_not_typed(tokenizers, tmp_path):
+    """Sentencepiece puts one before every text, but what follows a hole only goes on."""
+    write_llama(tmp_path / "model", tokenizers["tinyllama"], "tinyllama")
+    _, tokenizer, _ = read(tmp_path / "model")
+    canvas = make_canvas("Once <mask> a time", " or two", 40, tokenizer, 40)
+    assert re.sub("(<mask>)+", "*", tokenizer.decode(canvas)) == "Once* a time* or two"
+    assert tokenizer.decode(tokenizer.encode("  x\n y")) == "  x\n y"
+    filled = [i if i != tokenizer.mask_id else tokenizer.encode("of")[0] for i in canvas]
+    assert tokenizer.decode(filled).startswith("Once of a time of")
+
+
 # --- conversations -------------------------------------------------------------------------------
 
 
@@ -218,13 +272,14 @@ def test_a_conversation_is_that_of_the_reference_token_for_token(kind, tokenizer
     write_llama(tmp_path / "model", tokenizers[kind], kind)
     model, tokenizer, chat = read(tmp_path / "model")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers[kind])
-    theirs.chat_template = TEMPLATES[kind]
+    theirs.chat_template, theirs.eos_token = TEMPLATES[kind], SPECIAL[kind][2]
     turns = [("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     start = [model.config.shift_id] if kind == "llama" else []  # this one opens the first turn
     assert start + Chat(chat, tokenizer).prompt(messages) == expected
-    ends = {tokenizer.special[name] for name in ("<|endoftext|>", "<|im_end|>")}
+    names = "<|endoftext|>", "<|im_end|>"  # TinyLlama's </s> is our <|endoftext|>
+    ends = {tokenizer.special[name] for name in names if name in tokenizer.special}
     assert {*model.config.end_ids} == ends
     assert not ends & {*model.config.special_ids}
 
@@ -277,11 +332,10 @@ def test_settings_of_no_such_model_are_refused_in_a_sentence(change, tokenizers,
     assert names in mistake(tmp_path / "model", "--out", tmp_path / "out.pt")
 
 
-def test_sentencepiece_s_tokens_are_refused_in_a_sentence(tokenizers, mistake, tmp_path):
-    """TinyLlama's, which turn spaces into letters and have no words."""
-    write_llama(tmp_path / "model", tokenizers["llama"])
-    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    edit(
-        tmp_path / "model" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps}, pre_tokenizer=None
-    )
-    assert "byte-level BPE" in mistake(tmp_path / "model", "--out", tmp_path / "out.pt")
+def test_a_vocabulary_whose_words_go_on_after_a_space_is_refused_in_a_sentence(tokenizers, mistake, tmp_path):
+    write_llama(tmp_path / "model", tokenizers["tinyllama"], "tinyllama")
+    path = tmp_path / "model" / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    vocab, merges = {**model["vocab"], "e▁": len(model["vocab"])}, [*model["merges"], ["e", "▁"]]
+    edit(path, model={**model, "vocab": vocab, "merges": merges})
+    assert "its token 'e▁' goes on after a space" in mistake(tmp_path / "model", "--out", tmp_path / "out.pt")

@@ -1,17 +1,24 @@
 """Real published weights against figures that transformers 5.24 gave for the same files, in float32.
 
 Each test needs a folder in the hub's layout, and is skipped unless an environment variable names it: SETITEM_SMOLLM2
-is SmolLM2-135M-Instruct with weights rounded to four bits, SETITEM_MINILM is all-MiniLM-L6-v2.
+is SmolLM2-135M-Instruct with weights rounded to four bits, SETITEM_MINILM is all-MiniLM-L6-v2. SETITEM_SENTENCEPIECE is
+a file of sentencepiece's byte pairs, such as Llama 2's or Mistral 7B's tokenizer.model.
 """
 
 import os
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from model_files import library_text
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace, Sequence
 
 import sample
 from data.lib.chat import Chat
+from data.weights import hub
 from model import load_checkpoint
 from sample import denoise
 
@@ -122,3 +129,28 @@ def test_minilm_s_tokens_and_vectors_are_the_reference_s(run, tmp_path):
     vectors = model.run(ids, ids[:, :0], torch.arange(0), len(KING))[0]
     for place, expected in KING_VECTORS.items():
         assert (vectors[place, :4] - torch.tensor(expected)).abs().max() < 1e-4
+
+
+def test_sentencepiece_s_tokens_are_those_of_both_references(mixed_lines, tmp_path):
+    """Those of `tokenizers`, and those of sentencepiece itself for texts without two spaces side by side.
+
+    Mistral's runs of spaces all have one score, so sentencepiece joins them from the left, but `tokenizers` by id.
+    """
+    if "SETITEM_SENTENCEPIECE" not in os.environ:
+        pytest.skip("SETITEM_SENTENCEPIECE names no tokenizer.model")
+    sentencepiece = pytest.importorskip("sentencepiece").SentencePieceProcessor(os.environ["SETITEM_SENTENCEPIECE"])
+    n = sentencepiece.vocab_size()
+    vocab = {sentencepiece.id_to_piece(i): i for i in range(n)}
+    merges = [(name[:i], name[i:]) for name in vocab for i in range(1, len(name)) if not name.startswith("<0x")]
+    merges = [pair for pair in merges if {*pair} <= vocab.keys()]
+    merges.sort(key=lambda pair: -sentencepiece.get_score(vocab["".join(pair)]))
+    tokenizers = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizers.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    tokenizers.save(str(tmp_path / "tokenizer.json"))
+    text, special, pattern, form = hub.read_tokenizer_json(tmp_path)
+    ours = hub.bpe_tokenizer(tmp_path, text, special | {"<mask>": n}, n + 1, pattern, form)
+    for line in [library_text()[:500_000], *mixed_lines]:
+        assert ours.encode(line) == tokenizers.encode(line).ids, line[:100]
+        assert ours.decode(ours.encode(line)) == line.replace("▁", " ")
+        single = re.sub(" +", " ", line.replace("▁", "")).strip(" ")
+        assert ours.encode(single) == sentencepiece.encode(single), single[:100]

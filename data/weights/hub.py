@@ -21,6 +21,12 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 # The same if every digit is first set apart, and the text between two digits is cut on its own.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
+# What sentencepiece does to a text: it puts a space in front and writes spaces as ▁. No token reaches across words.
+SENTENCEPIECE = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+SENTENCEPIECE = {"type": "Sequence", "normalizers": SENTENCEPIECE}
+SENTENCEPIECE_PATTERN = r" *[^ \n]+| +|\n"
+START_END = {"<s>": "<|startoftext|>", "</s>": "<|endoftext|>"}  # they don't open and close a line, as in RoBERTa
+
 
 def fetch(repositories, folder):
     """Download {repository: names} that aren't in the folder yet, and the shards that an index lists."""
@@ -141,7 +147,9 @@ def read_tokenizer_json(folder):
     """
     path = folder / "tokenizer.json"
     theirs = read_json(path)
-    model, first = theirs["model"], theirs["pre_tokenizer"] or {}  # none in sentencepiece's
+    model, first = theirs["model"], theirs["pre_tokenizer"] or {}
+    if not first and theirs["normalizer"] == SENTENCEPIECE:
+        return read_sentencepiece(path, model["vocab"], model["merges"])
     *splits, letters = first.get("pretokenizers", [first])
     digits = splits == [{"type": "Digits", "individual_digits": True}]
     pattern = splits[0]["pattern"]["Regex"] if splits and not digits else DIGITS_PATTERN if digits else GPT2_PATTERN
@@ -152,7 +160,7 @@ def read_tokenizer_json(folder):
     changes = form is None and theirs["normalizer"], *map(model.get, names)
     known = (digits or splits in ([], [split])) and last.items() <= letters.items() and model["type"] == "BPE"
     if not known or any(changes):
-        raise Mistake(f"{path}: it is not a byte-level BPE that leaves the text as it is; we know no other")
+        raise Mistake(f"{path}: it is neither a byte-level BPE that leaves the text as it is nor TinyLlama's kind")
     absent = {symbol: -1 for symbol in byte_symbols() if symbol not in model["vocab"]}
     added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
     text, special = split_bpe(absent | model["vocab"] | added, model["merges"])
@@ -160,6 +168,25 @@ def read_tokenizer_json(folder):
         if not token.get("special", True) and token["content"] in special:
             text[token["content"].encode().decode("latin-1")] = special.pop(token["content"])
     return text, special, pattern, form
+
+
+def read_sentencepiece(path, vocab, merges):
+    """Like read_tokenizer_json, but for sentencepiece (1808.06226), which merges characters instead of bytes.
+
+    So the bytes of each character in the vocabulary merge first. Other characters are spelled with their bytes.
+    """
+    text = {chr(byte): vocab[f"<0x{byte:02X}>"] for byte in range(256)}
+    characters = [name for name in vocab if len(name) == 1]
+    for name in dict.fromkeys([*characters, *("".join(pair).replace(" ", "") for pair in merges)]):
+        token = name.replace("▁", " ").encode().decode("latin-1")
+        if not re.fullmatch(SENTENCEPIECE_PATTERN, token):
+            raise Mistake(f"{path}: its token {name!r} goes on after a space or the end of a line, and ours can't")
+        if name in characters:
+            text |= {token[:n]: text.get(token[:n], -1) for n in range(2, len(token))}  # -1: not a token alone
+        text[token] = vocab[name]
+    taken = {*text.values()}
+    special = {START_END.get(name, name): i for name, i in vocab.items() if i not in taken}
+    return text, special, SENTENCEPIECE_PATTERN, "space"
 
 
 def read_wordpiece(folder, n_rows):

@@ -1,4 +1,4 @@
-"""Llama's family (2302.13971, 2505.09388) as GPTs: SmolLM2, and Qwen3, which normalises queries and keys."""
+"""Llama's family (2302.13971, 2505.09388) as GPTs: SmolLM2, TinyLlama, and Qwen3, which normalises queries and keys."""
 
 import re
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from data.weights.parts import Published, PublishedConfig, RMSLayer
 
 FILES = "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"
 NAMED = {f"SmolLM2-{size}{kind}": "HuggingFaceTB" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")}
+NAMED |= dict.fromkeys(("TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B-intermediate-step-1431k-3T"), "TinyLlama")
 NAMED |= {"Qwen3-0.6B": "Qwen", "Qwen3-0.6B-Base": "Qwen"}
 REPOSITORIES = {name.lower(): {f"{owner}/{name}": FILES} for name, owner in NAMED.items()}
 SETTINGS = {"vocab_size": "vocab_size", "context": "max_position_embeddings", "n_embd": "hidden_size"}
@@ -26,6 +27,8 @@ NAMES |= {"self_attn.k_norm": "attention.key_norm"}
 NAMES |= {f"mlp.{name}_proj": f"mlp.{name}" for name in ("gate", "up", "down")}
 PREFIX, LAYERS, IGNORED = r"model\.", "layers", r"layers\.\d+\.self_attn\.rotary_emb\."  # angles, in old files
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"  # of a turn
+TINY = "{{ '<|user|>\n' + message['content'] + eos_token }}\n"  # in TinyLlama's chat_template
+TINY_CHAT = {"opening": "", "turn": "<|{role}|>\n{content}<|endoftext|>\n", "end": "<|endoftext|>"}
 
 
 @dataclass
@@ -46,11 +49,11 @@ class Network(Published):
 
 
 def read_chat(folder, opener):
-    """The template of data/lib/chat.py, if the folder's chat_template is ChatML. opener: what the model reads first."""
+    """A template for data/lib/chat.py, if the folder's is ChatML or TinyLlama's. opener: what the model reads first."""
     path = folder / "tokenizer_config.json"
     theirs = str(hub.read_json(path).get("chat_template")) if path.exists() else ""
     if OPEN not in theirs:
-        return {}
+        return {"chat": TINY_CHAT} if TINY in theirs else {}
     system = re.search(rf"{re.escape(OPEN)}system\n[^'{{}}]+{re.escape(CLOSE)}\n", theirs)  # if a user speaks first
     chat = {"opening": system[0] if system else "", "turn": f"{OPEN}{{role}}\n{{content}}{CLOSE}\n", "end": CLOSE}
     if opener == OPEN:  # the shift reads the first, so each turn ends with the one that opens the next
