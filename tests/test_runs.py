@@ -26,6 +26,7 @@ from world import (
 import data.lib.corpus
 import data.lib.training
 import train
+from data.lib.errors import Mistake
 from data.lib.flags import Rate
 from data.lib.machine import autocast
 from data.lib.train_settings import attention_of
@@ -174,6 +175,13 @@ def test_compiled_or_not_the_losses_are_the_same(flags, tmp_path, monkeypatch):
             rows = list(csv.DictReader(file))
         logs.append([[float(row[key] or 0) for key in ("loss", "val_nats_per_token")] for row in rows])
     torch.testing.assert_close(torch.tensor(logs[1]), torch.tensor(logs[0]), rtol=0, atol=1e-4)
+
+
+def test_without_a_compiler_compile_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ["no-such-compiler"])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(Mistake, match=f"C\\+\\+ compiler.*delete {tmp_path / 'cache'}"):
+        run_train(monkeypatch, f"--data book --compile --max_iters 2 --out_dir {tmp_path / 'run'} {SMALL}")
 
 
 def test_training_can_start_from_a_checkpoint(world, tmp_path, monkeypatch):

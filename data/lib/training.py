@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.lib.checkpoint import refused, save_checkpoint
 from data.lib.corpus import SPLITS
-from data.lib.errors import signals
+from data.lib.errors import Mistake, signals
 from data.lib.files import alone_in, link
 from data.lib.flags import as_plain
 from data.lib.machine import autocast, pick_device, send
@@ -114,12 +114,17 @@ class Run:
         """Compile before the clock starts, by calling what a run calls: the loss of a batch, and `more` functions."""
         if rank() == 0:
             print("torch.compile compiles the network first, which takes minutes", file=sys.stderr)
-        for part in self.micro_batches(batch):
-            with self.precision:
-                loss_of(self.network, *part).sum().backward()
-        self.model.zero_grad()
-        for function in more:
-            function()
+        try:
+            for part in self.micro_batches(batch):
+                with self.precision:
+                    loss_of(self.network, *part).sum().backward()
+            self.model.zero_grad()
+            for function in more:
+                function()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
+            hint = f"it needs a C++ compiler; if there is one, delete {cache}, which an interrupted run may have broken"
+            raise Mistake(f"--compile: torch can't ({type(error.inner_exception).__name__}); {hint}") from None
         self.start_clock()
 
     def restore(self, state):
