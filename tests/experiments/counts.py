@@ -4,7 +4,7 @@ python data/fairytales/prepare.py --tokenizer bpe:8192
 python data/weights/prepare.py smollm2-135m-instruct     # the judge
 python tests/experiments/counts.py                       # it prints, and draws no figure
 python tests/experiments/counts.py --ckpt data/fairytales/draft.pt
-python tests/experiments/counts.py --order random --texts 100
+python tests/experiments/counts.py --way "random --steps 128 --temperature 0.7" --texts 100
 
 A word exists if it occurs in the training text or in the file --words. A text's first and last word, which may be cut,
 don't count. A copy is a run of words that the training text has, too; its length is printed.
@@ -70,7 +70,7 @@ def counts(config, device):
     print("| text | passes | words that exist | longest copy, words | judge, nats per byte | word pairs, bits |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, flags in {"of the validation split": {}, **ways(model, T)}.items():
-        if config.order not in ("all", flags.get("order", config.order)):
+        if flags and config.way != "all" and config.way not in name:
             continue
         tokens, passes = write(model, config.texts, T, **flags) if flags else (windows(corpus, T, T * config.texts), "")
         texts = [tokenizer.decode(row) for row in tokens.tolist()]
@@ -83,4 +83,4 @@ def counts(config, device):
 
 if __name__ == "__main__":
     names = {"ckpt": "data/fairytales/canvas.pt", "judge": "data/weights/smollm2-135m-instruct.pt"}
-    main(counts, texts=20, order="all", words="/usr/share/dict/words", **names)
+    main(counts, texts=20, way="all", words="/usr/share/dict/words", **names)
