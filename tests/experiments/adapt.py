@@ -2,7 +2,7 @@
 
 python data/weights/prepare.py smollm2-135m-instruct
 python data/fairytales/prepare.py --name fairytales-smollm2 --tokenizer data/weights/smollm2-135m-instruct.pt
-python tests/experiments/adapt.py --tokens 3000000    # for each of five runs; nine short ones choose learning rates
+python tests/experiments/adapt.py --tokens 3000000    # for each of six runs; nine short ones choose learning rates
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ RUNS = {  # what changes in the GPT's config (without the shift, a position pred
     "blocks of 16": ({"block": 16}, (1e-4, 3e-4, 1e-3)),
     "canvas": ({"block": None}, (1e-4, 3e-4, 1e-3)),
     "blocks of 4": ({"block": 4}, "blocks of 16"),  # takes the rate that was best for this run
+    "blocks of 16, no shift": ({"block": 16, "shift_id": None}, "blocks of 16"),
     "canvas, no shift": ({"block": None, "shift_id": None}, "canvas"),
 }
 BATCH = 4  # windows

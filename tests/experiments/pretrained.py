@@ -3,7 +3,7 @@
 python data/weights/prepare.py FOLDER --out data/weights/minilm.pt    # a folder with all-MiniLM-L6-v2's files
 python data/weights/prepare.py smollm2-135m-instruct                  # the judge
 python data/fairytales/prepare.py --name fairytales-minilm --tokenizer data/weights/minilm.pt
-python tests/experiments/pretrained.py --minutes 60                   # for each of the three runs
+python tests/experiments/pretrained.py --minutes 60                   # for each run; with --runs 2, not the third
 
 The second corpus trains on WikiText-2's validation split and validates on its test split:
 
@@ -71,7 +71,7 @@ def pretrained(config, device):
     print("| --- | --- | --- | --- |")
     nats, pairs = judge_texts(real[: config.texts], judge)
     print(f"| real text | | {nats:.3f} | {pairs:.2f} |")
-    for number, (name, (start, flags)) in enumerate(starts.items()):
+    for number, (name, (start, flags)) in enumerate([*starts.items()][: config.runs]):
         flags = f"{flags} --data {corpus} --init_from {start} --batch_size 16"
         flags += f" --max_minutes {config.minutes} --eval_tokens 16384"
         path = train_model(config, f"out-{corpus}-{config.minutes}min-{number}", flags)
@@ -94,4 +94,4 @@ def pretrained(config, device):
 
 if __name__ == "__main__":
     names = {"bert": "data/weights/minilm.pt", "judge": "data/weights/smollm2-135m-instruct.pt"}
-    main(pretrained, minutes=60, texts=20, corpus="fairytales-minilm", **names)
+    main(pretrained, minutes=60, runs=3, texts=20, corpus="fairytales-minilm", **names)
