@@ -2,7 +2,7 @@
 
 python data/fairytales/prepare.py --tokenizer bpe:8192
 python data/weights/prepare.py smollm2-135m-instruct     # the judge
-python tests/experiments/counts.py                       # it prints, and draws no figure
+python tests/experiments/counts.py                       # draws .github/tales.svg, unless a --way is given
 python tests/experiments/counts.py --ckpt data/fairytales/draft.pt
 python tests/experiments/counts.py --way "random --steps 128 --temperature 0.7" --texts 100
 
@@ -16,7 +16,7 @@ from collections import Counter
 from math import log2
 from pathlib import Path
 
-from common import context_of, main, train_model, windows, write
+from common import context_of, main, plot, train_model, windows, write
 from pretrained import judge_texts
 
 from data.lib.corpus import load_corpus
@@ -56,6 +56,21 @@ def longest_copy(words, learned):
     return longest
 
 
+def draw(points):
+    """Draw (name, nats, bits) of several ways, one line for each order, from the lowest temperature to the highest."""
+    panel, save = plot("tales")
+    lines = {}
+    for name, nats, bits in points:
+        lines.setdefault(re.sub(r" --temperature .*|`|--order ", "", name), []).append((bits, nats))
+    for i, (name, line) in enumerate(lines.items()):  # there are ten colours
+        style = {"color": f"C{i}", "linestyle": "-" if i <= 10 else "--"} if len(line) > 1 else {"color": "black"}
+        panel.plot(*zip(*line), marker="o", label=name, **style)
+    panel.set(xlabel="entropy of pairs of words, bits", ylabel="SmolLM2's nats per byte")
+    panel.figure.set_size_inches(7.5, 4.5)
+    panel.figure.legend(loc="outside right")
+    save()
+
+
 def counts(config, device):
     ckpt, judge = config.ckpt, config.judge
     if config.quick:
@@ -69,6 +84,7 @@ def counts(config, device):
     known, learned = {*learned, *listed}, f" {' '.join(learned)} "
     print("| text | passes | words that exist | longest copy, words | judge, nats per byte | word pairs, bits |")
     print("| --- | --- | --- | --- | --- | --- |")
+    points = []
     for name, flags in {"of the validation split": {}, **ways(model, T)}.items():
         if flags and config.way != "all" and config.way not in name:
             continue
@@ -77,8 +93,11 @@ def counts(config, device):
         words = [WORD.findall(text.lower())[1:-1] for text in texts]
         there = [word in known for text in words for word in text]
         row = f"{sum(there) / max(1, len(there)):.1%} of {len(there):,} | "
-        row += f"{max(longest_copy(text, learned) for text in words)} | {judge_texts(texts, judge)[0]:.3f}"
-        print(f"| {name} | {passes} | {row} | {pairs_entropy(words):.2f} |", flush=True)
+        points.append((name, judge_texts(texts, judge)[0], pairs_entropy(words)))
+        row += f"{max(longest_copy(text, learned) for text in words)} | {points[-1][1]:.3f}"
+        print(f"| {name} | {passes} | {row} | {points[-1][2]:.2f} |", flush=True)
+    if config.way == "all":
+        draw(points)
 
 
 if __name__ == "__main__":
