@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from world import sample_text
 
 import data.lib.session
@@ -35,6 +36,24 @@ def test_sampling_repeats_itself_and_stdout_is_the_text(world, monkeypatch, caps
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert outputs[0].startswith("line")
+
+
+@pytest.mark.parametrize("order", ["left", "draft"])
+def test_a_gpt_stops_when_all_its_texts_have_ended(order, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    ends = tuple(range(64, 80))  # so that about one token in sixteen ends a text
+    model = Transformer(
+        ModelConfig(n_embd=16, n_layer=1, context=256, block=1, shift_id=256, draft_len=2, end_ids=ends)
+    )
+    save_checkpoint(tmp_path / "gpt.pt", model.eval(), ByteTokenizer())
+    flags = f"--ckpt {tmp_path / 'gpt.pt'} --order {order} --num_samples 3 --temperature 1 --dtype float32".split()
+    printed = sample_text(flags, monkeypatch, capsys)
+    *_, whole = sample.denoise(model, torch.full((3, 256), 256), order="left", temperature=1, seeds=(0, 1, 2))
+    lengths = [next(i for i, token in enumerate(ids) if token in ends) for ids in whole.tolist()]
+    texts = [ByteTokenizer().decode(ids[:n]) for ids, n in zip(whole.tolist(), lengths)]
+    assert printed.out == "".join(f"--- {i} of 3\n{text}\n" for i, text in enumerate(texts, 1))
+    passes = int(re.search(r"(\d+) forward passes", printed.err)[1])
+    assert passes == max(lengths) + 1 if order == "left" else passes <= max(lengths) + 1
 
 
 def test_two_models_write_the_same_prompt_one_after_the_other_by_their_names(world, monkeypatch, capsys):

@@ -138,16 +138,13 @@ class Session:
         config, tokenizer = self.config, writer.tokenizer
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
-        rows = [
-            (new_history(tokenizer, ids, writer.name, writer.path, how, seed), ids, seed)
-            for ids in canvases
-            for seed in seeds
-        ]
+        history_of = partial(new_history, tokenizer, name=writer.name, path=writer.path, how=how)
+        rows = [(history_of(ids, seed=seed), ids, seed) for ids, seed in itertools.product(canvases, seeds)]
         written.histories = [history for history, _, _ in rows]
         yield written.seconds
         for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
             histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
-            canvas = torch.tensor(starts)
+            canvas, shown, end_ids = torch.tensor(starts), starts, writer.model.config.end_ids
             log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
             drafts = torch.zeros(canvas.shape, dtype=torch.bool)  # tokens on the canvas that aren't certain yet
             steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, drafts=drafts, **how)
@@ -155,7 +152,8 @@ class Session:
             written.n_tokens += n_holes
             bar = tqdm(total=n_holes, unit=" tokens", leave=False, disable=bool(show))
             while (after := written.step(writer.model, steps)) is not None:
-                canvas = after
+                canvas, final = after, after.masked_fill(drafts, tokenizer.mask_id).tolist()
+                shown = [shown_of(ids, start, tokenizer.mask_id, end_ids) for ids, start in zip(final, starts)]
                 bar.update(n_holes - canvas.eq(tokenizer.mask_id).sum().item() - bar.n)
                 if show or config.save is not None:
                     columns = canvas.tolist(), log_p.exp().tolist(), drafts.tolist()
@@ -164,10 +162,12 @@ class Session:
                 if show:
                     show(histories[0], len(histories))
                 yield written.seconds
+                if writer.model.config.is_gpt and all(len(ids) < T and tokenizer.mask_id not in ids for ids in shown):
+                    written.n_tokens -= canvas.eq(tokenizer.mask_id).sum().item()
+                    break  # what comes after the end of a text isn't shown
             bar.close()
-            for history, start, ids in zip(histories, starts, canvas.tolist()):
-                shown = shown_of(ids, start, tokenizer.mask_id, writer.model.config.end_ids)
-                history.text = tokenizer.decode(shown[start.index(tokenizer.mask_id) if config.chat else 0 :])
+            for history, start, ids in zip(histories, starts, shown):
+                history.text = tokenizer.decode(ids[start.index(tokenizer.mask_id) if config.chat else 0 :])
 
     def print_score(self):
         (writer,), text = self.writers, self.text
