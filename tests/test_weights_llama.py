@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import unicodedata
 
 import pytest
@@ -257,11 +256,27 @@ def test_a_text_around_holes_has_no_space_that_was_not_typed(tokenizers, tmp_pat
     """Sentencepiece puts one before every text, but what follows a hole only goes on."""
     write_llama(tmp_path / "model", tokenizers["tinyllama"], "tinyllama")
     _, tokenizer, _ = read(tmp_path / "model")
-    canvas = make_canvas("Once <mask> a time", " or two", 40, tokenizer, 40)
-    assert re.sub("(<mask>)+", "*", tokenizer.decode(canvas)) == "Once* a time* or two"
+    word = tokenizer.encode("of")[0]  # with a space before it
+
+    def filled(prompt, suffix=""):
+        canvas = make_canvas(prompt, suffix, None, tokenizer, 40)
+        return tokenizer.decode([word if i == tokenizer.mask_id else i for i in canvas])
+
+    assert filled("Once <mask> a time", " or two") == "Once of a time or two"
+    assert filled("Sing<mask>\n<mask>ing", ".") == "Sing of\n ofing."
     assert tokenizer.decode(tokenizer.encode("  x\n y")) == "  x\n y"
-    filled = [i if i != tokenizer.mask_id else tokenizer.encode("of")[0] for i in canvas]
-    assert tokenizer.decode(filled).startswith("Once of a time of")
+
+
+def test_tokens_that_were_added_to_sentencepiece_s_are_special_and_an_old_file_needs_no_base(tokenizers, tmp_path):
+    write_llama(tmp_path / "model", tokenizers["tinyllama"], "tinyllama", more_rows=2, rope_theta=10000.0)
+    path, n = tmp_path / "model" / "tokenizer.json", tokenizers["tinyllama"].get_vocab_size()
+    edit(path, added_tokens=[*json.loads(path.read_text())["added_tokens"], {"content": "<|im_end|>", "id": n}])
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["rope_theta"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model, tokenizer, _ = read(tmp_path / "model")
+    assert (tokenizer.special["<|im_end|>"], model.config.mask_id, model.config.rope_base) == (n, n + 1, 10000.0)
+    assert n in model.config.end_ids
 
 
 # --- conversations -------------------------------------------------------------------------------
@@ -282,6 +297,16 @@ def test_a_conversation_is_that_of_the_reference_token_for_token(kind, tokenizer
     ends = {tokenizer.special[name] for name in names if name in tokenizer.special}
     assert {*model.config.end_ids} == ends
     assert not ends & {*model.config.special_ids}
+
+
+def test_a_reply_has_the_tokens_that_it_has_inside_a_conversation(tokenizers, tmp_path):
+    write_llama(tmp_path / "model", tokenizers["tinyllama"], "tinyllama")
+    _, tokenizer, template = read(tmp_path / "model")
+    chat = Chat(template, tokenizer)
+    turns = [{"role": "user", "content": "Sing!"}, {"role": "assistant", "content": "la la"}]
+    whole = chat.prompt([*turns, turns[0]])
+    reply = chat.prompt(turns[:1]) + chat.reply("la la")
+    assert whole[: len(reply)] == reply
 
 
 def test_without_a_template_there_is_no_conversation(tokenizers, tmp_path):

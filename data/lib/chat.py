@@ -51,10 +51,16 @@ class Chat:
         """Split a text of the template into texts and the ids of special tokens."""
         return [self.tokenizer.special.get(part, part) for part in self.special.split(text) if part]
 
-    def encode(self, parts):
-        """Encode a list of strings and ids as a list of ids. Texts side by side are encoded as one."""
-        groups = itertools.groupby(parts, type)
-        return [i for kind, group in groups for i in (self.tokenizer.encode("".join(group)) if kind is str else group)]
+    def encode(self, parts, begins=True):
+        """Encode a list of strings and ids as a list of ids. Texts side by side are encoded as one.
+
+        begins: whether the first text begins one, or goes on with what stands before it.
+        """
+        ids = []
+        for kind, group in itertools.groupby(parts, type):
+            encode = self.tokenizer.encode if begins or ids else self.tokenizer.encode_rest
+            ids += encode("".join(group)) if kind is str else group
+        return ids
 
     def check(self, messages):
         """Raise Mistake unless this is a list of messages that the template can hold."""
@@ -77,7 +83,7 @@ class Chat:
 
     def reply(self, content):
         """The ids of a reply and of the end of its turn."""
-        return self.encode([content.strip(), *self.closing])
+        return self.encode([content.strip(), *self.closing], begins=False)
 
     def canvas(self, messages, length):
         """Return the canvas for a reply to messages, `length` ids: the prompt's, then holes.

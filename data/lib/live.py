@@ -35,7 +35,7 @@ def canvas_of(request, config, model, tokenizer):
         ids = []
         for cell in request["cells"]:
             is_id = type(cell) is int and 0 <= cell < tokenizer.vocab_size
-            ids += [tokenizer.mask_id] if cell is None else [cell] if is_id else tokenizer.encode(str(cell))
+            ids += [tokenizer.mask_id] if cell is None else [cell] if is_id else tokenizer.encode_rest(str(cell))
         if tokenizer.kinds and (len(ids) != tokenizer.canvas_len or standing(ids, tokenizer) != ids):
             raise Mistake("that token can't go there on the canvas")
     if not 0 < len(ids) <= MOST_TOKENS:
@@ -100,7 +100,8 @@ def look(model, tokenizer, ids):
     holes = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
     logits = model(torch.tensor([ids], device=device_of(model)))[0, holes]  # (N, V)
     top = logits.float().softmax(-1).topk(5)
-    names = [[inert(tokenizer.decode([i])) for i in row] for row in top.indices.tolist()]
+    # What each token adds after a hole, so that " a" and "a" differ.
+    names = [[inert(tokenizer.pieces([tokenizer.mask_id, i])[1]) for i in row] for row in top.indices.tolist()]
     return [list(zip(*row)) for row in zip(names, top.values.tolist())]
 
 

@@ -45,14 +45,14 @@ def make_canvas(prompt, suffix, length, tokenizer, context):
     for i, part in enumerate(parts):
         if i % 2 == 0:
             at_hole = tokenizer.begins_with_space and (i + 1 < len(parts) or not is_whole)
-            part = part.removeprefix(tokenizer.prefix) if i else part
-            ids += tokenizer.encode(part.removesuffix(" ") if at_hole else part)
+            encode = tokenizer.encode_rest if i else tokenizer.encode
+            ids += encode(part.removesuffix(" ") if at_hole else part)
         elif (size := re.fullmatch(r"<mask(?:\*(\d{1,7}))?>", part)) and 0 < int(size[1] or 1) <= MOST:
             ids += [tokenizer.mask_id] * int(size[1] or 1)
         else:
             raise Mistake(f"--prompt: {part}: a hole is <mask>, and eight are <mask*8>; at most {MOST:,}")
     closes = tokenizer.eos_id is not None and (is_whole or suffix)
-    after = tokenizer.encode(suffix.removeprefix(tokenizer.prefix)) + [tokenizer.eos_id] * bool(closes)
+    after = tokenizer.encode_rest(suffix) + [tokenizer.eos_id] * bool(closes)
     n = len(ids) + len(after)
     T = tokenizer.canvas_len or length or (n if is_whole else context)
     if n > T:

@@ -144,7 +144,11 @@ class Session:
         yield written.seconds
         for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
             histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
-            canvas, shown, end_ids = torch.tensor(starts), starts, writer.model.config.end_ids
+            canvas, end_ids = torch.tensor(starts), writer.model.config.end_ids
+
+            def shown(canvas):
+                return [shown_of(ids, start, tokenizer.mask_id, end_ids) for ids, start in zip(canvas.tolist(), starts)]
+
             log_p = torch.zeros(canvas.shape)  # with it, denoise also notices logits that are not finite
             drafts = torch.zeros(canvas.shape, dtype=torch.bool)  # tokens on the canvas that aren't certain yet
             steps = self.denoise(writer.model, canvas, seeds=seeds, log_p=log_p, drafts=drafts, **how)
@@ -152,8 +156,7 @@ class Session:
             written.n_tokens += n_holes
             bar = tqdm(total=n_holes, unit=" tokens", leave=False, disable=bool(show))
             while (after := written.step(writer.model, steps)) is not None:
-                canvas, final = after, after.masked_fill(drafts, tokenizer.mask_id).tolist()
-                shown = [shown_of(ids, start, tokenizer.mask_id, end_ids) for ids, start in zip(final, starts)]
+                canvas = after
                 bar.update(n_holes - canvas.eq(tokenizer.mask_id).sum().item() - bar.n)
                 if show or config.save is not None:
                     columns = canvas.tolist(), log_p.exp().tolist(), drafts.tolist()
@@ -162,11 +165,13 @@ class Session:
                 if show:
                     show(histories[0], len(histories))
                 yield written.seconds
-                if writer.model.config.is_gpt and all(len(ids) < T and tokenizer.mask_id not in ids for ids in shown):
-                    written.n_tokens -= canvas.eq(tokenizer.mask_id).sum().item()
-                    break  # what comes after the end of a text isn't shown
+                if writer.model.config.is_gpt and end_ids:
+                    final = canvas.masked_fill(drafts, tokenizer.mask_id)  # a draft can't end a text
+                    if all(len(ids) < T and tokenizer.mask_id not in ids for ids in shown(final)):
+                        written.n_tokens -= final.eq(tokenizer.mask_id).sum().item()
+                        break  # nothing after a text's end is part of it
             bar.close()
-            for history, start, ids in zip(histories, starts, shown):
+            for history, start, ids in zip(histories, starts, shown(canvas)):
                 history.text = tokenizer.decode(ids[start.index(tokenizer.mask_id) if config.chat else 0 :])
 
     def print_score(self):

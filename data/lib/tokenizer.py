@@ -30,7 +30,7 @@ class Tokenizer:
     names = ()  # for a picture with a caption: the captions that there are
     template = None  # for a checkpoint that chats
     begins_with_space = False  # whether the token of a word includes the space before it
-    prefix = ""  # what encode puts before a text and decode leaves out
+    prefix = ""  # what encode puts before a text, and decode leaves out
 
     def __init__(self, special, bytes_of):
         self.special, self.special_ids = special, tuple(sorted(special.values()))
@@ -46,10 +46,14 @@ class Tokenizer:
         """The id of the first of these special tokens that the tokenizer has, or None."""
         return next((self.special[name] for name in names if name in self.special), None)
 
+    def encode_rest(self, text):
+        """Encode a text that goes on after something else, such as a hole."""
+        return self.encode(text)
+
     def encode_line(self, line):
         """Encode a line. If there are tokens that open and close a line, they replace its newline."""
         if self.bos_id is None or self.eos_id is None:
-            return self.encode(line)
+            return self.encode_rest(line)
         return [self.bos_id, *self.encode(line.rstrip("\n")), self.eos_id]
 
     def decode(self, ids):
@@ -61,7 +65,7 @@ class Tokenizer:
         for before, i, following in zip([None, *ids], ids, [*ids[1:], self.mask_id]):
             # A special token ends an unfinished character. Bytes that are not UTF-8 become U+FFFD.
             piece = decoder.decode(self.bytes_of[i], final=following in self.shown or i in self.shown)
-            if before is None or before in self.shown and before != self.mask_id:
+            if before is None or (before in self.shown and before != self.mask_id):
                 piece = piece.removeprefix(self.prefix)
             repeated = i == before and self.special.get("<|endoftext|>") == i
             pieces.append("" if repeated else piece)
@@ -83,9 +87,9 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding by tiktoken.
 
-    tokens: byte strings as latin-1, in the order in which they merge. ids: their ids; -1 marks one outside the
-    vocabulary: `encode` drops a byte, and spells longer ones with their bytes. form: what happens to a text first,
-    the Unicode normal form NFC, or `space`: sentencepiece puts a space before it, and reads ▁ as a space.
+    tokens: byte strings as latin-1, in the order in which they merge. ids: their ids. A token with the id -1 only helps
+    to merge: `encode` writes the ids of its bytes, and drops a byte that has none. form: how a text is prepared. NFC is
+    a Unicode normal form; `sentencepiece` puts a space in front of a text and reads ▁ as a space.
     """
 
     begins_with_space = True
@@ -93,21 +97,25 @@ class BPETokenizer(Tokenizer):
     def __init__(self, tokens, pattern, ids=None, special=None, form=None):
         special = special or {"<mask>": len(tokens)}
         self.state = {"kind": "bpe", "tokens": tokens, "pattern": pattern, "ids": ids, "special": special, "form": form}
-        self.ids, self.form, self.prefix = ids or range(len(tokens)), form, " " * (form == "space")
+        self.ids, self.form, self.prefix = ids or range(len(tokens)), form, " " * (form == "sentencepiece")
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
         super().__init__(special, {i: token for i, token in zip(self.ids, ranks) if i != -1})
         there = [i for i in self.ids if i != -1]
         each_once = sorted([*there, *special.values()]) == [*range(self.vocab_size)] and len(ranks) == len(self.ids)
-        if form not in (None, "NFC", "space") or not each_once or not {bytes([i]) for i in range(256)} <= ranks.keys():
+        bytes_there = {bytes([i]) for i in range(256)} <= ranks.keys()
+        if form not in (None, "NFC", "sentencepiece") or not each_once or not bytes_there:
             raise ValueError("its tokens or their ids repeat, or some of them are missing")
         id_of = dict(zip(tokens, self.ids))
         self.spelled = [[i] if i != -1 else [id_of[c] for c in token if id_of[c] != -1] for token, i in id_of.items()]
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
+        return self.encode_rest(self.prefix + text) if text else []
+
+    def encode_rest(self, text):
         try:
             text = normalize("NFC", text) if self.form == "NFC" else text
-            text = self.prefix + text.replace("▁", " ") if self.prefix and text else text
+            text = text.replace("▁", " ") if self.form == "sentencepiece" else text
             return [i for rank in self.encoding.encode_ordinary(text) for i in self.spelled[rank]]
         except (KeyboardInterrupt, MemoryError):
             raise

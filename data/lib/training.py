@@ -122,9 +122,10 @@ class Run:
             for function in more:
                 function()
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            cache = torch._inductor.runtime.cache_dir_utils.cache_dir()
-            hint = f"it needs a C++ compiler; if there is one, delete {cache}, which an interrupted run may have broken"
-            raise Mistake(f"--compile: torch can't ({type(error.inner_exception).__name__}); {hint}") from None
+            cache, inner = torch._inductor.runtime.cache_dir_utils.cache_dir(), error.inner_exception
+            said = f"torch could not compile the network ({type(inner).__name__}: {str(inner).partition(chr(10))[0]})"
+            hint = f"it needs a C++ compiler, and an interrupted run may have broken {cache}, which you can delete"
+            raise Mistake(f"--compile: {said}; {hint}") from None
         self.start_clock()
 
     def restore(self, state):

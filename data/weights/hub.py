@@ -20,12 +20,10 @@ TABLES = {"token_embedding.weight", "head.weight"}  # a row for each token
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same if every digit is first set apart, and the text between two digits is cut on its own.
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-# What sentencepiece does to a text: it puts a space in front and writes spaces as ▁. No token reaches across words.
-SENTENCEPIECE = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-SENTENCEPIECE = {"type": "Sequence", "normalizers": SENTENCEPIECE}
-SENTENCEPIECE_PATTERN = r" *[^ \n]+| +|\n"
-START_END = {"<s>": "<|startoftext|>", "</s>": "<|endoftext|>"}  # they don't open and close a line, as in RoBERTa
+# What sentencepiece does to a text first: it puts a space in front, and writes spaces as ▁.
+SPACES = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+SENTENCEPIECE_PATTERN = r" *[^ \n]+| +|\n"  # its tokens may reach over a whole word with the spaces before it
+START_END = {"<s>": "<|startoftext|>", "</s>": "<|endoftext|>"}  # unlike RoBERTa's, they don't open and close lines
 
 
 def fetch(repositories, folder):
@@ -141,15 +139,16 @@ def bpe_texts(tokenizer, without=()):
 
 
 def read_tokenizer_json(folder):
-    """Read a tokenizer.json that tiktoken can follow: (ids of text, ids of special tokens, pattern, normal form).
+    """Read a tokenizer.json that tiktoken can follow: what BPETokenizer needs, (text, special, pattern, form).
 
-    A byte that isn't in the vocabulary has the id -1. The pattern cuts a text into words.
+    text and special: ids by token. A byte that isn't in the vocabulary has the id -1. pattern: cuts a text into words.
     """
     path = folder / "tokenizer.json"
     theirs = read_json(path)
     model, first = theirs["model"], theirs["pre_tokenizer"] or {}
-    if not first and theirs["normalizer"] == SENTENCEPIECE:
-        return read_sentencepiece(path, model["vocab"], model["merges"])
+    added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
+    if theirs["normalizer"] == {"type": "Sequence", "normalizers": SPACES} and not first and model["type"] == "BPE":
+        return read_sentencepiece(path, model["vocab"] | added, model["merges"])
     *splits, letters = first.get("pretokenizers", [first])
     digits = splits == [{"type": "Digits", "individual_digits": True}]
     pattern = splits[0]["pattern"]["Regex"] if splits and not digits else DIGITS_PATTERN if digits else GPT2_PATTERN
@@ -162,7 +161,6 @@ def read_tokenizer_json(folder):
     if not known or any(changes):
         raise Mistake(f"{path}: it is neither a byte-level BPE that leaves the text as it is nor TinyLlama's kind")
     absent = {symbol: -1 for symbol in byte_symbols() if symbol not in model["vocab"]}
-    added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
     text, special = split_bpe(absent | model["vocab"] | added, model["merges"])
     for token in theirs["added_tokens"]:  # these are written like text, such as <think>
         if not token.get("special", True) and token["content"] in special:
@@ -181,12 +179,12 @@ def read_sentencepiece(path, vocab, merges):
         token = name.replace("▁", " ").encode().decode("latin-1")
         if not re.fullmatch(SENTENCEPIECE_PATTERN, token):
             raise Mistake(f"{path}: its token {name!r} goes on after a space or the end of a line, and ours can't")
-        if name in characters:
-            text |= {token[:n]: text.get(token[:n], -1) for n in range(2, len(token))}  # -1: not a token alone
+        if len(name) == 1:
+            text |= {token[:n]: text.get(token[:n], -1) for n in range(2, len(token))}  # they only help to merge
         text[token] = vocab[name]
     taken = {*text.values()}
     special = {START_END.get(name, name): i for name, i in vocab.items() if i not in taken}
-    return text, special, SENTENCEPIECE_PATTERN, "space"
+    return text, special, SENTENCEPIECE_PATTERN, "sentencepiece"
 
 
 def read_wordpiece(folder, n_rows):

@@ -32,6 +32,7 @@ def convert(folder):
     family = FAMILY.get(str(theirs.get("model_type")))
     if not family:
         raise Mistake(f"{path}: its model_type is {theirs.get('model_type')}, and we only know {', '.join(FAMILY)}")
+    theirs = getattr(family, "DEFAULTS", {}) | theirs
     if other := [name for name, value in family.REQUIRED.items() if theirs.get(name, value) != value]:
         raise Mistake(f"{path}: {other[0]} is {theirs[other[0]]}, but our network needs {family.REQUIRED[other[0]]}")
     if missing := [name for name in family.SETTINGS.values() if theirs.get(name) is None]:

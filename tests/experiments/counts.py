@@ -2,7 +2,7 @@
 
 python data/fairytales/prepare.py --tokenizer bpe:8192
 python data/weights/prepare.py smollm2-135m-instruct     # the judge
-python tests/experiments/counts.py                       # draws .github/tales.svg, unless a --way is given
+python tests/experiments/counts.py --texts 10            # the page's table, and .github/tales.svg
 python tests/experiments/counts.py --ckpt data/fairytales/draft.pt
 python tests/experiments/counts.py --way "random --steps 128 --temperature 0.7" --texts 100
 
@@ -96,7 +96,7 @@ def counts(config, device):
         points.append((name, judge_texts(texts, judge)[0], pairs_entropy(words)))
         row += f"{max(longest_copy(text, learned) for text in words)} | {points[-1][1]:.3f}"
         print(f"| {name} | {passes} | {row} | {points[-1][2]:.2f} |", flush=True)
-    if config.way == "all":
+    if config.way == "all" and not model.config.is_gpt:
         draw(points)
 
 

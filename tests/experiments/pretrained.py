@@ -3,7 +3,7 @@
 python data/weights/prepare.py FOLDER --out data/weights/minilm.pt    # a folder with all-MiniLM-L6-v2's files
 python data/weights/prepare.py smollm2-135m-instruct                  # the judge
 python data/fairytales/prepare.py --name fairytales-minilm --tokenizer data/weights/minilm.pt
-python tests/experiments/pretrained.py --minutes 60                   # for each run; with --runs 2, not the third
+python tests/experiments/pretrained.py --minutes 60                   # three runs; --runs 2 leaves out the third
 
 The second corpus trains on WikiText-2's validation split and validates on its test split:
 
