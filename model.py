@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.lib.cache import Cache
-from data.lib.checkpoint import check_config, published_network, read_checkpoint, refused
+from data.lib.checkpoint import Unfilled, check_config, published_network, read_checkpoint, refused
 from data.lib.kernels import Dropout, allowed_tokens, attend, depthwise_convolution, rows_at
 from data.lib.tokenizer import tokenizer_from_state
 
@@ -350,7 +350,7 @@ def load_checkpoint(path, device="cpu", keep=None, **changes):
         config = network.Config(**{**checkpoint["config"], **changes})
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         check_config(config, tokenizer, checkpoint)
-        with torch.device("meta"):  # takes no memory, and draws no random weights
+        with torch.device("meta"), Unfilled():  # takes no memory, and draws no random weights
             model = network(config)
         weights = {name: x for name, x in checkpoint["model"].items() if config.draft_len or "drafter." not in name}
         if config.draft_len:  # what it has to learn yet, if it is a GPT that didn't draft, or wasn't frozen

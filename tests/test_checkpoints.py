@@ -31,6 +31,12 @@ def test_a_checkpoint_needs_nothing_beside_it(world, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_reading_a_checkpoint_does_not_load_torch_s_compiler():
+    """It takes more than a second, and `python sample.py` shall begin to write at once."""
+    loads = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model; model.load_checkpoint('out/ckpt.pt'); "
+    assert run_process("-c", loads + "print('torch._dynamo' in sys.modules)").stdout == "False\n"
+
+
 def test_a_slim_checkpoint_is_the_model_in_bfloat16(world, tmp_path, monkeypatch, capsys):
     """It writes, it scores, and training goes on from it; but does not resume."""
     monkeypatch.setattr(sys, "argv", ["slim.py", "out/ckpt.pt", str(tmp_path / "slim.pt")])

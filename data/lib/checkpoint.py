@@ -8,12 +8,21 @@ from importlib import import_module
 from typing import get_args, get_origin, get_type_hints
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data.lib.errors import Mistake
 from data.lib.files import replacing
 from data.lib.processes import full_on_rank_0, rank
 
 FAMILIES = "bert", "gpt2", "mdlm", "llada", "llama"  # published networks, each a module of data/weights/
+
+
+class Unfilled(TorchFunctionMode):
+    """In this context nothing fills new weights with numbers. On the device meta, that would load torch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        is_init = getattr(function, "__module__", None) == "torch.nn.init"
+        return kwargs["tensor"] if is_init else function(*args, **kwargs or {})
 
 
 def save_checkpoint(path, model, tokenizer, **more):

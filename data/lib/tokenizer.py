@@ -105,8 +105,10 @@ class BPETokenizer(Tokenizer):
         bytes_there = {bytes([i]) for i in range(256)} <= ranks.keys()
         if form not in (None, "NFC", "sentencepiece") or not each_once or not bytes_there:
             raise ValueError("its tokens or their ids repeat, or some of them are missing")
-        id_of = dict(zip(tokens, self.ids))
-        self.spelled = [[i] if i != -1 else [id_of[c] for c in token if id_of[c] != -1] for token, i in id_of.items()]
+        id_of, self.spelled = dict(zip(tokens, self.ids)), {}  # spelled: the ids of the bytes of tokens with the id -1
+        for rank, token in enumerate(tokens):
+            if id_of[token] == -1:
+                self.spelled[rank] = [id_of[byte] for byte in token if id_of[byte] != -1]
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
@@ -116,7 +118,8 @@ class BPETokenizer(Tokenizer):
         try:
             text = normalize("NFC", text) if self.form == "NFC" else text
             text = text.replace("▁", " ") if self.form == "sentencepiece" else text
-            return [i for rank in self.encoding.encode_ordinary(text) for i in self.spelled[rank]]
+            ranks = self.encoding.encode_ordinary(text)
+            return [i for rank in ranks for i in self.spelled.get(rank, (self.ids[rank],))]
         except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException:  # tiktoken panics at a bad pattern, and a panic isn't an Exception
