@@ -86,7 +86,7 @@ def tokenizers():
 
 
 def write_llama(folder, tokenizer, kind="llama", more_rows=0, width=32, heads=4, template=True, **more):
-    """A folder with the files of a random Llama or Qwen3; the reference, which is transformers' model of it."""
+    """A folder with the files of a random Llama, Qwen3 or TinyLlama; transformers' model of it, the reference."""
     folder.mkdir()
     starts = {"llama": "<|im_start|>", "qwen3": "<|endoftext|>", "tinyllama": "<s>"}
     bos, eos = starts[kind], "</s>" if kind == "tinyllama" else "<|im_end|>"

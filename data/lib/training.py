@@ -123,7 +123,8 @@ class Run:
                 function()
         except torch._dynamo.exc.BackendCompilerFailed as error:
             cache, inner = torch._inductor.runtime.cache_dir_utils.cache_dir(), error.inner_exception
-            said = f"torch could not compile the network ({type(inner).__name__}: {str(inner).partition(chr(10))[0]})"
+            first_line, _, _ = str(inner).partition("\n")
+            said = f"torch could not compile the network ({type(inner).__name__}: {first_line})"
             hint = f"it needs a C++ compiler, and an interrupted run may have broken {cache}, which you can delete"
             raise Mistake(f"--compile: {said}; {hint}") from None
         self.start_clock()

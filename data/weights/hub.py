@@ -22,7 +22,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 # What sentencepiece does to a text first: it puts a space in front, and writes spaces as ▁.
 SPACES = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-SENTENCEPIECE_PATTERN = r" *[^ \n]+| +|\n"  # its tokens may reach over a whole word with the spaces before it
+SENTENCEPIECE_PATTERN = r" *[^ \n]+| +|\n"  # no token reaches beyond a word and the spaces before it
 START_END = {"<s>": "<|startoftext|>", "</s>": "<|endoftext|>"}  # unlike RoBERTa's, they don't open and close lines
 
 
