@@ -95,7 +95,7 @@ def n_lines(path):
 def test_nothing_outgrows_its_place():
     python = sorted((ROOT / "data").rglob("*.py"))
     # Before fairy tales 3785, byte pairs 3850, mends 3930, the page 4040, a race 4280, TinyLlama 4320.
-    assert sum(map(n_lines, python)) <= 4397
+    assert sum(map(n_lines, python)) <= 4402
     assert not [path.name for path in LIB.values() if n_lines(path) > 250]
     assert not [path.name for path in (ROOT / "tests").glob("*.py") if n_lines(path) > 500]
     assert n_lines(ROOT / "README.md") <= 200

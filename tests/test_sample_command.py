@@ -28,6 +28,15 @@ def test_passes_are_reported(monkeypatch, capsys):
         assert f" {passes} forward passes" in printed.err
 
 
+def test_the_last_line_breaks_between_words(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    printed = sample_text(["--ckpt", "out/ckpt.pt", "--length", 32, "--steps", 5], monkeypatch, capsys).err
+    last = printed[printed.index("out/ckpt.pt: 32 tokens") :].splitlines()
+    assert len(last) > 1
+    assert max(map(len, last)) <= 40
+    assert " ".join(last).endswith(" tokens/s, 5 forward passes")
+
+
 def test_sampling_repeats_itself_and_stdout_is_the_text(world, monkeypatch, capsys):
     outputs = []
     for seed in (1, 1, 2):

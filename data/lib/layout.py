@@ -1,6 +1,8 @@
 """Lays out a canvas for a terminal or an animation: text in lines, and a picture in rows of pixels."""
 
 import itertools
+import shutil
+import textwrap
 import unicodedata
 
 from data.lib.escape import inert
@@ -61,3 +63,8 @@ def as_shown(text, tokenizer):
         return inert(text)
     caption, *rows = text.split("\n")
     return "\n".join([inert(caption), *half_blocks(rows, tokenizer.pixels)])
+
+
+def wrapped(sentence):
+    """A sentence in lines that fit the terminal, broken between words. In a file it is one line."""
+    return textwrap.fill(sentence, shutil.get_terminal_size((10**6, 0)).columns)

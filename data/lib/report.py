@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import math
 import os
-import shutil
 import sys
 import textwrap
 from contextlib import AbstractContextManager, suppress
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from data.lib.corpus import spaced_windows
 from data.lib.errors import Mistake
 from data.lib.escape import inert
-from data.lib.layout import as_shown
+from data.lib.layout import as_shown, wrapped
 from data.lib.machine import release_memory
 from data.lib.processes import full, gather, gathered, rank, world_size
 from data.lib.prompt import make_canvas, shown_of
@@ -81,8 +80,7 @@ class Report(AbstractContextManager):
         run, bits = self.run, nats * self.bits_per_nat
         said = f"step {run.step:,} at {run.minutes:.1f} min: loss {self.loss:.3f}, validation {run.bound} "
         said += f"{nats:.3f} nats per token = {bits:.3f} bits per byte. A sample:"
-        columns = shutil.get_terminal_size((10**6, 0)).columns  # in a file, the sentence is one line
-        self.bar.write(f"{textwrap.fill(said, columns)}\n{text}")
+        self.bar.write(f"{wrapped(said)}\n{text}")
         release_memory()
         self.since = self.run.clock()
 

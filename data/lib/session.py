@@ -20,7 +20,7 @@ from data.lib.chat import Chat, converse
 from data.lib.errors import Mistake
 from data.lib.history import History
 from data.lib.kernels import pack
-from data.lib.layout import as_shown
+from data.lib.layout import as_shown, wrapped
 from data.lib.machine import autocast, pick_device
 from data.lib.prompt import MOST, make_canvas, prompt_of, read_text, shown_of, standing
 from data.lib.terminal import Watch
@@ -127,7 +127,7 @@ class Session:
             if self.judge:
                 nats = (nats_per_byte(*self.judge[:2], history.text, self.log_likelihood) for history in histories)
                 speed += f"; under {config.judge} {', '.join(f'{each:.3f}' for each in nats)} nats per byte"
-            print(f"{writer.name}: {speed}", file=sys.stderr)
+            print(wrapped(f"{writer.name}: {speed}"), file=sys.stderr)
         if config.save is not None:
             self.saved += zip(*(written.histories for written in results))
             save_histories(config.save, self.saved, shlex.join(["python", *sys.argv]))
