@@ -253,17 +253,23 @@ def test_python_split_is_by_file_and_stable():
 
 
 def test_python_corpus_of_this_interpreter(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["prepare.py", "--name", "lib"])
-    python_prepare.main()
-    train, val, tokenizer, meta = load_corpus("lib")
+    """As byte pairs, the default, and as bytes; both are the same text."""
+    texts = []
+    for more in [], ["--tokenizer", "bytes"]:
+        monkeypatch.setattr("sys.argv", ["prepare.py", "--name", "lib", *more])
+        python_prepare.main()
+        *splits, tokenizer, meta = load_corpus("lib")
+        texts.append([tokenizer.decode(split.tolist()) for split in splits])
+        assert tokenizer.vocab_size == (257 if more else 8193)
+        assert [len(text.encode()) for text in texts[-1]] == [meta[split]["bytes"] for split in ("train", "val")]
+    assert texts[0] == texts[1]
+    train, val = texts[0]
     assert len(train) > 4_000_000
     assert 0.03 < len(val) / len(train) < 0.3
-    text = tokenizer.decode(train[:200_000].tolist())
-    assert "def " in text
-    assert "import " in text
+    assert "def " in train
     assert python_prepare.split_of("argparse.py") == "train"
-    assert b"class ArgumentParser" in bytes(train.astype(np.uint8))
-    assert b"class ArgumentParser" not in bytes(val.astype(np.uint8))
+    assert "class ArgumentParser" in train
+    assert "class ArgumentParser" not in val
 
 
 # --- many tokens ---------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def split_of(path):
 @script
 def main(
     name: str = flag("python", "folder of data/ to write"),
-    tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
+    tokenizer: str = flag("bpe:8192", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
     pieces = ((split_of(path), text) for path, text in source_files(Path(sysconfig.get_paths()["stdlib"])))
     write_corpus(name, pieces, tokenizer_by_name(tokenizer), f"Python {sysconfig.get_python_version()} library")

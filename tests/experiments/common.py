@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from data.lib.corpus import load_corpus, spaced_windows
+from data.lib.corpus import DATA, load_corpus, spaced_windows
 from data.lib.errors import command
 from data.lib.flags import flag, parse
 from data.lib.machine import autocast, device_of, pick_device
@@ -28,6 +28,7 @@ from sample import denoise
 from train import nelbo
 
 ROOT = Path(__file__).resolve().parents[2]
+BYTES = "python-bytes"  # the default corpus in bytes, of which most figures are
 EARLIER = "--n_embd 192 --batch_size 16 --widen 0"  # the default when most figures were drawn
 QUICK_MODEL = "--n_layer 1 --n_head 1 --n_embd 16 --batch_size 4 --max_iters 3 --eval_tokens 256"
 TAUS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
@@ -53,13 +54,15 @@ def run(experiment, config_class):
     device, here = pick_device(config.device), Path.cwd()
     if not config.quick:
         os.chdir(ROOT)
+        if not (DATA / BYTES / "meta.json").exists():
+            run_script(config, "data/python/prepare.py", f"--name {BYTES} --tokenizer bytes")
         return experiment(config, device)
     config.texts, config.seeds = 2, 1
     with tempfile.TemporaryDirectory() as folder, mock.patch("data.lib.corpus.DATA", Path(folder, "data")):
         os.chdir(folder)
         try:
             Path(".github").mkdir()
-            for corpus in ("shakespeare", "python"):
+            for corpus in ("shakespeare", BYTES):
                 run_script(config, "data/text/prepare.py", f"{ROOT}/train.py --name {corpus}")
             experiment(config, device)
         finally:
@@ -81,14 +84,14 @@ def context_of(config):
 
 
 def train_model(config, out_dir, flags, run=run_script):
-    """Train a model with these flags of train.py, unless there is one in out_dir; return its checkpoint's path.
+    """Train a model with these flags of train.py, of bytes unless they name a corpus; return its checkpoint's path.
 
     run: how the script is called, like run_script.
     """
     folder, unfinished = Path(out_dir), Path(f"{out_dir}-unfinished")
     if not (folder / "ckpt.pt").exists():
         shutil.rmtree(unfinished, ignore_errors=True)  # from a run that was stopped
-        flags = f"--context {context_of(config)} --device {config.device} {flags} --out_dir {unfinished}"
+        flags = f"--data {BYTES} --context {context_of(config)} --device {config.device} {flags} --out_dir {unfinished}"
         run(config, "train.py", f"{flags} {QUICK_MODEL}" if config.quick else flags)
         unfinished.rename(folder)
     return folder / "ckpt.pt"

@@ -74,7 +74,7 @@ def draw(points):
 def counts(config, device):
     ckpt, judge = config.ckpt, config.judge
     if config.quick:
-        ckpt, judge = (train_model(config, name, f"--data python {flag}") for name, flag in
+        ckpt, judge = (train_model(config, name, flag) for name, flag in
                        (("out-canvas", ""), ("out-judge", "--attention causal")))  # fmt: skip
     model, tokenizer, checkpoint = load_checkpoint(ckpt, device)
     judge, corpus = load_checkpoint(judge, device)[:2], checkpoint["train"]["data"]

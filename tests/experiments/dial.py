@@ -4,14 +4,14 @@ python tests/experiments/dial.py --seeds 3     # two and a half hours on two cor
 """
 
 import numpy as np
-from common import EARLIER, bound, context_of, evaluations, main, plot, train_model, windows
+from common import BYTES, EARLIER, bound, context_of, evaluations, main, plot, train_model, windows
 
 from data.lib.machine import autocast
 from data.lib.prompt import MOST
 from model import load_checkpoint
 from sample import log_likelihood
 
-MINUTES = {"shakespeare": 5, "python": 10}
+MINUTES = {"shakespeare": 5, BYTES: 10}
 
 
 def attentions(config):

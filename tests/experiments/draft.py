@@ -6,7 +6,7 @@ python tests/experiments/draft.py     # 15 minutes of two cores for the models, 
 import time
 
 import torch
-from common import bound, context_of, main, plot, train_model, windows
+from common import BYTES, bound, context_of, main, plot, train_model, windows
 
 from data.lib.machine import autocast, device_of
 from model import load_checkpoint
@@ -62,9 +62,9 @@ def draft(config, device):
     steps = checkpoint["step"]
     path = train_model(config, "out-append", f"--attention causal --max_iters {steps}")
     gpt, _, _ = load_checkpoint(path, device)
-    append, alone = (bound(x, windows("python", T)) for x in (model, gpt))
+    append, alone = (bound(x, windows(BYTES, T)) for x in (model, gpt))
     print(f"after {steps:,} steps: append half {append:.3f} nats per byte, a GPT {alone:.3f}")
-    shared = overlap(model, windows("python", T, 24 * T).to(device)).tolist()
+    shared = overlap(model, windows(BYTES, T, 24 * T).to(device)).tolist()
     print(f"probability that each draft shares with the GPT: {', '.join(f'{x:.3f}' for x in shared)}")
     flags = f"--init_from {path} --attention draft:4 --freeze --max_iters 500 --evals 1"
     frozen, _, _ = load_checkpoint(train_model(config, "out-frozen", flags), device)

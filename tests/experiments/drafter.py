@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from unittest import mock
 
 import torch.nn as nn
-from common import bound, context_of, main, train_model, windows
+from common import BYTES, bound, context_of, main, train_model, windows
 from draft import overlap, write
 
 import model as network
@@ -80,10 +80,10 @@ def measure(config, device, number, K):
     T, flags = context_of(config), f"--attention draft:{K} --max_iters {config.steps} --evals 1"
     checkpoint = train_model(config, f"out-drafter-{config.steps}-{number}", flags, train_here)
     model, _, _ = network.load_checkpoint(checkpoint, device)
-    shared = overlap(model, windows("python", T, 24 * T).to(device)).tolist()
+    shared = overlap(model, windows(BYTES, T, 24 * T).to(device)).tolist()
     texts = 2 if config.quick else 32
     passes = [write(model, T, texts, texts, 1.0, n, "float32")[1] for n in LENGTHS]
-    return shared, [T / counts.float().mean().item() for counts in passes], bound(model, windows("python", T, 2**17))
+    return shared, [T / counts.float().mean().item() for counts in passes], bound(model, windows(BYTES, T, 2**17))
 
 
 def drafter(config, device):

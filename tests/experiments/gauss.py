@@ -17,7 +17,7 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import bound, context_of, evaluations, main, pair_entropy, plot, train_model, windows, write
+from common import BYTES, bound, context_of, evaluations, main, pair_entropy, plot, train_model, windows, write
 
 from data.lib.corpus import load_corpus, random_windows
 from data.lib.flags import Level, Span
@@ -200,12 +200,12 @@ def denoise(model, canvas, steps=128, slant=0.0, seed=0):
 def train_gauss(config, device, slant):
     """Train on Python's library as train.py does: the model, its steps, and the bound after some of the minutes."""
     T = context_of(config)
-    split, _, tokenizer, meta = load_corpus("python", T)
+    split, _, tokenizer, meta = load_corpus(BYTES, T)
     size = {"n_layer": 1, "n_embd": 16, "batch_size": 4, "max_iters": 3} if config.quick else {}
     flags = TrainConfig(context=T, max_minutes=config.minutes, evals=12, prompt_len=Span(0, 0), **size)
     torch.manual_seed(0)
     run = Run(flags, Gauss(model_config(ModelConfig, flags, tokenizer)).to(device).train(), device, meta, tokenizer)
-    some, curve = windows("python", T, 2**15), []
+    some, curve = windows(BYTES, T, 2**15), []
     while run.progress() < 1:
         x0, _ = random_windows(split, flags.batch_size, T, run.generator)
         t = draw_levels(widened(flags, run.progress()), len(x0), 1, run.generator)
@@ -227,8 +227,8 @@ def gauss(config, device):
     for name, more in baselines.items():
         baselines[name] = train_model(config, f"out-noise/{name}-{config.minutes}", f"{flags} {more}")
     judge, _, _ = load_checkpoint(baselines["judge"], device)
-    T, n, tokenizer = context_of(config), config.texts, load_corpus("python")[2]
-    tokens, real = windows("python", T), windows("python", T, n * T)
+    T, n, tokenizer = context_of(config), config.texts, load_corpus(BYTES)[2]
+    tokens, real = windows(BYTES, T), windows(BYTES, T, n * T)
     print("| noise | steps | bound, nats per byte | its text, nats per byte | bits per pair of bytes |")
     print(f"| text of the corpus | | | {bound(judge, real):.3f} | {pair_entropy(real):.2f} |")
 

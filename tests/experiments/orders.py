@@ -3,7 +3,7 @@
 python tests/experiments/orders.py     # an hour on two cores
 """
 
-from common import EARLIER, OWN_PACE, bound, log_ticks, main, pair_entropy, plot, train_model, windows, write
+from common import BYTES, EARLIER, OWN_PACE, bound, log_ticks, main, pair_entropy, plot, train_model, windows, write
 
 from model import load_checkpoint
 from sample import ORDERS
@@ -22,7 +22,7 @@ def orders(config, device):
         """Two numbers, because a text that repeats itself looks likely to any judge (2604.02718)."""
         return bound(judge, texts, draws=16), pair_entropy(texts)
 
-    real = quality(windows("python", T, config.texts * T))
+    real = quality(windows(BYTES, T, config.texts * T))
     print("| text of the corpus | | {:.3f} | {:.2f} |".format(*real))
     for marker, order in zip("osD^vPX*", (*ORDERS, "remask")):
         points = []

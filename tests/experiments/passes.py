@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import bound, main, pair_entropy, train_model, windows
+from common import BYTES, bound, main, pair_entropy, train_model, windows
 
 from data.lib import kernels
 from data.lib.corpus import load_corpus
@@ -244,7 +244,7 @@ def passes(config, device):
         print(f" {nats.mean():.2f} ({nats.std(correction=0):.2f}), {bits:.1f}, {counts} |", end="", flush=True)
 
     print("| text of the corpus |", end="")
-    cell(windows("python", T, config.seeds * n * T).split(n), [[]])
+    cell(windows(BYTES, T, config.seeds * n * T).split(n), [[]])
     for name, (function, model, settings) in rows.items():
         print(f"\n| {name} |", end="")
         for flags in settings:

@@ -6,7 +6,7 @@ python tests/experiments/speed.py     # 20 minutes on two cores, after dial.py a
 import time
 from collections import namedtuple
 
-from common import OWN_PACE, bound, context_of, main, pair_entropy, plot, windows, write
+from common import BYTES, OWN_PACE, bound, context_of, main, pair_entropy, plot, windows, write
 from dial import attentions, trained_model
 
 from model import load_checkpoint
@@ -32,14 +32,14 @@ def ways_to_write(attention, T):
 
 def speed(config, device):
     # A judge says how likely a text is: a causal model of another seed, trained for longer.
-    judge, _, _ = load_checkpoint(trained_model(config, "python", "causal", 9, 15), device)
+    judge, _, _ = load_checkpoint(trained_model(config, BYTES, "causal", 9, 15), device)
     T, sizes, points = context_of(config), (1, config.texts), []
-    real = windows("python", T, config.texts * T)
+    real = windows(BYTES, T, config.texts * T)
     real = bound(judge, real), pair_entropy(real)
     print(f"| attention | way | passes | nats per byte | bits per pair | tokens/s at batch 1 | at {config.texts} |")
     print("| text of the corpus | | | {:.3f} | {:.2f} | | |".format(*real))
     for attention in attentions(config):
-        model, _, _ = load_checkpoint(trained_model(config, "python", attention), device)
+        model, _, _ = load_checkpoint(trained_model(config, BYTES, attention), device)
         for curve, way, flags in ways_to_write(attention, T):
             speeds = []
             for n in sizes:

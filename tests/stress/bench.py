@@ -23,6 +23,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -204,8 +205,8 @@ def order_rows(device):
 
 
 def bound_rows(device):
-    model, _, _ = load_checkpoint(ROOT / "out" / "ckpt.pt", device)
-    _, val, _, _ = load_corpus("python", 256)
+    model, _, checkpoint = load_checkpoint(ROOT / "out" / "ckpt.pt", device)
+    _, val, _, _ = load_corpus(checkpoint["train"]["data"], 256)
     tokens = torch.from_numpy(spaced_windows(val, 256, 2**18)[0])  # (1024, 256)
     with autocast(device):
         error = standard_error(*sequence_bounds(model, tokens, draws=8)) * 2**0.5  # of half as many tokens
@@ -234,8 +235,7 @@ def bound_rows(device):
 
 def step_seconds(attentions, device):
     """Seconds of a training step of the default model under each attention."""
-    train_split, _, _, _ = load_corpus("python", 256)
-    steps = []
+    train_split, steps = np.random.default_rng(0).integers(256, size=2**16), []
     for name in attentions:
         config = with_implied(TrainConfig(max_iters=1000, attention=Attention.from_text(name)), {})
         torch.manual_seed(0)
