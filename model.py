@@ -123,7 +123,7 @@ class Attention(nn.Module):
         # Without these norms the attention logits grow under Muon.
         self.query_norm, self.key_norm = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
 
-    def place(self, q, k, layout):
+    def rotate(self, q, k, layout):
         """Rotate queries and keys (B, S, H, D) by their positions."""
         asking = (angles[..., layout.first :, :, :] for angles in layout.angles)
         return rotate(q, *asking), rotate(k, *layout.angles)
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         q, k, v = self.query(x[:, layout.first :]), self.key(x), self.value(x)
         q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in (q, k, v))  # (B, S, H, D)
         q, k = self.query_norm(q).type_as(v), self.key_norm(k).type_as(v)  # CUDA's autocast leaves norms in float32
-        q, k, v = (y.transpose(1, 2) for y in (*self.place(q, k, layout), v))  # (B, H, S, D)
+        q, k, v = (y.transpose(1, 2) for y in (*self.rotate(q, k, layout), v))  # (B, H, S, D)
         if layout.cache is not None:
             k, v = layout.cache.join((self, "key"), k), layout.cache.join((self, "value"), v)
         y = attend(q, k, v, self.dropout, layout.sees, layout.causal)  # softmax(q k^T / sqrt(D)) v
@@ -163,16 +163,17 @@ class Convolution(nn.Module):
         self.right = config.within_block(config.conv_right)  # fewer, if a canvas model is fine-tuned with blocks
 
     def forward(self, x, layout):
-        (B, S, C), n, K, left = x.shape, layout.n, layout.width, self.left
+        (B, S, C), n, width, left = x.shape, layout.n, layout.width, self.left
         text, groups = x[:, :n], x[:, n:]
         # These begin `left` places before the text, so what is before a row begins where the row does.
         before = F.pad(text, (0, 0, left, 0)) if layout.cache is None else layout.cache.recent(self, text, left)
-        before = before[:, layout.starts[:, None] + torch.arange(left, device=x.device)]  # (B, N, left, C)
-        rows = torch.cat([F.pad(part, (0, 0, 0, -part.shape[1] % K)) for part in (text, groups)], 1)  # (B, N * K, C)
+        before = before[:, layout.starts[:, None] + torch.arange(left, device=x.device)]  # (B, R, left, C), of R rows
+        rows = [F.pad(part, (0, 0, 0, -part.shape[1] % width)) for part in (text, groups)]  # up to the end of a row
         after = x.new_zeros(B, len(layout.starts), self.right, C)
-        rows = torch.cat((before, rows.unflatten(1, (-1, K)), after), 2)  # (B, N, left + K + right, C)
+        rows = torch.cat(rows, 1).unflatten(1, (-1, width))  # (B, R, width, C)
+        rows = torch.cat((before, rows, after), 2)  # (B, R, left + width + right, C)
         y = depthwise_convolution(rows, self.weight.flatten(1)[:, : left + 1 + self.right]).flatten(1, 2)
-        return x + torch.cat((y[:, :n], y[:, n + -n % K :][:, : S - n]), 1)
+        return x + torch.cat((y[:, :n], y[:, n + -n % width :][:, : S - n]), 1)
 
 
 class Layer(nn.Module):
@@ -283,10 +284,10 @@ class Transformer(nn.Module):
             sees = cache.sees(sees)
         return Layout(self.angles(positions), sees, causal, n, width, starts, cache), positions
 
-    def run(self, text, groups, places, K, cache=None, first=0):
+    def run(self, text, groups, places, group, cache=None, first=0):
         """Vectors (B, S - first, C) of the text (B, n) after the cache and of groups (B, M); for places, see `plan`."""
         n = text.shape[1]
-        layout, positions = self.plan(n, places, K, cache)
+        layout, positions = self.plan(n, places, group, cache)
         x = self.embed(torch.cat((text, groups), 1), positions)  # (B, S, C)
         for i, layer in enumerate(self.layers):
             if self.config.draft_rank and n < x.shape[1]:  # the groups are masks
@@ -327,9 +328,10 @@ class Transformer(nn.Module):
 
     def append_and_draft(self, x0, where, first):
         """`forward` for training a GPT that drafts. where: indices. A draft sees the true tokens before it."""
-        (B, T), K = x0.shape, self.config.draft_len
-        text, places = self.read(x0, x0), torch.arange(first, first + (T - first) // K * K, device=x0.device)  # (M,)
-        x = self.run(text, x0.new_full((B, len(places)), self.config.mask_id), places, K)  # (B, T + M, C)
+        (B, T), group = x0.shape, self.config.draft_len
+        text = self.read(x0, x0)
+        places = torch.arange(first, first + (T - first) // group * group, device=x0.device)  # (M,)
+        x = self.run(text, x0.new_full((B, len(places)), self.config.mask_id), places, group)  # (B, T + M, C)
         row, place = where
         drafted = x[row, T + (place - first).clamp(0, len(places) - 1)]  # (N, C)
         look = Drafter.LOOK

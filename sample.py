@@ -97,7 +97,7 @@ def fill(canvas, n_steps, look, take, draws, mask_id, score, count):
 
 
 def rewrite(canvas, n_steps, look, take, draws, mask_id):
-    """Order `remask`: each step draws new tokens for a growing share of the places, and masks all others.
+    """Order `remask`: each step draws new tokens for a growing random share of the places, and masks all others.
 
     The model sees the tokens that it replaces (nathan.rs/posts/roberta-diffusion).
     """
@@ -154,8 +154,8 @@ def denoise(
     A hole is where canvas is `model.config.mask_id`; all other tokens are prompt, and stay. After step k of n, k/n of
     each row's holes are set, unless the order sets its own pace. steps: as --steps by default.
 
-    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`. A GPT writes from left to right whatever the order,
-        and unless it is "left", one that was trained to draft drafts draft_len tokens in each pass (default: as then).
+    order: a key of ORDERS, or "remask". tau, gamma: see `how_many`. A GPT writes from left to right whatever the order.
+        If it was trained to draft, it drafts draft_len tokens a pass (default: as in training), but not by "left".
     block: fill the canvas from left to right in blocks of K tokens, which share the steps (semi-autoregressive,
         2502.09992). Default: the model's own blocks; else the whole canvas if it fits the context; else quarters of
         the context, in a sliding window. ValueError if K does not divide the model's blocks.

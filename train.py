@@ -155,7 +155,10 @@ def hole_weights(weight, rate, slope, holes, maskable):
 
 
 def loss_of(model, x0, xt, holes, weights):
-    """The weighted cross-entropy of each text's holes, (B,), in nats; the weights normalise it."""
+    """The weighted cross-entropy of each text's holes, (B,), in nats; the weights normalise it.
+
+    holes: (B, T) bool, or its nonzero indices, as `machine.send` copies it to a device.
+    """
     logits = model(xt, where=holes, clean=x0)  # (N, V)
     loss = torch.zeros_like(weights)  # (B, T)
     loss[holes] = weights[holes] * kernels.cross_entropy(logits, x0[holes])
@@ -166,11 +169,11 @@ def loss_with_drafts(model, x0, xt, holes, weights, K, first, frozen=False):
     """The mean of two losses of each text, (B,): of what a GPT appends, and of its drafts, in groups of K from `first`.
 
     The drafts of a frozen GPT (--freeze) learn its distribution instead of the true tokens, and nothing else learns.
-    The other parameters are those of loss_of.
+    The other parameters are those of loss_of, but holes are indices.
     """
-    T = x0.shape[1]
+    T, (_, place) = x0.shape[1], holes
     n_drafted = (T - first) // K * K
-    is_drafted = (holes[1] >= first) & (holes[1] < first + n_drafted)  # (N,)
+    is_drafted = (place >= first) & (place < first + n_drafted)  # (N,)
     append, draft = model(xt, where=holes, clean=x0, drafts_from=first)  # (N, V) each
     if frozen:
         append = append.detach()
@@ -321,7 +324,7 @@ def update(run, batch):
 
 
 def train(run, split, log, rates, signals):
-    """Train until the run ends or `signals` has one."""
+    """Train until the run ends, or a signal (Ctrl-C, SIGTERM) is in the list `signals`."""
     config, stopped = run.config, False
     while not stopped and run.progress() < 1:
         level = widened(config, run.progress())

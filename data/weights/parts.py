@@ -46,8 +46,8 @@ class PublishedAttention(Attention):
         self.key, self.value = (nn.Linear(C, shared, bias) for _ in range(2))
         self.query_norm = self.key_norm = nn.Identity()
 
-    def place(self, q, k, layout):
-        return (q, k) if layout.angles is None else super().place(q, k, layout)
+    def rotate(self, q, k, layout):
+        return (q, k) if layout.angles is None else super().rotate(q, k, layout)
 
 
 class PublishedMLP(MLP):

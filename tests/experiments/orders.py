@@ -9,7 +9,7 @@ from model import load_checkpoint
 from sample import ORDERS
 
 STEPS = (8, 16, 32, 64, 128, 256)
-TITLES = "NELBO under the judge, nats per byte", "entropy of byte pairs, bits"
+TITLES = "NELBO under the judge, nats per byte", "entropy of pairs of bytes, bits"
 
 
 def orders(config, device):

@@ -44,7 +44,7 @@ def save_untrained(checkpoint, path):
 
 
 def judge_texts(texts, judge):
-    """Mean nats per byte of texts under the judge, (model, tokenizer), and the entropy of their byte pairs, in bits."""
+    """Mean nats per byte of texts under the judge, (model, tokenizer); the entropy of their pairs of bytes, in bits."""
     with autocast(device_of(judge[0])):
         nats = [nats_per_byte(*judge, text, log_likelihood) for text in texts]
     return sum(nats) / len(nats), pair_entropy(torch.tensor([list("\n".join(texts).encode())]))
