@@ -64,7 +64,7 @@ class SampleConfig:
     score: str | None = flag(None, "print a file's likelihood under this order and steps; - is stdin")
     watch: bool = flag(False, "show the canvas while it fills, in a terminal")
     race: bool = flag(False, "watch the included models append, draft and set, side by side, each at its own speed")
-    page: bool = flag(False, "serve a page on this machine, where you type, watch and set letters by hand")
+    page: bool = flag(False, "serve a page on this machine, where you type, watch and set tokens by hand")
     save: str | None = flag(None, "save how texts filled, as a page (run.html), or the first as an animation (run.svg)")
     overwrite: bool = flag(False, "let --save replace a file")
     device: str = flag("auto", "auto (cuda, then mps, then cpu) or a device's name")

@@ -1,4 +1,4 @@
-"""Serves a page on 127.0.0.1 where you type a prompt, watch canvases fill and set letters by hand (`--page`)."""
+"""Serves a page on 127.0.0.1 where you type a prompt, watch canvases fill and set tokens by hand (`--page`)."""
 
 import contextlib
 import copy
