@@ -361,6 +361,11 @@ def test_an_export_is_the_original_for_transformers_and_for_us(name, merges, run
     assert again.config == model.config
     assert tokenizer_again.state == tokenizer.state
     assert_equal(again.state_dict(), model.state_dict())
+    drafts, _, _ = load_checkpoint(tmp_path / "a.pt", draft_len=4)
+    save_checkpoint(tmp_path / "drafts.pt", drafts, tokenizer)
+    run(tmp_path / "drafts.pt", "--export", tmp_path / "without-drafts")
+    run(tmp_path / "without-drafts", "--out", tmp_path / "c.pt")
+    assert_equal(load_checkpoint(tmp_path / "c.pt")[0].state_dict(), model.state_dict())
 
 
 def test_an_exported_file_has_no_more_than_the_weights(checkpoint, original, run, tmp_path):

@@ -264,3 +264,11 @@ def test_tokenizers_that_are_none_of_ours_are_refused_in_a_sentence(llada, mista
     ):
         (llada / "tokenizer.json").write_text(json.dumps({**whole, **changes}))
         assert names in mistake(llada, "--out", tmp_path / "out.pt"), changes
+
+
+def test_a_setting_that_tokenizers_assumes_is_assumed(llada):
+    """Without `use_regex` words are cut by GPT-2's pattern."""
+    edit(llada / "tokenizer.json", pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True})
+    text, reference = "They're 12 words,  and spaces\n\n", Tokenizer.from_file(str(llada / "tokenizer.json"))
+    _, tokenizer, _, _ = data.weights.prepare.convert(llada)
+    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """Real published weights against figures that transformers 5.24 gave for the same files, in float32.
 
-Each test needs a folder in the hub's layout, and is skipped unless an environment variable names it: SETITEM_SMOLLM2
-is SmolLM2-135M-Instruct with weights rounded to four bits, SETITEM_MINILM is all-MiniLM-L6-v2. SETITEM_SENTENCEPIECE is
-a file of sentencepiece's byte pairs, such as Llama 2's or Mistral 7B's tokenizer.model.
+Each test needs real files, and is skipped unless an environment variable names them: SETITEM_SMOLLM2 is a folder with
+SmolLM2-135M-Instruct, its weights rounded to four bits, SETITEM_MINILM one with all-MiniLM-L6-v2, and
+SETITEM_SENTENCEPIECE a file of sentencepiece's byte pairs, such as Llama 2's or Mistral 7B's tokenizer.model.
 """
 
 import os
@@ -26,30 +26,9 @@ TEXT = (
     "Once upon a time there were 3 little pigs, and the youngest of them lived in a house made of straw. "
     'One day a wolf came by. He said: "Little pig, little pig, let me come in."\n'
 )
-SMOLLM2_IDS = [
-    6403,
-    1980,
-    253,
-    655,
-    665,
-    592,
-    216,
-    35,
-    1838,
-    14668,
-    28,
-    284,
-    260,
-    20556,
-    282,
-    601,
-    4161,
-    281,
-    253,
-    2291,
-]
-SMOLLM2_IDS += [1135, 282, 11363, 30, 1963, 1194, 253, 14600, 2422, 411, 30, 909, 1137, 42, 476, 24401, 6342, 28, 1838]
-SMOLLM2_IDS += [6342, 28, 1303, 549, 1690, 281, 1270, 198]
+SMOLLM2_IDS = [6403, 1980, 253, 655, 665, 592, 216, 35, 1838, 14668, 28, 284, 260, 20556, 282, 601, 4161, 281, 253]
+SMOLLM2_IDS += [2291, 1135, 282, 11363, 30, 1963, 1194, 253, 14600, 2422, 411, 30, 909, 1137, 42, 476, 24401]
+SMOLLM2_IDS += [6342, 28, 1838, 6342, 28, 1303, 549, 1690, 281, 1270, 198]
 COLUMNS = [0, 2, 28, 198, 253, 1042, 20000, 49151]
 SMOLLM2_LOGITS = {  # at some positions, of these tokens
     0: [13.48003, 6.36005, 22.35274, 21.26353, 19.15259, 10.37871, 8.8146, 0.97229],

@@ -105,10 +105,9 @@ class BPETokenizer(Tokenizer):
         bytes_there = {bytes([i]) for i in range(256)} <= ranks.keys()
         if form not in (None, "NFC", "sentencepiece") or not each_once or not bytes_there:
             raise ValueError("its tokens or their ids repeat, or some of them are missing")
-        id_of, self.spelled = dict(zip(tokens, self.ids)), {}  # spelled: the ids of the bytes of tokens with the id -1
-        for rank, token in enumerate(tokens):
-            if id_of[token] == -1:
-                self.spelled[rank] = [id_of[byte] for byte in token if id_of[byte] != -1]
+        id_of = dict(zip(tokens, self.ids))
+        helpers = ((rank, token) for rank, token in enumerate(tokens) if id_of[token] == -1)  # they only help to merge
+        self.spelled = {rank: [id_of[byte] for byte in token if id_of[byte] != -1] for rank, token in helpers}
         self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):

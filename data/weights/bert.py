@@ -89,7 +89,7 @@ def convert(folder, theirs, settings, tensors):
 
 
 def export(path, model, tokenizer):
-    """config.json, other text files by name, tensors by our names, NAMES, and the prefix of all but the head."""
+    """Return config.json, other text files by name, tensors by our names, the names of both, and the body's prefix."""
     config = model.config
     if config.block is not None or config.shift_id is not None:
         raise Mistake(f"{path}: it was trained with another attention, so it is not a RoBERTa or BERT any more")

@@ -115,8 +115,8 @@ def read_bpe(folder):
 
 
 def add_row(tensors):
-    """Give `<mask>` a row after the last token. Its mean favours no token once the attention is opened."""
-    for name in TABLES & tensors.keys():  # a GPT never reads the row
+    """Give `<mask>` a row after the last token: the mean of the others, which favours none of them."""
+    for name in TABLES & tensors.keys():
         mean = tensors[name].float().mean(0, keepdim=True)
         tensors[name] = torch.cat((tensors[name], mean.type_as(tensors[name])))
 
@@ -150,8 +150,9 @@ def read_tokenizer_json(folder):
     if theirs["normalizer"] == {"type": "Sequence", "normalizers": SPACES} and not first and model["type"] == "BPE":
         return read_sentencepiece(path, model["vocab"] | added, model["merges"])
     *splits, letters = first.get("pretokenizers", [first])
+    letters = {"use_regex": True} | letters  # as `tokenizers` reads it
     digits = splits == [{"type": "Digits", "individual_digits": True}]
-    pattern = splits[0]["pattern"]["Regex"] if splits and not digits else DIGITS_PATTERN if digits else GPT2_PATTERN
+    pattern = DIGITS_PATTERN if digits else splits[0]["pattern"]["Regex"] if splits else GPT2_PATTERN
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": digits or not splits}
     form = "NFC" if theirs["normalizer"] == {"type": "NFC"} else None
@@ -159,7 +160,7 @@ def read_tokenizer_json(folder):
     changes = form is None and theirs["normalizer"], *map(model.get, names)
     known = (digits or splits in ([], [split])) and last.items() <= letters.items() and model["type"] == "BPE"
     if not known or any(changes):
-        raise Mistake(f"{path}: it is neither a byte-level BPE that leaves the text as it is nor TinyLlama's kind")
+        raise Mistake(f"{path}: it is neither a byte-level BPE with one pattern for words nor TinyLlama's kind")
     absent = {symbol: -1 for symbol in byte_symbols() if symbol not in model["vocab"]}
     text, special = split_bpe(absent | model["vocab"] | added, model["merges"])
     for token in theirs["added_tokens"]:  # these are written like text, such as <think>

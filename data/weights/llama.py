@@ -17,7 +17,6 @@ SETTINGS = {"vocab_size": "vocab_size", "context": "max_position_embeddings", "n
 SETTINGS |= {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads"}
 SETTINGS |= {"mlp_width": "intermediate_size", "activation": "hidden_act", "norm_eps": "rms_norm_eps"}
 SETTINGS |= {"rope_base": "rope_theta"}
-DEFAULTS = {"rope_theta": 10000.0}  # older files don't say it
 REQUIRED = {"attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_interleaved": False}
 REQUIRED |= {"use_sliding_window": False, "rope_type": "default"}
 NAMES = {"embed_tokens": "token_embedding", "norm": "final_norm", "lm_head": "head"}

@@ -28,11 +28,11 @@ def convert(folder):
     """Convert a folder: (model, tokenizer, names of tensors left out, dict of extra entries for the checkpoint)."""
     path = folder / "config.json"
     theirs = hub.read_json(path)
-    theirs |= theirs.get("rope_parameters") or {}  # where transformers 5 writes them
+    # Older Llamas don't say their base, and transformers 5 writes it here.
+    theirs = {"rope_theta": 10000.0} | theirs | (theirs.get("rope_parameters") or {})
     family = FAMILY.get(str(theirs.get("model_type")))
     if not family:
         raise Mistake(f"{path}: its model_type is {theirs.get('model_type')}, and we only know {', '.join(FAMILY)}")
-    theirs = getattr(family, "DEFAULTS", {}) | theirs
     if other := [name for name, value in family.REQUIRED.items() if theirs.get(name, value) != value]:
         raise Mistake(f"{path}: {other[0]} is {theirs[other[0]]}, but our network needs {family.REQUIRED[other[0]]}")
     if missing := [name for name in family.SETTINGS.values() if theirs.get(name) is None]:
@@ -58,7 +58,7 @@ def convert(folder):
 
 def write_model(path, folder):
     """Write a checkpoint's model to a folder, in the hub's layout."""
-    model, tokenizer, _ = load_checkpoint(path)
+    model, tokenizer, _ = load_checkpoint(path, draft_len=None, draft_rank=0)  # a GPT-2 without its drafts
     if model.family not in ("bert", "gpt2"):
         raise Mistake(f"{path}: only a RoBERTa, a BERT or a GPT-2 can be exported")
     if (folder / "config.json").exists():

@@ -2,7 +2,7 @@
 
 python data/weights/prepare.py smollm2-135m-instruct
 python data/fairytales/prepare.py --name fairytales-smollm2 --tokenizer data/weights/smollm2-135m-instruct.pt
-python tests/experiments/adapt.py --tokens 3000000    # for each of six runs; nine short ones choose learning rates
+python tests/experiments/adapt.py --tokens 100000    # for each of six runs; nine short ones choose learning rates
 """
 
 from pathlib import Path
@@ -68,4 +68,4 @@ def adapt(config, device):
 
 
 if __name__ == "__main__":
-    main(adapt, tokens=3_000_000, gpt="data/weights/smollm2-135m-instruct.pt")
+    main(adapt, tokens=100_000, gpt="data/weights/smollm2-135m-instruct.pt")

@@ -2,7 +2,7 @@
 
 python data/weights/prepare.py smollm2-135m-instruct
 python data/fairytales/prepare.py --name fairytales-smollm2 --tokenizer data/weights/smollm2-135m-instruct.pt
-python tests/experiments/real_drafts.py --minutes 60    # minutes per run; there are two
+python tests/experiments/real_drafts.py --minutes 40    # minutes per run; there are two
 """
 
 import itertools
@@ -19,7 +19,7 @@ from data.lib.machine import autocast, device_of
 from model import Drafter, load_checkpoint
 from sample import denoise
 
-HOW = "--attention draft:4 --freeze --batch_size 2 --evals 2 --eval_tokens 4096"
+TRAINING = "--attention draft:4 --freeze --batch_size 2 --evals 2 --eval_tokens 4096"
 LENGTHS, PRECISIONS = (0, 2, 3, 4), ("float32", "bfloat16")  # drafts in a pass; 0: append
 
 
@@ -47,7 +47,7 @@ def real_drafts(config, device):
     print("| --- " * 7 + "|")
     for name, drafter in (("looks at four tokens", Drafter), ("looks at none", NoLook)):
         with mock.patch("model.Drafter", drafter):
-            flags = f"{HOW} --data {corpus} --init_from {gpt} --max_minutes {config.minutes}"
+            flags = f"{TRAINING} --data {corpus} --init_from {gpt} --max_minutes {config.minutes}"
             path = train_model(config, f"out-real-{drafter.__name__}-{config.minutes}", flags, train_here)
             model, _, checkpoint = load_checkpoint(path, device)
         shared = overlap(model, windows(corpus, T, 8 * T).to(device)).tolist()
@@ -57,17 +57,17 @@ def real_drafts(config, device):
         for precision in PRECISIONS:  # float32 first, because packed matrices are bfloat16
             pack(model, getattr(torch, precision))
             continue_texts(model, prompts[:1], n, 0.0, 4, precision)  # to warm up
-            for how in itertools.product((0.0, 1.0), LENGTHS):
-                runs[(*how, precision)] = continue_texts(model, prompts, n, *how, precision)
+            for temperature, K in itertools.product((0.0, 1.0), LENGTHS):
+                runs[temperature, K, precision] = continue_texts(model, prompts, n, temperature, K, precision)
         for temperature, K in itertools.product((0.0, 1.0), LENGTHS):
-            base, drafted = ([runs[temperature, k, p] for p in PRECISIONS] for k in (0, K))
-            texts, per_pass, _ = drafted[0]
-            speed = " | ".join(f"{x[2] / y[2]:.2f}" for x, y in zip(base, drafted))
-            same = texts.eq(base[0][0]).all(1).sum().item()
+            base, drafted = ([runs[temperature, k, precision] for precision in PRECISIONS] for k in (0, K))
+            (appended, _, _), (texts, per_pass, _) = base[0], drafted[0]
+            speed = " | ".join(f"{before / after:.2f}" for (*_, before), (*_, after) in zip(base, drafted))
+            same = texts.eq(appended).all(1).sum().item()
             row = f"{temperature:g} | {K} | {per_pass:.2f} | {speed} | {same} of {len(prompts)}"
             print(f"| {name} | {row} |", flush=True)
     print("", *notes, sep="\n")
 
 
 if __name__ == "__main__":
-    main(real_drafts, minutes=60, texts=8, gpt="data/weights/smollm2-135m-instruct.pt")
+    main(real_drafts, minutes=40, texts=6, gpt="data/weights/smollm2-135m-instruct.pt")
