@@ -49,7 +49,13 @@ def some_noise():
     return "".join(draw.choices("aab é'7_ \n", k=20_000))
 
 
-@pytest.mark.parametrize("text", [some_code, some_noise])
+def some_scripts():
+    """Letters with combining marks, which belong to their words, and numbers that aren't digits."""
+    draw = random.Random(1)
+    return " ".join(draw.choices("हिन्दी भाषा में cafe\u0301 שָׁלוֹם ภาษาไทย m² ½ x₂ ٣٤ a_b".split(), k=2_000))
+
+
+@pytest.mark.parametrize("text", [some_code, some_noise, some_scripts])
 def test_the_tokens_and_their_order_are_those_of_tokenizers(text):
     text, n = text(), 1000
     theirs = reference(text, n)

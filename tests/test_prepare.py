@@ -40,6 +40,7 @@ PREPARE_MISTAKES = [
     ("wikitext", ["wikitext103", "--file", "none"], "none"),
     ("digits", ["mnist", "--dir", "none"], "No such file"),
     ("digits", ["--name", "python"], "data/python is this project's own folder"),
+    ("python", ["--tokenizer", "bytes", "--name", "digits"], "data/digits is this project's own folder"),
     ("fineweb", ["--shards", "0"], "at least 1"),
 ]
 

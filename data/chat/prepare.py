@@ -58,6 +58,6 @@ def main(
     tokenizer: str = flag("bytes", "bytes, or a checkpoint's path, whose chat template is taken, too"),
 ):
     name = name or Path(path).resolve().stem
-    check_name(name, own="")
+    check_name(name)
     prepare(path, val, name, tokenizer_by_name(tokenizer))
     print(f"`python train.py --data {shlex.quote(name)} --out_dir {shlex.quote(f'out-{name}')}` trains on it")

@@ -68,7 +68,7 @@ def main(
     dir: str | None = flag(None, "a folder with copies of MNIST's four files, instead of the download"),
     name: str | None = flag(None, "folder of data/ to write (default: the corpus)"),
 ):
-    check_name(name or corpus, own="digits")
+    check_name(name or corpus)
     if corpus == "mnist":
         splits, source = [*read_mnist(dir)], "MNIST"
     else:

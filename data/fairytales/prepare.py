@@ -35,7 +35,7 @@ def main(
     name: str = flag("fairytales", "folder of data/ to write"),
     tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
-    check_name(name, own="fairytales")
+    check_name(name)
     tokenizer = tokenizer_by_name(tokenizer)
     copy = dir or download(URL, DATA / "fairytales" / "tales.zip", instead="--dir takes a copy of section-stories")
     try:

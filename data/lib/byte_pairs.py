@@ -8,9 +8,17 @@ import re
 from collections import Counter, defaultdict
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from unicodedata import category
 
 # No token reaches across these, much as in GPT-2: words and numbers with the space before them, other marks, spaces.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
+
+
+def words_of(text):
+    """Cut a text as tiktoken will: for it combining marks are letters, and numbers such as ² aren't; `re` differs."""
+    stand_ins = {c: "+" if category(c) == "No" else "a" for c in {*text} if category(c) in ("Mc", "Me", "Mn", "No")}
+    same = text.translate(str.maketrans(stand_ins))
+    return [text[word.start() : word.end()] for word in re.finditer(PATTERN, same)]
 
 
 def merge(word, pair, new):
@@ -26,7 +34,7 @@ def merge(word, pair, new):
 
 def learn_byte_pairs(texts, n):
     """Learn n tokens, bytes each, in the order in which they merge. They are fewer if no pair occurs twice any more."""
-    occurrences = Counter(word for text in texts for word in re.findall(PATTERN, text))
+    occurrences = Counter(word for text in texts for word in words_of(text))
     # First the bytes, in GPT-2's order: those that show as one character in Latin-1 come before the others.
     tokens = [bytes([i]) for i in sorted(range(256), key=lambda i: (i == 32 or not chr(i).isprintable(), i))]
     id_of = {token: i for i, token in enumerate(tokens)}

@@ -28,11 +28,12 @@ SPLITS = ("train", "val")
 SCRIPT_FOLDERS = {"wikitext2": "wikitext", "wikitext103": "wikitext", "enwik8": "text8", "mnist": "digits"}
 
 
-def check_name(name, own=None):
-    """Raise Mistake if data/ can't have this folder, or (unless own is None) if it belongs to another script."""
+def check_name(name):
+    """Raise Mistake if data/ can't have this folder, or if it belongs to another script than the one that runs."""
     if name in ("", ".", "..") or Path(name).name != name:
         raise Mistake(f"--name {name}: a corpus is one folder of data/, so it needs a name, not a path")
-    if own is not None and name != own and any((DATA / name).glob("*.py")):
+    own = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent
+    if own != DATA / name and any((DATA / name).glob("*.py")):
         raise Mistake(f"--name {name}: data/{name} is this project's own folder; choose another name")
 
 

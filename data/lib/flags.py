@@ -107,8 +107,7 @@ def argument(help, default=dataclasses.MISSING):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         hint = "--help lists every flag"
-        unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
-        unknown = unknown.partition(" ")[0]
+        unknown = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
         if near := difflib.get_close_matches(unknown, self._option_string_actions, 1):
             hint = f"did you mean {near[0]}?"
         elif unknown and not unknown.startswith("-") and "--prompt" in self._option_string_actions:
@@ -169,8 +168,7 @@ def from_plain(config_class, plain):
 
 
 def script(main):
-    """Decorate a script's main function: its parameters, whose defaults are flags and arguments, are read from
-    sys.argv.
+    """Decorate a script's main function: its parameters, whose defaults are flags, are read from sys.argv.
 
     If the file is run as a script, this calls main, so main has to be the last thing in the file.
     """

@@ -138,12 +138,15 @@ class Session:
         config, tokenizer = self.config, writer.tokenizer
         how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")} | writer.flags
         seeds = range(config.seed, config.seed + config.num_samples)
-        history_of = partial(new_history, tokenizer, name=writer.name, path=writer.path, how=how)
-        rows = [(history_of(ids, seed=seed), ids, seed) for ids, seed in itertools.product(canvases, seeds)]
-        written.histories = [history for history, _, _ in rows]
+        about = f"{writer.path}, order {how['order']}, temperature {how['temperature']:g}, seed"
+        written.histories = [
+            History(tokenizer, ids, writer.name, f"{about} {seed}", prompt_of(ids, tokenizer), seed)
+            for ids, seed in itertools.product(canvases, seeds)
+        ]
         yield written.seconds
         for T in sorted({len(ids) for ids in canvases}):  # the rows of a batch have one length
-            histories, starts, seeds = zip(*(row for row in rows if len(row[1]) == T))
+            histories = [history for history in written.histories if len(history.canvas) == T]
+            starts, seeds = zip(*((history.canvas, history.seed) for history in histories))
             canvas, end_ids = torch.tensor(starts), writer.model.config.end_ids
 
             def shown(canvas):
@@ -185,12 +188,6 @@ class Session:
         nats = nats_per_byte(writer.model, tokenizer, text, self.log_likelihood, **writer.flags)
         per_token = nats * (tokenizer.canvas_len or len(text.encode())) / len(ids)
         print(f"{per_token:.4f} nats per token, {nats / math.log(2):.4f} bits per byte; {len(ids):,} tokens")
-
-
-def new_history(tokenizer, ids, name, path, how, seed):
-    """The History of a canvas that the model in path fills with these flags (how) of denoise, with its captions."""
-    about = f"{path}, order {how['order']}, temperature {how['temperature']:g}, seed {seed}"
-    return History(tokenizer, ids, name, about, prompt_of(ids, tokenizer), seed)
 
 
 def nats_per_byte(model, tokenizer, text, log_likelihood, steps=10**6, order="confidence", **flags):

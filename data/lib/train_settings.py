@@ -23,8 +23,7 @@ def attention_of(config):
         return Attention("canvas" if config.shift_id is None else "shifted")
     if config.draft_len:
         return Attention("draft", config.draft_len)
-    causal = config.block == 1 and config.shift_id is not None
-    return Attention("causal") if causal else Attention("block", config.block)
+    return Attention("causal") if config.is_gpt else Attention("block", config.block)
 
 
 def attention_fields(attention, mask_id, old=None, freeze=False):

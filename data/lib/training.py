@@ -138,7 +138,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             self.generator.set_state(state["random"])
             self.step, self.minutes = int(state["step"]), float(state["minutes"])
-            self.eval_minutes = [float(minutes) for minutes in state.get("eval_minutes", [0.0])]
+            self.eval_minutes = [float(minutes) for minutes in state["eval_minutes"]]
             self.best = float(state["best"]) if self.bound == state["bound"] else math.inf
             if min(self.step, self.minutes) < 0:
                 raise ValueError("its step or minutes are negative")

@@ -10,8 +10,7 @@ from data.lib.machine import device_of, send
 
 
 def blocks(model, canvas, steps=None, block=None, guidance=0.0):
-    """Cut a canvas (B, T) into blocks, which share the steps in proportion to their holes. The parameters are those of
-    denoise.
+    """Cut a canvas (B, T) into blocks, which share the steps in proportion to their holes. For parameters see denoise.
 
     For each block with holes, from left to right, yield its number, its slice of T, its number of steps (B, 1), and
     look(where) -> logits (N, V) at where (B, block), bool. ValueError if `block` does not divide the model's blocks.

@@ -39,7 +39,7 @@ def main(
     examples: int = flag(200_000, "questions in all, half of them sums", least=20, most=400_000),
     seed: int = flag(0, "of the questions", least=0),
 ):
-    check_name(name, own="sums")
+    check_name(name)
     path = DATA / name / "questions.jsonl"
     with replacing(path) as file:
         for question, answer in questions(examples, seed):

@@ -45,6 +45,6 @@ def main(
     tokenizer: str = flag("bytes", "bytes, gpt2, bpe:N to learn N tokens, or a checkpoint's path"),
 ):
     name = name or Path(path).resolve().stem
-    check_name(name, own="")
+    check_name(name)
     prepare(path, name, tokenizer_by_name(tokenizer), val)
     print(f"`python train.py --data {shlex.quote(name)} --out_dir {shlex.quote(f'out-{name}')}` trains on it")

@@ -1,8 +1,10 @@
 """Converts a published model's weights and tokenizer into one of our checkpoints, and back.
 
-python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, smollm2-135m, mdlm-owt, llada-8b-base, ..
-python data/weights/prepare.py FOLDER --out mine.pt    # files that you have, in the hub's layout
-python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoBERTa, BERT or GPT-2, in that layout
+    python data/weights/prepare.py roberta-base    # downloads it once; or gpt2, smollm2-135m, llada-8b-base, ..
+    python data/weights/prepare.py FOLDER --out mine.pt    # files that you have
+    python data/weights/prepare.py out/ckpt.pt --export FOLDER    # a fine-tuned RoBERTa, BERT or GPT-2
+
+Folders have the layout of huggingface.co.
 """
 
 import json
