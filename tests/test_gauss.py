@@ -280,7 +280,7 @@ def test_half_of_the_passes_have_a_guess_which_has_no_gradient():
 @pytest.mark.parametrize("slant", [0.0, 1.0])
 def test_training_lowers_the_bound(slant, tmp_path, monkeypatch):
     make_book(tmp_path)
-    (tmp_path / "data" / "book").rename(tmp_path / "data" / "python")
+    (tmp_path / "data" / "book").rename(tmp_path / "data" / "python-bytes")
     monkeypatch.setattr(data.lib.corpus, "DATA", tmp_path / "data")
     monkeypatch.setattr(gauss, "TrainConfig", lambda **flags: TrainConfig(**{**flags, "max_iters": 60, "lr": 0.02}))
     config = SimpleNamespace(quick=True, minutes=10)
