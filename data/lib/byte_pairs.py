@@ -15,7 +15,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s
 
 
 def words_of(text):
-    """Cut a text as tiktoken will: for it combining marks are letters, and numbers such as ² aren't; `re` differs."""
+    """Cut a text as tiktoken will. To tiktoken, but not to `re`, combining marks are letters and ² is none."""
     stand_ins = {c: "+" if category(c) == "No" else "a" for c in {*text} if category(c) in ("Mc", "Me", "Mn", "No")}
     same = text.translate(str.maketrans(stand_ins))
     return [text[word.start() : word.end()] for word in re.finditer(PATTERN, same)]

@@ -168,7 +168,7 @@ def from_plain(config_class, plain):
 
 
 def script(main):
-    """Decorate a script's main function: its parameters, whose defaults are flags, are read from sys.argv.
+    """Decorate a script's main function: its parameters, whose defaults are flags or arguments, come from sys.argv.
 
     If the file is run as a script, this calls main, so main has to be the last thing in the file.
     """

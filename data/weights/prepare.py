@@ -30,7 +30,7 @@ def convert(folder):
     """Convert a folder: (model, tokenizer, names of tensors left out, dict of extra entries for the checkpoint)."""
     path = folder / "config.json"
     theirs = hub.read_json(path)
-    # Older Llamas don't say their base, and transformers 5 writes it here.
+    # Older files of Llamas don't say the rotary base, and transformers 5 writes it in rope_parameters.
     theirs = {"rope_theta": 10000.0} | theirs | (theirs.get("rope_parameters") or {})
     family = FAMILY.get(str(theirs.get("model_type")))
     if not family:

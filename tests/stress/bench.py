@@ -7,7 +7,7 @@
     python tests/stress/bench.py --roberta   # writing and fine-tuning as RoBERTa, beside transformers: 10 minutes
     python tests/stress/bench.py --llama FOLDER    # appending with a published Llama, beside transformers: minutes
 
-Every speed is the best of several passes, and the two sides of a ratio are mostly timed in turn.
+Every speed is the best of several passes. The two sides of most ratios are timed in turn.
 """
 
 import functools
