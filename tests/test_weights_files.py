@@ -353,9 +353,9 @@ def test_a_megabyte_of_text_is_encoded_in_a_second(vocabulary):
     text = library_text().encode()[: 2**20].decode(errors="ignore")
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         tokenizer.encode(text)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 1
 
 
