@@ -20,7 +20,7 @@ from data.lib.checkpoint import save_checkpoint
 from data.lib.errors import Mistake, command
 from data.lib.flags import Attention, Level, Rate, Span, as_plain, parse
 from data.lib.tokenizer import ByteTokenizer
-from data.lib.train_settings import check_training, settle
+from data.lib.train_settings import check_memory, check_training, settle
 from model import ModelConfig, Transformer, load_checkpoint
 
 TRAIN = {
@@ -333,3 +333,14 @@ def test_blocks_must_divide_a_corpus_s_canvas(monkeypatch):
     config = settled(["--attention", "block:256"], monkeypatch)[0]
     with pytest.raises(Mistake, match="--attention block:256: K must divide --context 72"):
         check_training(config)
+
+
+def test_vectors_of_16_bits_take_half_the_memory_of_float32(monkeypatch):
+    """Two runs that differ in precision alone, on a device that has room for the smaller one."""
+    monkeypatch.setattr(data.lib.train_settings, "memory_of", lambda device: 10**9)
+    model = Transformer(ModelConfig(n_layer=6, n_embd=64, context=256))
+    config = train.TrainConfig(batch_size=512, context=256, device="cpu", dtype="bfloat16")
+    check_memory(config, model.config, model, Transformer.Layer)
+    config.dtype = "float32"
+    with pytest.raises(Mistake, match="training needs 2 GB or more .* there are 1 GB"):
+        check_memory(config, model.config, model, Transformer.Layer)

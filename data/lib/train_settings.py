@@ -11,7 +11,7 @@ from data.lib.checkpoint import refused
 from data.lib.corpus import canvas_len
 from data.lib.errors import Mistake
 from data.lib.flags import Attention, Level, Rate, Span, from_plain
-from data.lib.machine import memory_of, pick_device
+from data.lib.machine import autocast, memory_of, pick_device
 from data.lib.processes import world_size
 
 SHAPE = "n_layer", "n_head", "n_embd", "conv"  # fields that a checkpoint's model fixes
@@ -115,7 +115,7 @@ def check_memory(config, model_config, model, layer_class):
     """Raise Mistake if training needs more memory than there is; from scratch, before the model (None) is made.
 
     The estimate is a lower bound: float32 for weights and, unless they are frozen, for gradients and their averages;
-    eight vectors of 16 bits per token and layer, which the backward pass reads; and the batch, on the CPU.
+    eight vectors per token and layer in the precision of the run, which the backward pass reads; and the batch.
     """
     if config.eval_only or config.shard:
         return
@@ -125,12 +125,13 @@ def check_memory(config, model_config, model, layer_class):
         n_parameters = model_config.n_layer * in_layer + 2 * model_config.vocab_size * model_config.n_embd
     else:
         n_parameters = sum(p.numel() for p in model.parameters())
-    n_tokens = config.batch_size * config.context
-    activations = 16 * model_config.n_layer * model_config.n_embd * n_tokens // (config.grad_accum * world_size())
+    n_tokens, device = config.batch_size * config.context, pick_device(config.device)
+    vectors = 8 * model_config.n_layer * n_tokens // (config.grad_accum * world_size())
+    activations = vectors * model_config.n_embd * autocast(device, config.dtype).fast_dtype.itemsize
     training = n_parameters * (4 if config.freeze else 12) + activations * (not config.grad_checkpoint)
-    for need, device in ((training, pick_device(config.device)), (32 * n_tokens, torch.device("cpu"))):
+    for need, device in ((training, device), (32 * n_tokens, torch.device("cpu"))):
         if need > (there := memory_of(device)):
-            said = f"{n_parameters:,} parameters and {n_tokens:,} tokens per step"
+            said = f"{n_parameters:,} parameters and {n_tokens:,} tokens per step, --batch_size times --context"
             raise Mistake(f"training needs {need / 1e9:,.0f} GB or more for {said}; there are {there / 1e9:,.0f} GB")
 
 
