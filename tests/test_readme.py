@@ -143,6 +143,15 @@ def test_the_shipped_model_knows_its_tales(prompt, text, monkeypatch, capsys):
     assert written.out == text + "\n"
 
 
+def test_the_readme_s_texts_are_those_of_its_command(monkeypatch, capsys):
+    """On any processor, because they are drawn in float32."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`python sample.py ([^`]*--num_samples 3[^`]*)`", readme)
+    written = sample_text([*shlex.split(command), "--ckpt", SHIPPED], monkeypatch, capsys)
+    texts = re.split(r"--- \d of 3\n", written.out)[1:]
+    assert re.findall(r"^\| [012] \| (Once upon a time.*) \|$", readme, re.M) == [text.strip() for text in texts]
+
+
 @pytest.mark.parametrize("path", [SHIPPED, SHIPPED_DRAFT], ids=lambda path: path.stem)
 def test_a_shipped_model_is_small_and_can_be_trained_on(path, tmp_path, monkeypatch):
     """12 MB at most, in bfloat16, without what only resuming needs."""
