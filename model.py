@@ -277,7 +277,7 @@ class Transformer(nn.Module):
             positions = (cache.length + positions).clamp(max=self.config.context - 1)
         is_plain = not (len(places) or is_ragged)  # a text alone, of rows that see equally much
         one_block = is_plain and n <= K  # it sees all, because caches end where a block begins
-        causal = is_plain and K == 1 and n > 1 and not (cache and cache.length)
+        causal = is_plain and self.config.block == 1 and n > 1 and not (cache and cache.length)
         group_starts = places[::group].repeat_interleave(group)[: len(places)]  # (M,)
         sees = None if one_block or causal else who_sees(n, K, group_starts)
         if cache and sees is not None:

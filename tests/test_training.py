@@ -1,5 +1,6 @@
 """Methods, and what happens in a step of training."""
 
+import copy
 import math
 import sys
 from unittest import mock
@@ -192,6 +193,7 @@ def test_a_layer_computed_again_has_the_same_gradient_and_keeps_less(dropout):
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
 def test_the_number_of_holes_changes_and_the_model_is_compiled_once(attention):
+    torch._dynamo.reset()  # it remembers what changed in earlier tests
     counter = CompileCounter()
     model = tiny_model(V=8, T=128, **attention)
     model.compile(backend=counter, fullgraph=True)
@@ -203,6 +205,19 @@ def test_the_number_of_holes_changes_and_the_model_is_compiled_once(attention):
     for batch in batches:
         update(run, batch)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+def test_a_compiled_model_reads_texts_of_several_lengths(attention):
+    """After the second one the length is a symbol, and so is whatever is computed from it."""
+    torch._dynamo.reset()  # it remembers the lengths of earlier tests
+    model = tiny_model(V=8, T=128, **attention)
+    plain, counter = copy.deepcopy(model), CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    for T in (16, 24, 32, 40):
+        idx = torch.randint(8, (3, T), generator=rng(T))
+        assert model(idx, clean=idx).allclose(plain(idx, clean=idx), atol=1e-5)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no cuda on this machine")
