@@ -209,7 +209,7 @@ def test_the_number_of_holes_changes_and_the_model_is_compiled_once(attention):
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
 def test_a_compiled_model_reads_texts_of_several_lengths(attention):
-    """After the second one the length is a symbol, and so is whatever is computed from it."""
+    """From the second length on, torch compiles for any, and numbers computed from it are symbols, too."""
     torch._dynamo.reset()  # it remembers the lengths of earlier tests
     model = tiny_model(V=8, T=128, **attention)
     plain, counter = copy.deepcopy(model), CompileCounter()

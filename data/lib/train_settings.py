@@ -115,7 +115,7 @@ def check_memory(config, model_config, model, layer_class):
     """Raise Mistake if training needs more memory than there is; from scratch, before the model (None) is made.
 
     The estimate is a lower bound: float32 for weights and, unless they are frozen, for gradients and their averages;
-    eight vectors per token and layer in the precision of the run, which the backward pass reads; and the batch.
+    eight vectors per token and layer, which the backward pass reads, in the run's precision; and the batch, on the CPU.
     """
     if config.eval_only or config.shard:
         return
